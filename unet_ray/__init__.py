@@ -1,0 +1,31 @@
+"""Trains a U-Net on many machines, then labels millions of driving frames with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unet_ray.config import EvaluateConfig, SegmentConfig, TrainConfig
+    from unet_ray.segmentation import segment
+    from unet_ray.training import evaluate, train
+
+__version__ = "0.1.0"
+__all__ = ["EvaluateConfig", "SegmentConfig", "TrainConfig", "evaluate", "segment", "train"]
+
+_HOMES = {
+    "EvaluateConfig": "config",
+    "SegmentConfig": "config",
+    "TrainConfig": "config",
+    "evaluate": "training",
+    "segment": "segmentation",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: Ray and TensorFlow take seconds, and `import unet_ray.classes` needs neither."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unet_ray' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"unet_ray.{_HOMES[name]}"), name)
