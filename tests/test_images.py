@@ -1,0 +1,414 @@
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unet_ray.classes import IGNORED_ID, PRESETS
+from unet_ray.images import (
+    AugmentConfig,
+    ImageHeader,
+    ImageRefused,
+    augment,
+    decode_frame,
+    decode_mask,
+    encode_mask_png,
+    encode_png,
+    frame_size,
+    read_header,
+    resize_nearest,
+)
+
+HEIGHT, WIDTH = 33, 49
+RGB = np.random.default_rng(7).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+SMOOTH = np.stack(np.meshgrid(np.arange(49) * 4, np.arange(33) * 6), -1).astype(np.uint8)[..., [0, 1, 0]]
+IDS = np.random.default_rng(8).integers(0, 11, (HEIGHT, WIDTH)).astype(np.uint8)
+STILL = AugmentConfig(flip=False, scale=(1.0, 1.0), brightness=0, contrast=0, saturation=0)
+
+
+def encoded(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def png_by_hand(height, width, bits, kind, scanlines, extra=b""):
+    """A PNG without Pillow: `kind` 0 grey, 2 RGB, 3 palette; `extra` holds whole chunks before the pixels."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + line for line in scanlines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def refused(function, data, **options):
+    with pytest.raises(ImageRefused) as caught:
+        function(data, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value.reason, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_deflate"}),
+    ],
+)
+def test_lossless_formats_give_the_pixels_back(file_format, options):
+    data = encoded(Image.fromarray(RGB), file_format, **options)
+    frame = decode_frame(data)
+    assert frame.dtype == np.uint8
+    np.testing.assert_array_equal(frame, RGB)
+    np.testing.assert_array_equal(decode_mask(data), RGB)
+    assert frame_size(data) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(("file_format", "options"), [("JPEG", {"quality": 95}), ("WEBP", {"quality": 95})])
+def test_lossy_formats_come_close(file_format, options):
+    data = encoded(Image.fromarray(SMOOTH), file_format, **options)
+    assert np.abs(decode_frame(data).astype(int) - SMOOTH).mean() < 5
+    assert frame_size(data) == (HEIGHT, WIDTH)
+
+
+def test_a_frame_written_without_pillow():
+    data = png_by_hand(HEIGHT, WIDTH, 8, 2, [row.tobytes() for row in RGB])
+    np.testing.assert_array_equal(decode_frame(data), RGB)
+
+
+def test_grey_is_repeated():
+    data = encoded(Image.fromarray(IDS), "PNG")
+    np.testing.assert_array_equal(decode_frame(data), np.stack([IDS, IDS, IDS], -1))
+    np.testing.assert_array_equal(decode_mask(data), IDS)
+
+
+def test_a_palette_gives_a_frame_its_colors_and_a_mask_its_indices():
+    colors = np.random.default_rng(1).integers(0, 256, (16, 3)).astype(np.uint8)
+    rows = [bytes(pair[0] << 4 | pair[1] for pair in row.reshape(-1, 2)) for row in np.pad(IDS, ((0, 0), (0, 1)))]
+    transparent = chunk(b"tRNS", bytes([0, 128]))
+    data = png_by_hand(HEIGHT, WIDTH, 4, 3, rows, chunk(b"PLTE", colors.tobytes()) + transparent)
+    np.testing.assert_array_equal(decode_frame(data), colors[IDS])
+    np.testing.assert_array_equal(decode_mask(data), IDS)
+
+
+def test_an_index_outside_the_palette_is_black():
+    data = png_by_hand(1, 3, 8, 3, [bytes([0, 1, 2])], chunk(b"PLTE", bytes([9, 8, 7, 6, 5, 4])))
+    assert decode_frame(data).tolist() == [[[9, 8, 7], [6, 5, 4], [0, 0, 0]]]
+    assert decode_mask(data).tolist() == [[0, 1, 2]]
+
+
+def test_alpha_is_dropped_and_the_colors_under_it_stay():
+    alpha = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
+    data = encoded(Image.fromarray(np.concatenate([RGB, alpha], -1)), "PNG")
+    np.testing.assert_array_equal(decode_frame(data), RGB)
+    np.testing.assert_array_equal(decode_mask(data), RGB)
+    grey = encoded(Image.fromarray(np.concatenate([IDS[..., None], alpha], -1), "LA"), "PNG")
+    np.testing.assert_array_equal(decode_frame(grey), np.stack([IDS, IDS, IDS], -1))
+    np.testing.assert_array_equal(decode_mask(grey), IDS)
+
+
+def test_one_bit_is_black_and_white_in_a_frame_and_0_and_1_in_a_mask():
+    bits = (IDS % 2).astype(np.uint8)
+    data = png_by_hand(HEIGHT, WIDTH, 1, 0, [np.packbits(row).tobytes() for row in bits])
+    np.testing.assert_array_equal(decode_mask(data), bits)
+    np.testing.assert_array_equal(decode_frame(data), np.stack([bits * 255] * 3, -1))
+
+
+def test_four_bit_grey_is_a_frame_and_no_mask():
+    data = png_by_hand(1, 2, 4, 0, [bytes([0x3F])])
+    assert decode_frame(data).tolist() == [[[51] * 3, [255] * 3]]
+    assert refused(decode_mask, data) == (
+        "unsupported",
+        "PNG mask of 4-bit grey: a reader may take its values as ids or as shares of white; write it with 8 bits",
+    )
+
+
+def test_exif_turns_nothing():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for file_format in ("PNG", "JPEG", "WEBP"):
+        options = {"lossless": True} if file_format == "WEBP" else {}
+        plain = encoded(Image.fromarray(SMOOTH), file_format, **options)
+        turned = encoded(Image.fromarray(SMOOTH), file_format, exif=exif, **options)
+        np.testing.assert_array_equal(decode_frame(turned), decode_frame(plain))
+        assert frame_size(turned) == (HEIGHT, WIDTH)
+        assert (read_header(plain).orientation, read_header(turned).orientation) == (1, 6)
+
+
+def test_a_turned_tiff_is_refused():
+    data = encoded(Image.fromarray(RGB), "TIFF", tiffinfo={0x0112: 6})
+    assert refused(decode_frame, data) == ("unsupported", "TIFF with orientation 6; write its pixels upright")
+
+
+def test_the_header_tells_format_and_kind():
+    half = np.full((HEIGHT, WIDTH, 1), 128, np.uint8)
+    header = read_header(encoded(Image.fromarray(np.concatenate([RGB, half], -1)), "WEBP", lossless=True))
+    assert header == ImageHeader(
+        format="WebP", height_px=HEIGHT, width_px=WIDTH, mode="RGBA", bits=8, animated=False, orientation=1
+    )
+
+
+RGB_16 = png_by_hand(2, 3, 16, 2, [bytes(18)] * 2)
+DEEP = "with 16 bits a channel; allowed are 8, write it with 8"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (encoded(Image.fromarray(IDS.astype(np.uint16) * 99), "PNG"), f"PNG {DEEP}"),
+        (RGB_16, f"PNG {DEEP}"),
+        (encoded(Image.fromarray(IDS.astype(np.uint16) * 99), "TIFF"), f"TIFF {DEEP}"),
+        (
+            encoded(Image.fromarray(IDS.astype(np.float32)), "TIFF"),
+            "TIFF with 32 bits a channel; allowed are 8, write it with 8",
+        ),
+        (
+            encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG"),
+            "JPEG with pixels of kind CMYK; allowed are RGB, grey and palette, write it as RGB",
+        ),
+        (
+            encoded(Image.fromarray(RGB), "GIF"),
+            "GIF is not read; allowed are PNG, JPEG, WebP, BMP, TIFF",
+        ),
+    ],
+)
+def test_what_would_be_a_guess_is_refused(data, message):
+    assert refused(decode_frame, data) == ("unsupported", message)
+    assert refused(decode_mask, data) == ("unsupported", message)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+def test_several_pictures_in_one_file_are_refused(file_format):
+    data = encoded(Image.fromarray(RGB), file_format, save_all=True, append_images=[Image.fromarray(RGB[::-1])])
+    reason, message = refused(decode_frame, data)
+    assert reason == "unsupported"
+    assert message.endswith("with several pictures in one file; one file is one frame, write them one by one")
+    assert read_header(data).animated
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_its_first():
+    data = encoded(Image.fromarray(SMOOTH), "MPO", save_all=True, append_images=[Image.fromarray(RGB)])
+    assert np.abs(decode_frame(data).astype(int) - SMOOTH).mean() < 8
+
+
+def test_what_is_no_image():
+    assert refused(decode_frame, b"") == (
+        "not_an_image",
+        "empty file (0 bytes); allowed are PNG, JPEG, WebP, BMP, TIFF",
+    )
+    assert refused(decode_frame, b"hello, world") == (
+        "not_an_image",
+        "12 bytes that begin with 68 65 6c 6c 6f 2c 20 77; allowed are PNG, JPEG, WebP, BMP, TIFF",
+    )
+    for function in (decode_mask, frame_size, read_header):
+        assert refused(function, b"RIFF\0\0\0\0WAVEfmt ")[0] == "not_an_image"
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow, of a TIFF; the refusal says it
+def test_a_file_that_is_cut_short_is_refused(file_format, share):
+    data = encoded(Image.fromarray(RGB), file_format)
+    cut = data[: int(len(data) * share)]
+    reason, message = refused(decode_frame, cut)
+    name = {"WEBP": "WebP"}.get(file_format, file_format)
+    assert reason == "truncated"
+    assert message.startswith(f"{name} of {len(cut):,} bytes that is cut short or damaged: ")
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, of damaged tags
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+def test_damaged_bytes_give_an_array_or_a_reason_and_nothing_else(file_format):
+    data = encoded(Image.fromarray(RGB), file_format)
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        damaged = bytearray(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data)
+        for _ in range(3):
+            damaged[rng.integers(0, min(len(damaged), rng.choice([60, len(data)])))] = rng.integers(0, 256)
+        for function in (decode_frame, decode_mask, frame_size, read_header):
+            try:
+                function(bytes(damaged), **({} if function is frame_size else {"max_pixels": 100_000}))
+            except ImageRefused as refusal:
+                assert refusal.reason in ("not_an_image", "truncated", "too_large", "unsupported")
+
+
+def test_a_bomb_is_refused_by_its_header():
+    bomb = png_by_hand(10_000, 20_000, 8, 2, [])
+    assert frame_size(bomb) == (10_000, 20_000)
+    expected = "PNG of 10000 x 20000 = 200,000,000 pixels (height x width); allowed are 100,000,000"
+    assert refused(decode_frame, bomb) == ("too_large", expected)
+    assert refused(decode_mask, bomb)[0] == "too_large"
+    assert refused(read_header, bomb)[0] == "too_large"
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+def test_the_limit_is_inclusive_and_stands_for_every_format(file_format):
+    data = encoded(Image.fromarray(RGB), file_format)
+    assert decode_frame(data, max_pixels=HEIGHT * WIDTH).shape == (HEIGHT, WIDTH, 3)
+    assert refused(decode_frame, data, max_pixels=HEIGHT * WIDTH - 1)[0] == "too_large"
+
+
+def test_pillows_own_limit_plays_no_part(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for file_format in ("PNG", "JPEG", "BMP"):
+        assert decode_frame(encoded(Image.fromarray(RGB), file_format)).shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}])
+def test_the_size_of_a_webp_is_read_from_its_first_bytes(options):
+    data = encoded(Image.fromarray(RGB), "WEBP", **options)
+    assert frame_size(data[:30]) == (HEIGHT, WIDTH)
+    assert refused(frame_size, data[:22])[0] == "truncated"
+
+
+def test_a_refusal_survives_pickle():
+    refusal = ImageRefused("too_large", "one line")
+    again = pickle.loads(pickle.dumps(refusal))
+    assert (again.reason, again.detail, str(again)) == ("too_large", "one line", "one line")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_mask_png_holds_ids_and_shows_the_classes_colors(name):
+    class_set = PRESETS[name]
+    mask = np.random.default_rng(2).integers(0, class_set.n_classes, (HEIGHT, WIDTH)).astype(np.uint8)
+    data = encode_mask_png(mask, class_set.palette_K3)
+    assert (read_header(data).mode, read_header(data).bits) == ("P", 8)
+    np.testing.assert_array_equal(decode_mask(data), mask)
+    np.testing.assert_array_equal(decode_frame(data), class_set.colorize(mask))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), class_set.colorize(mask))
+
+
+def test_a_mask_png_of_two_classes_has_8_bits_and_keeps_ignored_pixels():
+    mask = np.array([[0, 1, IGNORED_ID]], np.uint8)
+    data = encode_mask_png(mask, np.array([[1, 2, 3], [4, 5, 6]], np.uint8))
+    assert read_header(data).bits == 8
+    assert decode_mask(data).tolist() == mask.tolist()
+    assert decode_frame(data).tolist() == [[[1, 2, 3], [4, 5, 6], [0, 0, 0]]]
+    assert read_header(encode_mask_png(mask[:, :2], np.zeros((2, 3), np.uint8))).bits == 8
+
+
+def test_a_png_gives_the_pixels_back():
+    np.testing.assert_array_equal(decode_frame(encode_png(RGB)), RGB)
+    np.testing.assert_array_equal(decode_mask(encode_png(IDS)), IDS)
+    with pytest.raises(ValueError, match=r"an image is float64 of shape \(2, 3\), allowed is uint8 \[H, W, 3\] or"):
+        encode_png(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"a mask is uint8 of shape \(2, 3, 3\), allowed is uint8 \[H, W\]"):
+        encode_mask_png(np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.uint8))
+
+
+def test_resize_by_hand():
+    # 5 -> 3: floor(0.5 * 5/3), floor(1.5 * 5/3), floor(2.5 * 5/3); 3 -> 4: floor of 0.375, 1.125, 1.875, 2.625
+    image = np.arange(15, dtype=np.uint8).reshape(5, 3)
+    np.testing.assert_array_equal(resize_nearest(image, 3, 4), image[[0, 2, 4]][:, [0, 1, 1, 2]])
+
+
+@pytest.mark.timeout(300)
+def test_resize_equals_tensorflows():
+    tf = pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(11)
+    sizes = [(480, 640, 96, 128), (360, 480, 96, 128), (1024, 2048, 96, 128), (96, 128, 480, 640), (720, 1280, 97, 131)]
+    sizes += [tuple(int(n) for n in rng.integers(1, 701, 4)) for _ in range(250)]
+    for height, width, out_height, out_width in sizes:
+        rows = np.arange(height, dtype=np.int32)[:, None]
+        columns = np.arange(width, dtype=np.int32)[None]
+        for image, out_hw in ((rows, (out_height, 1)), (columns, (1, out_width))):
+            expected = tf.image.resize(image[..., None], out_hw, method="nearest").numpy()[..., 0]
+            np.testing.assert_array_equal(resize_nearest(image, *out_hw), expected, str((image.shape, out_hw)))
+    expected = tf.image.resize(RGB, (20, 64), method="nearest").numpy()
+    assert resize_nearest(RGB, 20, 64).dtype == np.uint8
+    np.testing.assert_array_equal(resize_nearest(RGB, 20, 64), expected)
+
+
+def test_augmentation_with_all_parts_off_is_the_resize():
+    image, mask = augment(RGB, IDS, (20, 30), STILL, np.random.default_rng(0))
+    np.testing.assert_array_equal(image, resize_nearest(RGB, 20, 30))
+    np.testing.assert_array_equal(mask, resize_nearest(IDS, 20, 30))
+
+
+def test_augmentation_is_a_function_of_the_seed():
+    config = AugmentConfig(scale=(0.4, 1.5))
+    first = augment(RGB, IDS, (20, 30), config, np.random.default_rng(3))
+    again = augment(RGB, IDS, (20, 30), config, np.random.default_rng(3))
+    other = augment(RGB, IDS, (20, 30), config, np.random.default_rng(4))
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert (first[0] != other[0]).any()
+
+
+def test_frame_and_mask_show_the_same_places_and_no_id_is_gained():
+    # every pixel tells its own place: red = row, green = column, and the mask is a function of both
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    image = np.stack([rows, columns, rows * 0 + 77], -1).astype(np.uint8)
+    mask = ((rows * 3 + columns) % 5 * 40).astype(np.uint8)
+    config = AugmentConfig(scale=(0.3, 2.0), brightness=0, contrast=0, saturation=0)
+    rng = np.random.default_rng(12)
+    flipped = outside = 0
+    for _ in range(60):
+        seen, seen_mask = augment(image, mask, (20, 30), config, rng)
+        inside = seen[..., 2] == 77
+        row, column = seen[..., 0].astype(int), seen[..., 1].astype(int)
+        np.testing.assert_array_equal(seen_mask[inside], mask[row[inside], column[inside]])
+        assert (seen_mask[~inside] == IGNORED_ID).all() and (seen[~inside] == 0).all()
+        middle = column[10, inside[10]]
+        flipped += bool(len(middle) > 1 and middle[0] > middle[-1])
+        outside += not inside.all()
+    assert 15 < flipped < 45 and 20 < outside < 55
+
+
+def test_flip_alone_mirrors():
+    config = AugmentConfig(flip=True, scale=(1.0, 1.0), brightness=0, contrast=0, saturation=0)
+    views = [augment(RGB, IDS, (HEIGHT, WIDTH), config, np.random.default_rng(seed)) for seed in range(12)]
+    mirrored = [bool((image == RGB[:, ::-1]).all() and (mask == IDS[:, ::-1]).all()) for image, mask in views]
+    straight = [bool((image == RGB).all() and (mask == IDS).all()) for image, mask in views]
+    assert all(a != b for a, b in zip(mirrored, straight, strict=True))
+    assert any(mirrored) and any(straight)
+
+
+def test_a_part_that_is_off_leaves_the_others_as_they_were():
+    full = AugmentConfig(scale=(0.4, 1.5))
+    plain = AugmentConfig(scale=(0.4, 1.5), brightness=0, contrast=0, saturation=0)
+    a = augment(RGB, IDS, (20, 30), full, np.random.default_rng(5))
+    b = augment(RGB, IDS, (20, 30), plain, np.random.default_rng(5))
+    np.testing.assert_array_equal(a[1], b[1])
+    assert (a[0] != b[0]).any()
+
+
+def colored(pixels, brightness, contrast, saturation):
+    """Brightness, contrast and saturation one after the other, in float64, pixel by pixel."""
+    pixels = pixels.reshape(-1, 3).astype(np.float64) * brightness
+    grey = np.array([0.299, 0.587, 0.114])
+    mean = np.mean([pixel @ grey for pixel in pixels])
+    pixels = [mean + contrast * (pixel - mean) for pixel in pixels]
+    pixels = [pixel @ grey + saturation * (pixel - pixel @ grey) for pixel in pixels]
+    return np.clip(np.array(pixels), 0, 255)
+
+
+@pytest.mark.parametrize("part", ["brightness", "contrast", "saturation", "all"])
+def test_colors_change_as_three_steps_by_hand_do(part):
+    changes = {name: 0.6 if part in (name, "all") else 0.0 for name in ("brightness", "contrast", "saturation")}
+    config = AugmentConfig(flip=False, scale=(1.0, 1.0), **changes)
+    image, mask = augment(RGB, IDS, (HEIGHT, WIDTH), config, np.random.default_rng(9))
+    draw = np.random.default_rng(9).random(7)[4:]
+    factors = [1 + change * (2 * at - 1) for change, at in zip(changes.values(), draw, strict=True)]
+    expected = colored(RGB, *factors).reshape(RGB.shape)
+    assert image.dtype == np.uint8
+    assert np.abs(image - expected).max() < 0.51
+    np.testing.assert_array_equal(mask, IDS)
+
+
+def test_bad_augmentation_is_refused():
+    with pytest.raises(ValueError, match=r"scale is \(1.0, 0.5\); give two numbers with 0 < smallest <= largest"):
+        AugmentConfig(scale=(1.0, 0.5))
+    with pytest.raises(ValueError, match="contrast is -1; it must be at least 0"):
+        AugmentConfig(contrast=-1)
+    with pytest.raises(ValueError, match=r"the frame is \(33, 49\) and its mask \(32, 49\); they must be of one size"):
+        augment(RGB, IDS[1:], (20, 30), STILL, np.random.default_rng(0))

