@@ -1,0 +1,127 @@
+"""The Ray cluster a job runs on: connect to it, say what it has, wait for what is missing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+WORKER_ENVIRONMENT = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
+}
+
+
+def connect() -> None:
+    """Joins the cluster of `RAY_ADDRESS` (set inside a submitted job), or starts a Ray of this machine alone.
+
+    Filesystem options in the environment (`FSSPEC_…`) are handed to the workers; credentials are not: on a cluster
+    its nodes have their own.
+
+    Raises:
+        ValueError: `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns of this change of default
+    options = {key: value for key, value in os.environ.items() if key.startswith("FSSPEC_")}
+    arguments: dict[str, Any] = {
+        "runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **options}},
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if _is_local():
+        # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        ray.init(address="local", include_dashboard=False, **arguments)
+    else:
+        try:
+            ray.init(**arguments)
+        except (ConnectionError, RuntimeError) as error:
+            cause = " ".join(str(error).split())
+            raise ValueError(
+                f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}; no cluster lets us in there: {cause}"
+            ) from error
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    have = ray.cluster_resources()
+    where = "on this machine" if _is_local() else f"at {os.environ['RAY_ADDRESS']}, nodes: {len(nodes)}"
+    say(f"Ray {ray.__version__} {where}: {_text({key: have.get(key, 0) for key in ('CPU', 'GPU')})}")
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        say("warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token")
+
+
+def _is_local() -> bool:
+    """Whether the job runs on a Ray of its own, which nothing can add nodes to."""
+    return "RAY_ADDRESS" not in os.environ
+
+
+def say(line: str) -> None:
+    """Prints one line for the user at once, also when the output is a file or a job's log."""
+    print(line, flush=True)
+
+
+def resolve_device(device: str) -> str:
+    """Returns `gpu` or `cpu` for `--device`; `auto` is a GPU where the cluster has one.
+
+    Raises:
+        ValueError: `gpu` was asked for and the cluster has none.
+    """
+    n_gpus = ray.cluster_resources().get("GPU", 0)
+    if device == "gpu" and n_gpus == 0 and _is_local():
+        raise ValueError("--device is gpu and this machine has no GPU; use --device cpu, or auto to take what there is")
+    resolved = device if device != "auto" else ("gpu" if n_gpus else "cpu")
+    say(f"device: {resolved}" + (" (auto)" if device == "auto" else ""))
+    return resolved
+
+
+def wait_for_resources(bundles: list[dict[str, float]], wait_s: float, what: str) -> None:
+    """Returns once the cluster has room for all bundles, each whole on one node.
+
+    Ray itself would wait for ever, without a word (Ray 2.60, controller_failure_limit=-1).
+
+    Args:
+        bundles: resources of each process, as Ray names them, the same kinds in each: `[{"CPU": 1}, {"CPU": 1}]`.
+        wait_s: seconds to wait for nodes that are still to come.
+        what: what the bundles are, for the message: `2 training workers`.
+
+    Raises:
+        ValueError: it did not come in time; the message tells what is there.
+    """
+    wait_s = 0 if _is_local() else wait_s
+    deadline = time.monotonic() + wait_s
+    asked = False
+    while not _fits(bundles):
+        want = {key: sum(bundle[key] for bundle in bundles) for key in bundles[0]}
+        have = ray.cluster_resources()
+        there = _text({key: have.get(key, 0) for key in want})
+        shortage = f"{what} want {_text(want)} ({_text(bundles[0])} each); the cluster has {there}"
+        if time.monotonic() >= deadline:
+            waited = f" after {wait_s:g} s (--wait-for-resources-s)" if wait_s else ""
+            raise ValueError(f"{shortage}{waited}; ask for fewer, or add nodes")
+        if not asked:
+            say(f"{shortage}; waiting up to {wait_s:g} s for more nodes")
+            request_resources(bundles=bundles)  # a hint to the autoscaler, where there is one
+            asked = True
+        time.sleep(0.5)
+    if asked:
+        request_resources(num_cpus=0)  # the request would stand for ever
+
+
+def _text(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{value:g} {key}{'s' * (value != 1)}" for key, value in resources.items())
+
+
+def _fits(bundles: list[dict[str, float]]) -> bool:
+    """Whether all bundles fit on the nodes that are alive, placed first-fit, the largest first."""
+    free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    for bundle in sorted(bundles, key=lambda bundle: -sum(bundle.values())):
+        room = next((node for node in free if all(node.get(k, 0) >= v for k, v in bundle.items())), None)
+        if room is None:
+            return False
+        for key, value in bundle.items():
+            room[key] -= value
+    return True

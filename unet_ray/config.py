@@ -1,0 +1,478 @@
+"""What a job is told: frozen dataclasses, validated on construction; YAML files and recipes.
+
+The fields are the command line's options (`image_size` is `--image-size`); the text under a field is its help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+from tyro.conf import Positional
+
+from unet_ray import storage
+from unet_ray.classes import PRESETS, ClassSet
+
+Device = Literal["auto", "gpu", "cpu"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+MaskFormat = Literal["auto", "channel-max", "ids", "colors"]
+
+
+class JobFailed(RuntimeError):
+    """The job ran and its result cannot stand: data or verification failed (exit code 1)."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _require_at_least(config: Any, minimum: float, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        option = "--" + field.replace("_", "-")
+        _require(value >= minimum, f"{option} is {value}; it must be at least {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a U-Net: all that is needed to build it, and all that a bundle says of it."""
+
+    image_height_px: int = 96
+    """Height of the network's input, in pixels; a multiple of 2^(depth-1)."""
+    image_width_px: int = 128
+    """Width of the network's input, in pixels; a multiple of 2^(depth-1)."""
+    n_classes: int = 23
+    """Output channels."""
+    n_filters: int = 32
+    """Filters of the first block; each deeper block has twice as many."""
+    depth: int = 5
+    """Encoder blocks; between two of them the image is halved."""
+    dropout: float = 0.3
+    """Share of activations dropped in the last two encoder blocks while training."""
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.depth <= 8, f"--depth is {self.depth}; it must be 2 to 8")
+        _require(1 <= self.n_filters <= 1024, f"--n-filters is {self.n_filters}; it must be 1 to 1024")
+        _require(1 <= self.n_classes <= 254, f"{self.n_classes} classes; a mask of 8 bits holds 1 to 254")
+        _require(0 <= self.dropout < 1, f"--dropout is {self.dropout}; it must be in [0, 1)")
+        step = 2 ** (self.depth - 1)
+        for axis, size in (("height", self.image_height_px), ("width", self.image_width_px)):
+            _require(
+                0 < size <= 8192 and size % step == 0,
+                f"image {axis} is {size}; a network of depth {self.depth} halves it {self.depth - 1} times, so it must "
+                f"be a multiple of {step} up to 8192: try {max(step, round(size / step) * step)}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where a job runs; shared by all jobs."""
+
+    device: Device = "auto"
+    """Where the network runs: `auto` takes a GPU where the cluster has one."""
+    wait_for_resources_s: float = 600.0
+    """Seconds to wait for CPUs or GPUs that the cluster does not have yet, before the job ends with the reason."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "wait_for_resources_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ClusterConfig):
+    """Trains a U-Net on frame/mask pairs, on as many workers as asked for, into a model folder."""
+
+    images: str
+    """URI of the folder of frames (searched at any depth)."""
+    masks: str
+    """URI of the folder of masks; a mask has its frame's relative path, but for extension and suffix."""
+    classes: str
+    """What the classes are: a preset (carla23, carla29, cityscapes, camvid) or the path of a YAML file."""
+    out: str
+    """URI of the run's folder: checkpoints, history, pictures and the model (in `model/`)."""
+
+    image_suffix: str = ""
+    """End of a frame's name before the extension that its mask's name lacks (Cityscapes: _leftImg8bit)."""
+    mask_suffix: str = ""
+    """End of a mask's name before the extension that its frame's name lacks (Cityscapes: _gtFine_labelIds)."""
+    mask_format: MaskFormat = "auto"
+    """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
+    path_pattern: str | None = None
+    """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
+    val_images: str | None = None
+    """URI of a folder of validation frames of your own; without it whole drives are set aside."""
+    val_masks: str | None = None
+    """URI of the masks of `--val-images`."""
+    val_fraction: float = 0.1
+    """Share of the frames to set aside for validation, in whole drives; 0 trains on everything."""
+    guard_frames: int = 30
+    """Where a single drive must be cut: frames left out on the border between training and validation."""
+    split_manifest: str | None = None
+    """URI of a CSV file with the columns pair_id and split (train, val, none) that decides instead."""
+
+    workers: int = 1
+    """Training workers, each a process with a device (or CPU threads) of its own."""
+    cpus_per_worker: int | None = None
+    """CPUs reserved for each worker, and threads it uses; by default what the cluster has, divided."""
+    epochs: int = 40
+    """Passes over the training frames."""
+    batch_size: int = 32
+    """Frames of a step, over all workers together."""
+    image_size: tuple[int, int] = (96, 128)
+    """Height and width of the network's input in pixels."""
+    n_filters: int = 32
+    """Filters of the first block; each deeper block has twice as many."""
+    depth: int = 5
+    """Encoder blocks; between two of them the image is halved."""
+    dropout: float = 0.3
+    """Share of activations dropped in the last two encoder blocks while training."""
+    seed: int = 0
+    """Decides initial weights, order of frames, dropout and augmentation."""
+    precision: Precision = "auto"
+    """Arithmetic of the network; `auto` is bfloat16 where the device has it, else float32."""
+
+    loss: Literal["ce", "dice", "ce+dice"] = "ce"
+    """Cross-entropy, soft Dice, or their sum."""
+    class_weights: str = "none"
+    """Weights of the classes in the loss: none, log, median, or the path of a YAML file {class: weight}."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Adam, or Adam with decoupled weight decay."""
+    learning_rate: float = 1e-3
+    """Learning rate (after warm-up)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of adamw; biases are left out."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the run: constant, or a cosine to zero after a linear warm-up."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up of the cosine schedule."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; above it the gradient is scaled down. 0: no clipping."""
+    early_stopping_epochs: int = 0
+    """Stop after so many epochs without a better validation mean IoU. 0: never."""
+    augment: bool = False
+    """Whether to vary the training frames; the options below say how."""
+    flip: bool = True
+    """Augmentation: mirror left and right in half of the cases."""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Augmentation: smallest and largest share of the full-resolution frame's sides that a crop shows."""
+    brightness: float = 0.2
+    """Augmentation: largest relative change of brightness."""
+    contrast: float = 0.2
+    """Augmentation: largest relative change of contrast."""
+    saturation: float = 0.2
+    """Augmentation: largest relative change of saturation."""
+
+    checkpoint_every_epochs: int = 1
+    """Epochs between two checkpoints; a killed run loses at most these."""
+    max_failures: int = 3
+    """Times that the group of workers is started again after one of them died."""
+    collective_timeout_s: float = 600.0
+    """Seconds after which a worker that lives but does not answer is given up."""
+    overwrite: bool = False
+    """Delete what lies in `--out` and start anew."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_at_least(self, 1, "workers", "epochs", "batch_size", "checkpoint_every_epochs")
+        _require_at_least(
+            self, 0, "seed", "guard_frames", "warmup_epochs", "clip_norm", "early_stopping_epochs", "weight_decay"
+        )
+        _require_at_least(self, 0, "brightness", "contrast", "saturation", "max_failures")
+        _require(
+            self.batch_size >= self.workers,
+            f"--batch-size is {self.batch_size} for {self.workers} workers; it is the batch of all of them together, "
+            f"so give at least {self.workers}",
+        )
+        _require(0 <= self.val_fraction < 1, f"--val-fraction is {self.val_fraction}; it must be in [0, 1)")
+        _require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}; it must be above 0")
+        _require(
+            self.collective_timeout_s > 0, f"--collective-timeout-s is {self.collective_timeout_s}; it must be above 0"
+        )
+        _require(
+            self.cpus_per_worker is None or self.cpus_per_worker >= 1,
+            f"--cpus-per-worker is {self.cpus_per_worker}; it must be at least 1",
+        )
+        _require(
+            (self.val_images is None) == (self.val_masks is None),
+            "only one of --val-images and --val-masks was given; give both or neither",
+        )
+        low, high = self.scale
+        _require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
+        check_path_pattern(self.path_pattern)
+        self.model_config(n_classes=1)
+        for uri in (self.images, self.masks, self.out, self.val_images, self.val_masks, self.split_manifest):
+            _require(uri is None or bool(storage.resolve(uri)), "")
+
+    def model_config(self, n_classes: int) -> ModelConfig:
+        """Returns the network that this run trains, for a class set of `n_classes`."""
+        return ModelConfig(
+            image_height_px=self.image_size[0],
+            image_width_px=self.image_size[1],
+            n_classes=n_classes,
+            n_filters=self.n_filters,
+            depth=self.depth,
+            dropout=self.dropout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ClusterConfig):
+    """Measures a trained model on frame/mask pairs."""
+
+    model: str
+    """URI of a run's folder or of its model/."""
+    images: str
+    """URI of the folder of frames."""
+    masks: str
+    """URI of the folder of masks."""
+    out: str | None = None
+    """URI of a folder for metrics.json and pictures; without it the result is only printed."""
+    image_suffix: str = ""
+    """End of a frame's name before the extension that its mask's name lacks."""
+    mask_suffix: str = ""
+    """End of a mask's name before the extension that its frame's name lacks."""
+    mask_format: MaskFormat = "auto"
+    """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
+    batch_size: int = 32
+    """Frames of a step."""
+    precision: Precision = "auto"
+    """Arithmetic of the network."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_at_least(self, 1, "batch_size")
+        for uri in (self.model, self.images, self.masks, self.out):
+            _require(uri is None or bool(storage.resolve(uri)), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(ClusterConfig):
+    """Labels an archive of frames with a trained model: masks and pixel statistics as Parquet."""
+
+    model: str
+    """URI of a run's folder or of its model/."""
+    frames: tuple[str, ...]
+    """URIs of the archives: folders, tar files, globs."""
+    out: str
+    """URI of the output's folder."""
+
+    path_pattern: str | None = None
+    """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
+    actors: str = "auto"
+    """Model actors: N, or MIN:MAX to let Ray grow and shrink the pool; `auto` fits them to the cluster."""
+    cpus_per_actor: int | None = None
+    """CPUs reserved for each actor, and threads it uses; by default what decoding leaves, divided."""
+    batch_size: int = 32
+    """Frames that the network takes at once."""
+    chunk_frames: int = 96
+    """Most frames of a chunk, the unit of work and of commit; fewer where frames are large."""
+    shard_rows: int = 50_000
+    """Rows of a published Parquet file."""
+    mask_size: Literal["native", "model"] = "native"
+    """Size of the masks: the frame's own (logits resized bilinearly, then argmax) or the network's."""
+    inference: Literal["whole", "slide"] = "whole"
+    """Show the network the whole frame, resized, or windows of it at the frame's own scale."""
+    window: tuple[int, int] | None = None
+    """Height and width of a window of `slide` in pixels; by default the network's input."""
+    stride: tuple[int, int] | None = None
+    """Steps from window to window in pixels, down and across; by default half a window."""
+    mask_encoding: Literal["png", "raw"] = "png"
+    """8-bit palette PNG (any viewer shows it) or the bare uint8 rows (faster)."""
+    precision: Precision = "auto"
+    """Arithmetic of the network; `auto` is bfloat16 where the device has it, else float32."""
+    max_frame_megapixels: float = 64.0
+    """A frame with more pixels is rejected as too_large, before it is decoded."""
+    frame_timeout_s: float = 60.0
+    """Seconds after which the decoding of one frame is given up."""
+    max_rejected: float = 0.01
+    """Largest share of rejected frames with which the output is published."""
+    retry_rejected: str | None = None
+    """Try rejected frames again: `all`, or one reason such as crashed."""
+    overwrite: bool = False
+    """Delete what lies in `--out` and start anew."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_at_least(self, 1, "batch_size", "chunk_frames", "shard_rows")
+        _require(len(self.frames) > 0, "--frames is empty; give at least one folder, tar file or glob")
+        _require(0 <= self.max_rejected <= 1, f"--max-rejected is {self.max_rejected}; it is a share, 0 to 1")
+        _require(self.max_frame_megapixels > 0, "--max-frame-megapixels must be above 0")
+        _require(self.frame_timeout_s > 0, "--frame-timeout-s must be above 0")
+        self.actor_range()
+        check_path_pattern(self.path_pattern)
+        for uri in (self.model, self.out, *self.frames):
+            storage.resolve(uri)
+
+    def actor_range(self) -> tuple[int, int] | None:
+        """Returns the smallest and largest number of actors, or None for `auto`."""
+        if self.actors == "auto":
+            return None
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.actors)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        _require(1 <= low <= high, f"--actors is {self.actors!r}; give N, MIN:MAX with 1 <= MIN <= MAX, or auto")
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Says everything that is wrong with a data set, in one table, before any training."""
+
+    images: str
+    """URI of the folder of frames (searched at any depth)."""
+    masks: str
+    """URI of the folder of masks."""
+    classes: str
+    """What the classes are: a preset (carla23, carla29, cityscapes, camvid) or the path of a YAML file."""
+    image_suffix: str = ""
+    """End of a frame's name before the extension that its mask's name lacks."""
+    mask_suffix: str = ""
+    """End of a mask's name before the extension that its frame's name lacks."""
+    mask_format: MaskFormat = "auto"
+    """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
+    path_pattern: str | None = None
+    """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
+
+    def __post_init__(self) -> None:
+        check_path_pattern(self.path_pattern)
+        for uri in (self.images, self.masks):
+            storage.resolve(uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Checks an output of `segment` against its own records: every file, every digest, every row."""
+
+    out: Positional[str]
+    """URI of the output's folder."""
+
+    def __post_init__(self) -> None:
+        storage.resolve(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportModelConfig:
+    """Writes a trained model for use without Ray."""
+
+    model: str
+    """URI of a run's folder or of its model/."""
+    out: str
+    """Path to write to: model.keras, a folder (savedmodel) or model.onnx."""
+    format: Literal["keras", "savedmodel", "onnx"] = "keras"
+    """Format of the exported model; each takes frames of the network's size, 0 to 255, and gives logits."""
+
+    def __post_init__(self) -> None:
+        storage.resolve(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Draws a driving log, trains on it with two workers, and labels a drive that training never saw."""
+
+    out: str = "unet-ray-demo"
+    """Folder for everything that the demo makes."""
+    seed: int = 0
+    """Decides the log and the training; the same seed draws the same bytes."""
+    workers: int = 2
+    """Training workers."""
+    epochs: int = 24
+    """Passes over the training frames."""
+    overwrite: bool = False
+    """Start anew where `--out` holds a demo already."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "workers", "epochs")
+        _require_at_least(self, 0, "seed")
+
+
+def check_path_pattern(pattern: str | None) -> None:
+    """Raises ValueError where `--path-pattern` is no regular expression, or has no group that means something."""
+    if pattern is None:
+        return
+    try:
+        groups = set(re.compile(pattern).groupindex)
+    except re.error as error:
+        raise ValueError(f"--path-pattern is not a regular expression: {error}") from error
+    allowed = ("sequence", "camera", "frame_index", "timestamp_ns")
+    unknown = sorted(groups - set(allowed))
+    _require(
+        bool(groups) and not unknown,
+        f"--path-pattern has the named groups {sorted(groups)}; use some of {', '.join(allowed)}: (?P<sequence>…)",
+    )
+
+
+def load_class_set(name_or_uri: str) -> ClassSet:
+    """Returns a preset by name, or the class set of a YAML file.
+
+    The file: `classes: [{name, color, values}]` and `ignore: [values]`; values are ids or colours.
+    """
+    if name_or_uri in PRESETS:
+        return PRESETS[name_or_uri]
+    if not name_or_uri.endswith((".yaml", ".yml")):
+        raise ValueError(f"--classes is {name_or_uri!r}; give one of {', '.join(PRESETS)} or the path of a .yaml file")
+    content = read_yaml(name_or_uri)
+    return ClassSet.from_dict({"name": storage.name(name_or_uri).rpartition(".")[0], **content})
+
+
+def read_yaml(uri: str) -> dict[str, Any]:
+    """Returns the mapping in a YAML file. Raises ValueError where there is no such file or no mapping in it."""
+    try:
+        content = yaml.safe_load(storage.read_bytes(storage.resolve(uri)))
+    except FileNotFoundError as error:
+        raise ValueError(f"{uri}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{uri} is not YAML: {' '.join(str(error).split())}") from error
+    _require(isinstance(content, dict), f"{uri} holds no options; write one `name: value` a line")
+    return content
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with the package."""
+    folder = resources.files("unet_ray") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Returns the options of a recipe of the package. Raises ValueError for an unknown name."""
+    _require(name in recipe_names(), f"--recipe is {name!r}; the recipes are {', '.join(recipe_names())}")
+    return yaml.safe_load((resources.files("unet_ray") / "recipes" / f"{name}.yaml").read_bytes())
+
+
+def option_arguments(options: Mapping[str, Any], config_type: type[Any], source: str) -> list[str]:
+    """Returns the options of a file as command-line arguments, so that one parser checks the values of both.
+
+    Args:
+        options: option names (`-` and `_` are the same) and YAML values.
+        config_type: the dataclass whose fields are the options.
+        source: the file, for the message.
+
+    Raises:
+        ValueError: an option that the job does not have.
+    """
+    fields = {field.name for field in dataclasses.fields(config_type)}
+    arguments: list[str] = []
+    for option, value in options.items():
+        field = str(option).replace("-", "_")
+        _require(field in fields, f"{source}: unknown option {option!r}; the options are {', '.join(sorted(fields))}")
+        flag = field.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{flag}", *map(str, values)]
+    return arguments
+
+
+def to_yaml(config: Any) -> str:
+    """Returns a configuration as the YAML file that is written beside every run and that `--config` reads."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
