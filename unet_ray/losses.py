@@ -1,0 +1,175 @@
+"""What training minimises, as sums over valid pixels that several workers add up before anything is divided.
+
+Shapes: B batch, H height px, W width px, K classes, S sums. A pixel whose mask is `IGNORED_ID` counts in no sum.
+
+A loss here is a function L of a short vector of sums S over all pixels of the *global* batch: cross-entropy is
+S[0] / S[1], Dice a ratio by class. L is not linear in S, so a worker cannot take the gradient of a loss of its own
+pixels. But S is the sum of the workers' S_r, hence dL/dw = sum over r of dL/dS(S) · dS_r/dw: each worker needs the
+global S, which it takes as constant, and then differentiates its own S_r only. One mechanism for every loss and any
+number of workers:
+
+    sums_S = loss_sums(logits_BHWK, mask_BHW, loss="dice")           # this worker's pixels
+    total_S = replica_context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(sums_S))
+    value = loss_from_sums(total_S, loss="dice")                     # to report: equal on all workers
+    share = replica_share(sums_S, total_S, loss="dice")              # to differentiate
+    gradients = tape.gradient(share, weights)                        # then all_reduce(SUM), clip, apply
+
+A sample whose mask is all `IGNORED_ID` (the padding of a short batch) adds zero to every sum and to every gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from unet_ray.classes import IGNORED_ID
+
+LOSSES = ("ce", "dice", "ce+dice", "focal")
+CLASS_WEIGHTS = ("none", "log", "median")
+
+# Lin et al. 2017, Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002, section 5.1.
+FOCAL_GAMMA = 2.0
+# Paszke et al. 2016, ENet, https://arxiv.org/abs/1606.02147, section 5.2: bounds the weights to about [1.4, 50.5].
+ENET_C = 1.02
+
+
+def loss_sums(
+    logits_BHWK: tf.Tensor, mask_BHW: tf.Tensor, *, loss: str, class_weights_K: Sequence[float] | None = None
+) -> tf.Tensor:
+    """Sum what the loss needs over this worker's valid pixels.
+
+    Args:
+        logits_BHWK: any float dtype; computed in float32.
+        mask_BHW: integer ids 0 to K-1, or `IGNORED_ID`. Other ids are an error on the CPU and NaN on a GPU.
+        loss: one of `LOSSES`.
+        class_weights_K: factor of a pixel by its true class in cross-entropy and focal loss; Dice, which counts every
+            class alike, does not use it. None is 1 for all.
+
+    Returns:
+        float32 `[S]`: ce and focal `[weighted sum, sum of weights]`; dice `[intersection_K, predicted_K, true_K]`;
+        ce+dice both, in this order.
+    """
+    logits_BHWK = tf.cast(logits_BHWK, tf.float32)
+    if loss in ("ce", "focal"):
+        return _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, gamma=FOCAL_GAMMA if loss == "focal" else 0.0)
+    if loss == "dice":
+        return _dice_sums(logits_BHWK, mask_BHW)
+    if loss == "ce+dice":
+        pixel_sums = _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, gamma=0.0)
+        return tf.concat([pixel_sums, _dice_sums(logits_BHWK, mask_BHW)], axis=0)
+    raise _unknown_loss(loss)
+
+
+def loss_from_sums(total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
+    """Compute the loss, a float32 scalar, from sums over the global batch (see `loss_sums`); 0 without a valid pixel.
+
+    ce: weighted mean of -log p(true class). focal: of -(1-p)^2 log p. dice: 1 - mean of 2 intersection /
+    (predicted + true) over the classes that the batch truly has, with probabilities as soft predictions (Milletari et
+    al. 2016, https://arxiv.org/abs/1606.04797, without its squares). ce+dice: the sum of the two.
+    """
+    if loss in ("ce", "focal"):
+        return tf.math.divide_no_nan(total_S[0], total_S[1])
+    if loss == "dice":
+        return _dice_loss(total_S)
+    if loss == "ce+dice":
+        return tf.math.divide_no_nan(total_S[0], total_S[1]) + _dice_loss(total_S[2:])
+    raise _unknown_loss(loss)
+
+
+def replica_share(sums_S: tf.Tensor, total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
+    """Give the scalar whose gradient is this worker's share of the global loss's gradient.
+
+    Its *value* means nothing; the gradients of all workers' shares add up to the gradient of `loss_from_sums(total_S)`.
+
+    Args:
+        sums_S: this worker's own sums, which the gradient flows through.
+        total_S: the sums of all workers, taken as constant.
+        loss: as in `loss_sums`.
+    """
+    total_S = tf.stop_gradient(total_S)
+    with tf.GradientTape() as tape:
+        tape.watch(total_S)
+        value = loss_from_sums(total_S, loss=loss)
+    slope_S = tf.stop_gradient(tape.gradient(value, total_S))
+    return tf.reduce_sum(slope_S * sums_S)
+
+
+def _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, *, gamma: float) -> tf.Tensor:
+    valid_BHW = tf.not_equal(mask_BHW, tf.cast(IGNORED_ID, mask_BHW.dtype))
+    label_BHW = tf.where(valid_BHW, tf.cast(mask_BHW, tf.int32), 0)
+    if class_weights_K is None:
+        weight_BHW = tf.cast(valid_BHW, tf.float32)
+    else:
+        weight_BHW = tf.where(valid_BHW, tf.gather(tf.constant(class_weights_K, tf.float32), label_BHW), 0.0)
+    entropy_BHW = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=label_BHW, logits=logits_BHWK)
+    if gamma:
+        entropy_BHW *= (-tf.math.expm1(-entropy_BHW)) ** gamma
+    return tf.stack([tf.reduce_sum(weight_BHW * entropy_BHW), tf.reduce_sum(weight_BHW)])
+
+
+def _dice_sums(logits_BHWK, mask_BHW) -> tf.Tensor:
+    # one_hot gives a row of zeros for IGNORED_ID, which is never a class.
+    true_BHWK = tf.one_hot(tf.cast(mask_BHW, tf.int32), logits_BHWK.shape[-1])
+    valid_BHW1 = tf.cast(tf.not_equal(mask_BHW, tf.cast(IGNORED_ID, mask_BHW.dtype)), tf.float32)[..., tf.newaxis]
+    predicted_BHWK = tf.nn.softmax(logits_BHWK) * valid_BHW1
+    pixels = [0, 1, 2]
+    return tf.concat(
+        [
+            tf.reduce_sum(predicted_BHWK * true_BHWK, pixels),
+            tf.reduce_sum(predicted_BHWK, pixels),
+            tf.reduce_sum(true_BHWK, pixels),
+        ],
+        axis=0,
+    )
+
+
+def _dice_loss(total_S) -> tf.Tensor:
+    intersection_K, predicted_K, true_K = tf.split(total_S, 3)
+    present_K = tf.cast(true_K > 0, tf.float32)
+    dice_K = present_K * tf.math.divide_no_nan(2.0 * intersection_K, predicted_K + true_K)
+    n_present = tf.reduce_sum(present_K)
+    return tf.math.divide_no_nan(n_present - tf.reduce_sum(dice_K), n_present)
+
+
+def _unknown_loss(loss: str) -> ValueError:
+    return ValueError(f"loss {loss!r} is not known; choose one of {', '.join(LOSSES)}")
+
+
+def class_weights(
+    counts_K: np.ndarray, method: str, *, image_pixels_K: np.ndarray | None = None
+) -> tuple[float, ...] | None:
+    """Compute class weights from the training set's pixel counts; only their ratios matter to the loss.
+
+    Args:
+        counts_K: valid pixels of each class in the training set.
+        method: `none` gives None. `log`: 1 / ln(1.02 + share of all pixels) (ENet, Paszke et al. 2016,
+            https://arxiv.org/abs/1606.02147). `median`: median of the frequencies / frequency (Eigen and Fergus
+            2015, https://arxiv.org/abs/1411.4734).
+        image_pixels_K: for `median`, the valid pixels of the images that hold the class, which is what the paper
+            divides by; without it, frequencies are shares of all pixels.
+
+    Returns:
+        One float a class. A class without a pixel, about which nothing is known, gets the median of the others'
+        weights: training never meets it, a validation loss may.
+
+    Raises:
+        ValueError: an unknown method, or no pixel of any class.
+    """
+    if method == "none":
+        return None
+    if method not in CLASS_WEIGHTS:
+        raise ValueError(f"class weights {method!r} are not known; choose one of {', '.join(CLASS_WEIGHTS)}")
+    counts_K = np.asarray(counts_K, dtype=np.float64)
+    present_K = counts_K > 0
+    if not present_K.any():
+        raise ValueError("class weights need pixel counts: no pixel of any class was found in the training masks")
+    if method == "log":
+        weights_K = 1.0 / np.log(ENET_C + counts_K / counts_K.sum())
+    else:
+        pixels_K = np.full_like(counts_K, counts_K.sum()) if image_pixels_K is None else np.asarray(image_pixels_K)
+        frequency_K = np.divide(counts_K, pixels_K, out=np.ones_like(counts_K), where=present_K)
+        weights_K = np.median(frequency_K[present_K]) / frequency_K
+    weights_K = np.where(present_K, weights_K, np.median(weights_K[present_K]))
+    return tuple(float(weight) for weight in weights_K)

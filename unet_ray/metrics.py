@@ -1,0 +1,109 @@
+"""The confusion matrix and all that is read from it: pixel accuracy, IoU, precision, recall, and their table.
+
+Shapes: H height px, W width px, K classes. A confusion matrix is `confusion_KK`, int64, rows are the true class and
+columns the predicted one. Matrices of several frames, batches or workers are added before anything is read from them.
+IoU (Jaccard index) is true positives / (true positives + false positives + false negatives), as in PASCAL VOC:
+Everingham et al. 2010, https://doi.org/10.1007/s11263-009-0275-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from unet_ray.classes import IGNORED_ID
+
+
+def confusion_matrix(true: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
+    """Count pixels by true and predicted class; pixels whose true id is `IGNORED_ID` are left out.
+
+    Args:
+        true: integer ids of any shape, 0 to K-1 or `IGNORED_ID`.
+        predicted: integer ids of the same shape, 0 to K-1 wherever the true id is not ignored.
+        n_classes: K.
+
+    Returns:
+        `confusion_KK`, int64; row = true class, column = predicted class.
+
+    Raises:
+        ValueError: the shapes differ, or an id is out of range.
+    """
+    if true.shape != predicted.shape:
+        raise ValueError(f"true mask {true.shape} and predicted mask {predicted.shape} must have one shape")
+    valid = true != IGNORED_ID
+    true_P = true[valid].astype(np.intp)
+    predicted_P = predicted[valid].astype(np.intp)
+    for what, ids_P in (("true", true_P), ("predicted", predicted_P)):
+        if ids_P.size and (ids_P.min() < 0 or ids_P.max() >= n_classes):
+            raise ValueError(f"{what} ids run from {ids_P.min()} to {ids_P.max()}, allowed are 0 to {n_classes - 1}")
+    counts = np.bincount(true_P * n_classes + predicted_P, minlength=n_classes * n_classes)
+    return counts.reshape(n_classes, n_classes).astype(np.int64)
+
+
+def class_scores(confusion_KK: np.ndarray) -> dict[str, np.ndarray]:
+    """Per-class IoU, precision and recall as float64 `[K]` under `iou`, `precision`, `recall`; NaN where undefined.
+
+    IoU is undefined for a class absent from truth and prediction, precision for one never predicted, recall for one
+    that no pixel truly has.
+    """
+    hits_K = np.diag(confusion_KK).astype(np.float64)
+    true_K = confusion_KK.sum(axis=1).astype(np.float64)
+    predicted_K = confusion_KK.sum(axis=0).astype(np.float64)
+    return {
+        "iou": _ratio(hits_K, true_K + predicted_K - hits_K),
+        "precision": _ratio(hits_K, predicted_K),
+        "recall": _ratio(hits_K, true_K),
+    }
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+
+
+def summarize(confusion_KK: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Read every reported metric from one confusion matrix; the result is plain JSON.
+
+    Returns:
+        `mean_iou` (mean over the classes present in truth or prediction), `pixel_accuracy`, `iou/<class>`,
+        `precision/<class>`, `recall/<class>`: a float in [0, 1], or None where undefined (see `class_scores`); and
+        `absent`, the names of the classes absent from truth and prediction, which the mean leaves out.
+    """
+    n_classes = len(class_names)
+    if confusion_KK.shape != (n_classes, n_classes):
+        raise ValueError(f"a confusion matrix of {confusion_KK.shape} does not fit {n_classes} class names")
+    scores = class_scores(confusion_KK)
+    present_K = ~np.isnan(scores["iou"])
+    n_pixels = int(confusion_KK.sum())
+    summary: dict[str, Any] = {
+        "mean_iou": float(scores["iou"][present_K].mean()) if present_K.any() else None,
+        "pixel_accuracy": float(np.trace(confusion_KK) / n_pixels) if n_pixels else None,
+        "absent": [name for name, present in zip(class_names, present_K, strict=True) if not present],
+    }
+    for score, values_K in scores.items():
+        for name, value in zip(class_names, values_K, strict=True):
+            summary[f"{score}/{name}"] = None if np.isnan(value) else float(value)
+    return summary
+
+
+def class_table(confusion_KK: np.ndarray, class_names: Sequence[str]) -> str:
+    """Render IoU, precision, recall and true pixels by class as lines of fixed-width text; `-` where undefined.
+
+    The last line holds the mean IoU, the pixel accuracy and the number of pixels.
+    """
+    summary = summarize(confusion_KK, class_names)
+    width = max(len("class"), *(len(name) for name in class_names))
+    lines = [f"{'class':<{width}}     IoU  precision  recall         pixels"]
+    for name, pixels in zip(class_names, confusion_KK.sum(axis=1), strict=True):
+        iou, precision, recall = (_cell(summary[f"{score}/{name}"]) for score in ("iou", "precision", "recall"))
+        lines.append(f"{name:<{width}}  {iou:>6}  {precision:>9}  {recall:>6}  {pixels:>13,}")
+    lines.append(
+        f"mean IoU {_cell(summary['mean_iou'])} over {len(class_names) - len(summary['absent'])} of {len(class_names)} "
+        f"classes, pixel accuracy {_cell(summary['pixel_accuracy'])}, {confusion_KK.sum():,} pixels"
+    )
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
