@@ -16,7 +16,7 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,13 +156,14 @@ def _local_info(path: str, relative: str) -> FileInfo:
 
 def _remote_info(fs: Any, entry: dict[str, Any], relative: str) -> FileInfo:
     tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash")
-    modified = (
-        entry.get("LastModified") or entry.get("mtime") or entry.get("last_modified") or entry.get("created") or ""
-    )
+    modified = next((entry[key] for key in ("LastModified", "last_modified", "mtime", "created") if entry.get(key)), "")
+    if hasattr(
+        modified, "timestamp"
+    ):  # a listing and a look at one file may give a time in two types (fsspec's memory)
+        modified = modified.timestamp()
     version = str(tag).strip('"') if tag else f"{modified}-{entry['size']}"
-    return FileInfo(
-        path=relative, uri=fs.unstrip_protocol(entry["name"]), size_bytes=entry["size"] or 0, version=version
-    )
+    uri = fs.unstrip_protocol(entry["name"])
+    return FileInfo(path=relative, uri=uri, size_bytes=entry["size"] or 0, version=version)
 
 
 def list_files(root: str, *, on_unreadable: Callable[[str, OSError], None] | None = None) -> Iterator[FileInfo]:
@@ -221,6 +222,30 @@ def _list_local(
             if on_unreadable is None:
                 raise
             on_unreadable(entry.path, error)
+
+
+def glob(pattern: str) -> list[str]:
+    """Returns the URIs of the files and folders that match `*`, `?`, `[…]` and `**`, sorted."""
+    fs, path = _filesystem(pattern)
+    with _naming(pattern):
+        local = isinstance(fs, LocalFileSystem)
+        return sorted(match if local else fs.unstrip_protocol(match) for match in fs.glob(path))
+
+
+def versions(uris: Iterable[str]) -> dict[str, str | None]:
+    """Returns each file's version by a fresh look, None where it is gone."""
+
+    def look(uri: str) -> tuple[str, str | None]:
+        try:
+            return uri, info(uri).version
+        except FileNotFoundError:
+            return uri, None
+
+    uris = list(uris)
+    if all(is_local(uri) for uri in uris):
+        return dict(map(look, uris))
+    with ThreadPoolExecutor(min(READ_CONCURRENCY, len(uris))) as pool:
+        return dict(pool.map(look, uris))
 
 
 def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
