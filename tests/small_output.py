@@ -1,0 +1,158 @@
+"""A small archive that is only listed, labels that are a function of a frame's name, and an output made of both."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from unet_ray import ledger, publish, results, storage
+from unet_ray.classes import ClassSet, SegmentationClass
+from unet_ray.frames import MANIFEST_SCHEMA, Listing
+
+CLASS_SET = ClassSet(
+    name="three",
+    classes=(
+        SegmentationClass(name="road", color=(128, 64, 128), values=(1,)),
+        SegmentationClass(name="sky", color=(70, 130, 180), values=(2,)),
+        SegmentationClass(name="car", color=(0, 0, 142), values=(3,)),
+    ),
+)
+LINEAGE = ledger.Lineage(
+    bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "native", "stride": None}, result_version=1
+)
+CUTTING = ledger.Cutting(chunk_frames=3, shard_rows=5)
+
+FIRST_DRIVES = {("a", ""): 5, ("b", "left"): 4, ("b", "right"): 2}
+"""Sequence and camera, number of frames: chunks of 3, 2 | 3, 1, 2 frames in two shards."""
+BROKEN = {"b/left/2.png": "truncated", "a//4.png": "crashed"}
+
+
+def listing(
+    drives: Mapping[tuple[str, str], int] = FIRST_DRIVES, *, versions: Mapping[str, str] | None = None
+) -> Listing:
+    rows = [
+        {
+            "frame_id": f"{sequence}/{camera}/{index}.png",
+            "uri": f"/archive/{sequence}/{camera}/{index}.png",
+            "kind": "file",
+            "offset_bytes": None,
+            "size_bytes": 100 + index,
+            "version": (versions or {}).get(f"{sequence}/{camera}/{index}.png", f"v{index}"),
+            "sequence": sequence,
+            "camera": camera,
+            "frame_index": index,
+        }
+        for (sequence, camera), n_frames in drives.items()
+        for index in range(n_frames)
+    ]
+    return Listing(table=pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), ignored={".json": 2}, unlistable=())
+
+
+def label(rows: pa.Table, broken: Mapping[str, str] = BROKEN) -> pa.Table:
+    """The rows of a chunk: each frame's mask, of 2 to 4 by 5 pixels, comes from its name."""
+    ids = rows["frame_id"].to_pylist()
+    reasons = [broken.get(frame_id) for frame_id in ids]
+    seeds = [np.random.default_rng(zlib.crc32(frame_id.encode())) for frame_id in ids]
+    masks = [seed.integers(0, 3, (int(seed.integers(2, 5)), 5), np.uint8) for seed in seeds]
+    pixels_NK = np.stack([np.bincount(mask.ravel(), minlength=3) for mask in masks])
+    labels = results.ChunkLabels(
+        reason=reasons,
+        error=[None if reason is None else f"it is {reason}" for reason in reasons],
+        height_px=[480] * len(ids),
+        width_px=[640] * len(ids),
+        mask=[mask.tobytes() for mask in masks],
+        mask_encoding="raw",
+        mask_height_px=[mask.shape[0] for mask in masks],
+        mask_width_px=[mask.shape[1] for mask in masks],
+        pixels_NK=pixels_NK,
+        class_confidence_NK=(0.5 + pixels_NK / 50).astype(np.float32),
+        confidence_N=np.array([mask.mean() / 4 + 0.3 for mask in masks], np.float32),
+        low_margin_share_N=np.array([mask[0].mean() / 4 for mask in masks], np.float32),
+    )
+    return results.result_table(rows, labels, CLASS_SET)
+
+
+def make_plan(out: str, archive: Listing | None = None, **options: Any) -> ledger.Plan:
+    told = {"lineage": LINEAGE, "cutting": CUTTING, "config_yaml": "chunk_frames: 3\n", **options}
+    return ledger.plan(out, archive or listing(), told.pop("lineage"), told.pop("cutting"), **told)
+
+
+def work(
+    plan: ledger.Plan, *, chunks: Sequence[ledger.Chunk] | None = None, broken: Mapping[str, str] = BROKEN
+) -> list[str]:
+    """Labels and commits what is pending, or some chunks; returns their ids."""
+    chunks = ledger.pending(plan) if chunks is None else chunks
+    for chunk in chunks:
+        ledger.commit(plan.out, chunk, label(ledger.read_rows(chunk), broken), writer="job-1")
+    return [chunk.chunk_id for chunk in chunks]
+
+
+def segment(
+    out: str,
+    archive: Listing | None = None,
+    *,
+    broken: Mapping[str, str] = BROKEN,
+    retry: str | None = None,
+    **options: Any,
+) -> list[str]:
+    """All of the job: plan, work, publish; returns the chunks that it labelled."""
+    plan = make_plan(out, archive, **options)
+    if retry is not None:
+        publish.retry_rejected(plan, retry)
+    labelled = work(plan, broken=broken)
+    publish.publish(plan, max_rejected=0.5)
+    return labelled
+
+
+def contents(root: str) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    try:
+        return {file.path: storage.read_bytes(file.uri) for file in storage.list_files(root)}
+    except FileNotFoundError:
+        return {}
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@contextmanager
+def killed_at(monkeypatch: Any, place: int, *, after: bool) -> Iterator[list[str]]:
+    """Ends the process before or after its `place`-th change to the storage (from 0); a negative place: never.
+
+    A tree's deletion is the deletions of its files, one after another, from the last to the first and so that odd ones
+    come before even ones: no order may be relied on.
+    """
+    changes: list[str] = []
+
+    def step(name: str, act: Callable[..., Any], *arguments: Any) -> Any:
+        changes.append(f"{name} {arguments[0]}")
+        here = len(changes) - 1 == place
+        if here and not after:
+            raise Killed
+        result = act(*arguments)
+        if here:
+            raise Killed
+        return result
+
+    originals = {name: getattr(storage, name) for name in ("write_whole", "put_if_absent", "delete", "delete_tree")}
+
+    def delete_tree(uri: str) -> None:
+        try:
+            files = sorted((file.uri for file in storage.list_files(uri)), reverse=True)
+        except FileNotFoundError:
+            files = []
+        for file in files[1::2] + files[::2]:
+            step("delete", originals["delete"], file)
+        originals["delete_tree"](uri)
+
+    with monkeypatch.context() as patch:
+        for name in ("write_whole", "put_if_absent", "delete"):
+            patch.setattr(storage, name, lambda *a, name=name: step(name, originals[name], *a))
+        patch.setattr(storage, "delete_tree", delete_tree)
+        yield changes

@@ -1,0 +1,196 @@
+"""The command line: the dataclasses of `config` as options, one line for every error, exit codes that scripts can use.
+
+Exit codes: 0 done; 1 the data or its verification failed; 2 usage; 75 trying again may help; 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+# Before TensorFlow is loaded anywhere below: its C++ notices name no trouble of the user's.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import tyro
+
+import unet_ray
+from unet_ray import config, storage
+
+EXIT_FAILED, EXIT_USAGE, EXIT_TRY_AGAIN = 1, 2, 75
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it is told, and what it does with that."""
+
+    config_type: type[Any]
+    run: Callable[[Any], int]
+    has_recipes: bool = False
+
+
+# TensorFlow and Ray take seconds to import, so each command imports what it runs.
+
+
+def _train(told: config.TrainConfig) -> int:
+    from unet_ray.training import train
+
+    train(told)
+    return 0
+
+
+def _evaluate(told: config.EvaluateConfig) -> int:
+    from unet_ray.training import evaluate
+
+    evaluate(told)
+    return 0
+
+
+def _segment(told: config.SegmentConfig) -> int:
+    from unet_ray.segmentation import segment
+
+    segment(told)
+    return 0
+
+
+def _check(told: config.CheckConfig) -> int:
+    from unet_ray.checks import check_data_set
+
+    report = check_data_set(told)
+    print(report.as_text())
+    return EXIT_FAILED if report.refused else 0
+
+
+def _verify(told: config.VerifyConfig) -> int:
+    from unet_ray.publish import verify
+
+    problems = verify(storage.resolve(told.out))
+    for problem in problems:
+        print(problem)
+    print(f"{told.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
+    return EXIT_FAILED if problems else 0
+
+
+def _export_model(told: config.ExportModelConfig) -> int:
+    from unet_ray.export import export_model
+
+    export_model(told.model, told.out, told.format)
+    print(f"wrote {told.out}")
+    return 0
+
+
+def _demo(told: config.DemoConfig) -> int:
+    from unet_ray.demo import run_demo
+
+    run_demo(told)
+    return 0
+
+
+COMMANDS = {
+    "demo": Command(config.DemoConfig, _demo),
+    "check": Command(config.CheckConfig, _check),
+    "train": Command(config.TrainConfig, _train, has_recipes=True),
+    "evaluate": Command(config.EvaluateConfig, _evaluate),
+    "export-model": Command(config.ExportModelConfig, _export_model),
+    "segment": Command(config.SegmentConfig, _segment),
+    "verify": Command(config.VerifyConfig, _verify),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"unet-ray {unet_ray.__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"perhaps you meant {close[0]}" if close else "the commands are " + ", ".join(COMMANDS)
+        return _fail(f"{name!r} is no command; {hint}", EXIT_USAGE)
+    return run_command(name, arguments[1:])
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Runs one command with its options; the entry of `jobs/train.py` and `jobs/segment.py`, too."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return COMMANDS[name].run(parse(name, arguments))
+    except ValueError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except config.JobFailed as error:
+        return _fail(str(error), EXIT_FAILED)
+    except storage.StorageError as error:
+        return _fail(str(error), EXIT_TRY_AGAIN)
+    except OSError as error:
+        return _fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where this one stopped", 128 + signal.SIGINT)
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """Returns the configuration of a command. Precedence: `--recipe` < `--config` < the options themselves.
+
+    Raises:
+        ValueError: an option or a combination that the command does not allow.
+        SystemExit: after `--help` (0), or after the parser has said what it did not understand (2).
+    """
+    command = COMMANDS[name]
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config")
+    if command.has_recipes:
+        files.add_argument("--recipe")
+    chosen, rest = files.parse_known_args(arguments)
+    options: list[str] = []
+    if getattr(chosen, "recipe", None):
+        options += config.option_arguments(
+            config.read_recipe(chosen.recipe), command.config_type, f"recipe {chosen.recipe}"
+        )
+    if chosen.config:
+        options += config.option_arguments(config.read_yaml(chosen.config), command.config_type, chosen.config)
+    # The parser would put a ValueError of the configuration into a box of its own, so it fills an unchecked twin.
+    twin = type(command.config_type.__name__, (command.config_type,), {"__post_init__": lambda self: None})
+    told: Any = tyro.cli(
+        twin, args=[*options, *rest], prog=f"unet-ray {name}", description=_description(command), use_underscores=False
+    )
+    return command.config_type(**{field.name: getattr(told, field.name) for field in dataclasses.fields(twin)})
+
+
+def _description(command: Command) -> str:
+    text = (command.config_type.__doc__ or "").strip()
+    text += "\n\nAlso: --config FILE.yaml reads options from a file (`name: value`)."
+    if command.has_recipes:
+        text += f" --recipe NAME starts from one of {', '.join(config.recipe_names())}."
+        text += " An option given here wins over the file, the file over the recipe."
+    return text
+
+
+def _overview() -> str:
+    lines = (f"  {name:14}{(command.config_type.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
+    return f"""usage: unet-ray COMMAND [OPTIONS]
+
+{unet_ray.__doc__}
+
+commands:
+{chr(10).join(lines)}
+
+unet-ray COMMAND --help shows a command's options, unet-ray --version the version."""
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"unet-ray: error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)

@@ -1,0 +1,210 @@
+"""The manifest of an output: every listed frame, cut into chunks and shards, generation after generation.
+
+    OUT/manifest/g000-00000-DIGEST.parquet   a row a frame, with the chunk and the shard that it belongs to
+    OUT/manifest/_g000.json                  the generation is whole: its files and their digests
+
+What is planned never moves: frames that are found later are a new generation with chunks and shards of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unet_ray import storage
+from unet_ray.frames import MANIFEST_SCHEMA
+
+CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()), ("shard", pa.int32())])
+"""Columns of the manifest beside a frame's own."""
+
+_FILE_ROWS, _GROUP_ROWS = 50_000, 1_024
+# A chunk's rows lie in one row group or two of a file whose footer is small.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """How new frames are cut into chunks and shards; frames that are planned already stay as they were cut."""
+
+    chunk_frames: int
+    """Most frames of a chunk."""
+    shard_rows: int
+    """Rows from which on a published file is full."""
+    frame_pixels: int = 0
+    """Pixels of the archive's first frame; 0: unknown."""
+    max_chunk_pixels: int = 200_000_000
+    """Bound on the decoded pixels of a chunk (600 MB)."""
+
+    @property
+    def n_frames(self) -> int:
+        """Most frames of a chunk, by both bounds."""
+        by_pixels = self.max_chunk_pixels // self.frame_pixels if self.frame_pixels else self.chunk_frames
+        return max(1, min(self.chunk_frames, by_pixels))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Frames of one sequence and camera that follow each other in the manifest: the unit of work and of commit."""
+
+    chunk_id: str
+    """Generation and place, `000-000012`."""
+    key: str
+    """Digest of its frames with their versions and of the lineage."""
+    manifest_uri: str
+    row_start: int
+    n_rows: int
+    shard: int
+    """Number of the published file."""
+
+
+def known_and_new(out: str, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Returns id and version of the planned frames, and the listed rows that are not among them."""
+    files = [file for mark in read_generations(out) for file in mark["files"]]
+    nothing = pa.table({name: pa.array([], pa.string()) for name in ("frame_id", "version")})
+    tables = [_read_table(storage.join(out, file["path"]), nothing.column_names) for file in files]
+    known = pa.concat_tables([nothing, *tables]).combine_chunks()
+    return known, listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
+
+
+def read_generations(out: str) -> list[dict[str, Any]]:
+    """Returns the marks of all whole generations, in order."""
+    folder = storage.join(out, "manifest")
+    names = sorted(
+        file.path for file in list_folder(folder) if file.path.startswith("_g") and file.path.endswith(".json")
+    )
+    return [json.loads(storage.read_bytes(storage.join(folder, name))) for name in names]
+
+
+def append_generation(
+    out: str, rows: pa.Table, lineage_digest: str, cutting: Cutting, ignored: Mapping[str, int]
+) -> None:
+    """Writes new frames as the next generation of the plan; where another job was first, its generation stands."""
+    marks = read_generations(out)
+    number = len(marks)
+    first_shard = max((mark["last_shard"] for mark in marks), default=-1) + 1
+    starts = _chunk_starts(rows, cutting.n_frames)
+    sizes = np.diff([*starts, len(rows)])
+    shards = first_shard + _fill(sizes, cutting.shard_rows)
+    planned = _with_chunks(rows, starts, sizes, shards, number, lineage_digest)
+    files: list[dict[str, Any]] = []
+    for start, length in _file_spans(starts, sizes):
+        data = parquet_bytes(planned.slice(start, length), row_group_size=_GROUP_ROWS)
+        digest = storage.sha256(data)
+        path = f"manifest/g{number:03d}-{len(files):05d}-{digest[:16]}.parquet"
+        storage.write_whole(storage.join(out, path), data)
+        files.append({"path": path, "rows": length, "bytes": len(data), "sha256": digest})
+    mark = {"files": files, "last_shard": int(shards[-1]), "ignored": dict(ignored)}
+    storage.put_if_absent(storage.join(out, "manifest", f"_g{number:03d}.json"), json_bytes(mark))
+
+
+def _chunk_starts(rows: pa.Table, n_frames: int) -> np.ndarray:
+    """Returns the first row of each chunk: where the drive or camera changes, and every `n_frames` from there."""
+    drive_starts = np.zeros(len(rows), bool)
+    drive_starts[0] = True
+    for name in ("sequence", "camera"):
+        codes = pc.dictionary_encode(rows[name].combine_chunks(), null_encoding="encode").indices.to_numpy()
+        drive_starts[1:] |= codes[1:] != codes[:-1]
+    place = np.arange(len(rows))
+    within = place - np.maximum.accumulate(np.where(drive_starts, place, 0))
+    return np.flatnonzero(within % n_frames == 0)
+
+
+def _fill(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Returns the number of the shard of each chunk: a shard takes whole chunks until it has `capacity` rows."""
+    shards, shard, filled = np.zeros(len(sizes), np.int64), 0, 0
+    for place, size in enumerate(sizes):
+        if filled >= capacity:
+            shard, filled = shard + 1, 0
+        shards[place], filled = shard, filled + size
+    return shards
+
+
+def _file_spans(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yields first row and number of rows of each manifest file; no chunk lies in two."""
+    files = _fill(sizes, _FILE_ROWS)
+    for number in range(files[-1] + 1):
+        chunks = np.flatnonzero(files == number)
+        yield int(starts[chunks[0]]), int(sizes[chunks].sum())
+
+
+def _with_chunks(
+    rows: pa.Table, starts: np.ndarray, sizes: np.ndarray, shards: np.ndarray, generation: int, lineage_digest: str
+) -> pa.Table:
+    keyed = [rows[name].to_pylist() for name in MANIFEST_SCHEMA.names if name not in ("sequence", "camera")]
+    lines = [repr(row) for row in zip(*keyed, strict=True)]
+    bounds = zip(starts, starts + sizes, strict=True)
+    keys = [storage.sha256("\n".join([lineage_digest, *lines[a:b]]).encode())[:32] for a, b in bounds]
+    ids = [f"{generation:03d}-{number:06d}" for number in range(len(starts))]
+    columns: list[Sequence[Any] | np.ndarray] = [
+        np.repeat(ids, sizes),
+        np.repeat(keys, sizes),
+        np.repeat(shards, sizes),
+    ]
+    for field, column in zip(CHUNK_SCHEMA, columns, strict=True):
+        rows = rows.append_column(field, pa.array(column, field.type))
+    return rows
+
+
+def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
+    """Yields the chunks of one file of the manifest, in order."""
+    table = _read_table(manifest_uri, CHUNK_SCHEMA.names)
+    ids = pc.run_end_encode(table["chunk_id"].combine_chunks())
+    start = 0
+    for end in ids.run_ends.to_pylist():
+        yield Chunk(
+            chunk_id=table["chunk_id"][start].as_py(),
+            key=table["chunk_key"][start].as_py(),
+            manifest_uri=manifest_uri,
+            row_start=start,
+            n_rows=end - start,
+            shard=table["shard"][start].as_py(),
+        )
+        start = end
+
+
+def read_rows(chunk: Chunk) -> pa.Table:
+    """Returns the manifest's rows of a chunk: `frames.MANIFEST_SCHEMA` and the catalogue's own columns."""
+    first, last = chunk.row_start // _GROUP_ROWS, (chunk.row_start + chunk.n_rows - 1) // _GROUP_ROWS
+    rows = pa.concat_tables([_read_group(chunk.manifest_uri, group) for group in range(first, last + 1)])
+    return rows.slice(chunk.row_start - first * _GROUP_ROWS, chunk.n_rows).drop_columns(CHUNK_SCHEMA.names)
+
+
+@lru_cache(maxsize=8)
+def _read_group(uri: str, group: int) -> pa.Table:
+    # A manifest's file is named by its content, so what is cached here cannot be stale.
+    return open_manifest(uri).read_row_group(group)
+
+
+@lru_cache(maxsize=4)
+def open_manifest(uri: str) -> pq.ParquetFile:
+    """Opens one file of the manifest; the last few stay open."""
+    return pq.ParquetFile(storage.open_read(uri))
+
+
+def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
+    return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=list(columns))
+
+
+def list_folder(folder: str) -> list[storage.FileInfo]:
+    """Returns the files below a folder; none where it is not there."""
+    return list(storage.list_files(folder)) if storage.is_folder(folder) else []
+
+
+def parquet_bytes(table: pa.Table, *, row_group_size: int | None = None) -> bytes:
+    """Returns a table as a Parquet file; the same table gives the same bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size)
+    return buffer.getvalue()
+
+
+def json_bytes(value: Any) -> bytes:
+    """Returns a value as the JSON that the output holds."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()

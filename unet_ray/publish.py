@@ -1,0 +1,377 @@
+"""Finished chunks become the published output, and a published output is proved whole.
+
+Steps, after each of which a kill does no harm and the same command goes on: (1) each shard's parts become one file of
+`frames/`, a pure function of the records; (2) class_statistics.parquet; (3) summary.json, which says what is whole;
+(4) `_work/` goes. Without (3) nothing counts as published, and (1) and (2) write the same bytes again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unet_ray import ledger, results, storage
+from unet_ray.config import JobFailed
+from unet_ray.ledger import Chunk, Lineage, Plan, Receipt
+from unet_ray.manifest import json_bytes, parquet_bytes
+
+_GROUP_ROWS = 2_048
+"""Rows of a row group of a published file: 12 MB of masks of 480x640, small enough to skip by statistics."""
+
+# Not on masks and errors: nobody filters by them, and a minimum of 6 KB would be stored for every row group.
+_WITHOUT_STATISTICS = ("mask", "error", "uri")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One published file to write: picklable, so that a task on any node can do it."""
+
+    out: str
+    shard: int
+    lineage: Lineage
+    carried: pa.Schema
+    receipts: tuple[Receipt, ...]
+    """In the manifest's order."""
+
+
+def shard_name(shard: int) -> str:
+    """Returns the name of a published file within `frames/`."""
+    return f"part-{shard:05d}.parquet"
+
+
+# --- publishing ---
+
+
+def publish(
+    plan: Plan,
+    *,
+    max_rejected: float,
+    figures: Mapping[str, Any] | None = None,
+    map_shards: Callable[[Callable[[ShardTask], dict[str, Any]], Sequence[ShardTask]], Iterable[dict[str, Any]]] = map,
+) -> dict[str, Any]:
+    """Publishes a finished plan; where it is published already, no frame or label is read or written.
+
+    Args:
+        plan: what was planned; all of its chunks are done.
+        max_rejected: largest share of rejected frames with which anything is published.
+        figures: of this run, for summary.json.
+        map_shards: `map`, or one that spreads the shards over a cluster.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        JobFailed: too many frames are rejected, or the counts do not add up.
+        StorageError: a part is damaged, or the store did not answer; the same command goes on.
+    """
+    done = finished_summary(plan)
+    if done is not None:
+        storage.delete_tree(storage.join(plan.out, "_work"))  # left by a kill after step 3
+        return done
+    published = ledger.published_shards(plan.out)
+    of_shard: dict[int, list[Chunk]] = {}
+    for chunk in plan.chunks:
+        if chunk.shard not in published:
+            of_shard.setdefault(chunk.shard, []).append(chunk)
+    receipts = {
+        shard: ledger.read_receipts(plan.out, [chunk.key for chunk in chunks]) for shard, chunks in of_shard.items()
+    }
+    _require_share(plan, published, receipts, max_rejected)
+    tasks = [
+        ShardTask(
+            out=plan.out, shard=shard, lineage=plan.lineage, carried=plan.carried, receipts=tuple(receipts[shard])
+        )
+        for shard in sorted(receipts)
+    ]
+    files = {
+        **published,
+        **{task.shard: file for task, file in zip(tasks, map_shards(write_shard, tasks), strict=True)},
+    }
+    in_order = [files[shard] for shard in sorted(files)]
+    summary = _summary(plan, in_order, figures or {})
+    # Last, and only then the work goes: a record stands until what it stands for is published.
+    storage.write_whole(storage.join(plan.out, "summary.json"), json_bytes(summary))
+    storage.delete_tree(storage.join(plan.out, "_work"))
+    return summary
+
+
+def finished_summary(plan: Plan) -> dict[str, Any] | None:
+    """Returns summary.json where it speaks of all of the plan and nothing of it is known to be damaged."""
+    summary = ledger.read_summary(plan.out)
+    if summary is None or summary.get("listed") != plan.n_frames:
+        return None
+    if set(ledger.published_shards(plan.out)) != {chunk.shard for chunk in plan.chunks}:
+        return None
+    statistics = storage.join(plan.out, "class_statistics.parquet")
+    damaged = storage.exists(storage.join(plan.out, "_work", "damaged", "class_statistics.parquet"))
+    return None if damaged or not storage.exists(statistics) else summary
+
+
+def _require_share(
+    plan: Plan,
+    published: Mapping[int, Mapping[str, Any]],
+    receipts: Mapping[int, Sequence[Receipt]],
+    max_rejected: float,
+) -> None:
+    rejected: Counter[str] = Counter()
+    for file in published.values():
+        rejected.update(file["rejected"])
+    for shard in receipts.values():
+        for receipt in shard:
+            rejected.update(receipt.rejected)
+    require_share(rejected, plan.n_frames, plan.n_frames, max_rejected)
+
+
+def require_share(rejected: Mapping[str, int], n_done: int, n_frames: int, max_rejected: float) -> None:
+    """Raises JobFailed where more than `max_rejected` of `n_frames` are rejected.
+
+    Args:
+        rejected: number by reason, of the frames that are done.
+        n_done: frames that are done, for the message.
+        n_frames: frames in all.
+        max_rejected: a share.
+    """
+    n_rejected = sum(rejected.values())
+    if n_rejected > max_rejected * n_frames:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(rejected).most_common())
+        raise JobFailed(
+            f"{n_rejected:,} of {n_done:,} frames are rejected ({n_rejected / n_done:.1%}: {reasons}), more than "
+            f"--max-rejected {max_rejected:g} of {n_frames:,}; nothing is published. With a larger --max-rejected the "
+            "same command publishes what is labelled; --retry-rejected tries those frames again"
+        )
+
+
+def write_shard(task: ShardTask) -> dict[str, Any]:
+    """Writes one file of `frames/` from its parts, and returns what summary.json says of it.
+
+    Raises:
+        StorageError: a part is missing or damaged; its record is taken back, so that it is done again.
+    """
+    schema = results.frames_schema(task.lineage.class_set, task.carried).with_metadata(_footer(task.lineage))
+    buffer = io.BytesIO()
+    statistics = [name for name in schema.names if name not in _WITHOUT_STATISTICS]
+    with pq.ParquetWriter(buffer, schema, compression="zstd", write_statistics=statistics) as writer:  # type: ignore[arg-type]
+        for rows in _in_groups(_read_part(task.out, receipt) for receipt in task.receipts):
+            writer.write_table(rows.cast(schema), row_group_size=_GROUP_ROWS)
+    data = buffer.getvalue()
+    path = f"frames/{shard_name(task.shard)}"
+    storage.write_whole(storage.join(task.out, path), data)
+    rejected: Counter[str] = Counter()
+    for receipt in task.receipts:
+        rejected.update(receipt.rejected)
+    return {
+        "path": path,
+        "rows": sum(receipt.n_rows for receipt in task.receipts),
+        "bytes": len(data),
+        "sha256": storage.sha256(data),
+        "rejected": dict(sorted(rejected.items())),
+    }
+
+
+def _read_part(out: str, receipt: Receipt) -> pa.Table:
+    uri = ledger.part_uri(out, receipt.part)
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        data = b""
+    if storage.sha256(data) != receipt.sha256:
+        storage.delete(ledger.record_uri(out, receipt.key))
+        what = "damaged" if data else "gone"
+        raise storage.StorageError(f"{uri} is {what}; run the same command again: its frames are done anew")
+    return pq.read_table(io.BytesIO(data))
+
+
+def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Joins small tables into ones of `_GROUP_ROWS` rows; what they are cut into depends on the rows alone."""
+    held: list[pa.Table] = []
+    n_rows = 0
+    for table in tables:
+        held.append(table)
+        n_rows += len(table)
+        while n_rows >= _GROUP_ROWS:
+            joined = pa.concat_tables(held)
+            yield joined.slice(0, _GROUP_ROWS)
+            held, n_rows = [joined.slice(_GROUP_ROWS)], n_rows - _GROUP_ROWS
+    if n_rows:
+        yield pa.concat_tables(held)
+
+
+def _footer(lineage: Lineage) -> dict[str, str]:
+    return {
+        "unet_ray.format_version": str(results.FORMAT_VERSION),
+        "unet_ray.class_set": json.dumps(lineage.class_set.to_dict()),
+        "unet_ray.lineage": json.dumps(lineage.to_dict()),
+    }
+
+
+def _summary(plan: Plan, files: Sequence[dict[str, Any]], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes class_statistics.parquet, and returns what summary.json is to hold."""
+    rejected: Counter[str] = Counter()
+    for file in files:
+        rejected.update(file["rejected"])
+    listed, rows = plan.n_frames, sum(file["rows"] for file in files)
+    if rows != listed:
+        raise JobFailed(
+            f"{plan.out}: {listed:,} frames are listed and {rows:,} rows published; this is a bug, report it"
+        )
+    statistics = parquet_bytes(_statistics(plan.out, files, plan.lineage))
+    storage.write_whole(storage.join(plan.out, "class_statistics.parquet"), statistics)
+    about = {
+        "path": "class_statistics.parquet",
+        "bytes": len(statistics),
+        "sha256": storage.sha256(statistics),
+    }
+    return {
+        "format_version": results.FORMAT_VERSION,
+        "listed": listed,
+        "ok": listed - sum(rejected.values()),
+        "rejected": dict(sorted(rejected.items())),
+        "ignored": dict(plan.ignored),
+        "files": [*plan.manifest_files, *files, about],
+        "recorded": dict(plan.recorded),
+        "figures": dict(figures),
+    }
+
+
+def _statistics(out: str, files: Iterable[Mapping[str, Any]], lineage: Lineage) -> pa.Table:
+    columns = results.statistics_columns(lineage.class_set)
+    batches = (
+        batch
+        for file in files
+        for batch in pq.ParquetFile(storage.open_read(storage.join(out, file["path"]))).iter_batches(columns=columns)
+    )
+    return results.class_statistics(batches, lineage.class_set)
+
+
+def retry_rejected(plan: Plan, reason: str) -> int:
+    """Makes chunks with frames rejected for `reason` (`all`: any) pending again; returns how many frames that retries.
+
+    A published shard with such frames goes back to parts and records: those of its other chunks, so that only the
+    chunks with rejected frames are done again.
+    """
+    n_frames = 0
+    published = ledger.published_shards(plan.out)
+    for shard, file in published.items():
+        if _count(file["rejected"], reason):
+            n_frames += _reopen(plan, shard, reason)
+    recorded = ledger.recorded_keys(plan.out)
+    keys = [chunk.key for chunk in plan.chunks if chunk.shard not in published and chunk.key in recorded]
+    for receipt in ledger.read_receipts(plan.out, keys):
+        if count := _count(receipt.rejected, reason):
+            storage.delete(ledger.record_uri(plan.out, receipt.key))
+            n_frames += count
+    return n_frames
+
+
+def _count(rejected: Mapping[str, int], reason: str) -> int:
+    return sum(count for name, count in rejected.items() if reason in ("all", name))
+
+
+def _reopen(plan: Plan, shard: int, reason: str) -> int:
+    """Takes a published shard apart: a part and record for each chunk without such frames, then it counts no more."""
+    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(plan.out, "frames", shard_name(shard)))))
+    start = n_frames = 0
+    for chunk in (chunk for chunk in plan.chunks if chunk.shard == shard):
+        rows = table.slice(start, chunk.n_rows).replace_schema_metadata()
+        start += chunk.n_rows
+        reasons = Counter(rows["reason"].to_pylist())
+        del reasons[None]
+        if count := _count(reasons, reason):
+            n_frames += count
+        else:
+            ledger.commit(plan.out, chunk, rows, writer="reopened")
+    ledger.mark_damaged(plan.out, shard_name(shard))
+    return n_frames
+
+
+# --- proof ---
+
+
+def verify(out: str) -> list[str]:
+    """Checks a published output: every file's size and digest, every row against the manifest, every count.
+
+    What is found damaged is noted in the output, so that `segment` does that, and only that, again.
+
+    Returns:
+        One line a problem; none where all is whole.
+
+    Raises:
+        ValueError: the folder is no output.
+    """
+    plan = ledger.read_plan(out)
+    summary = ledger.read_summary(out)
+    if summary is None:
+        missing = len(ledger.pending(plan))
+        return [
+            f"{out}/summary.json: missing or damaged: the output is not finished, {missing:,} of {len(plan.chunks):,} "
+            "chunks are to be done; run segment again"
+        ]
+    problems = [problem for file in summary["files"] for problem in _verify_file(out, file)]
+    problems += _strangers(out, summary)
+    chunks_of = {shard: [c for c in plan.chunks if c.shard == shard] for shard in {c.shard for c in plan.chunks}}
+    listed = {file["path"] for file in summary["files"]}
+    for shard, chunks in sorted(chunks_of.items()):
+        path = f"frames/{shard_name(shard)}"
+        if path not in listed:
+            problems.append(f"{path}: not published yet; run segment again")
+        elif not any(problem.startswith(path) for problem in problems):
+            problems += _verify_rows(plan, path, chunks)
+    if summary["listed"] != plan.n_frames or summary["listed"] != summary["ok"] + sum(summary["rejected"].values()):
+        problems.append(
+            f"summary.json: {summary['listed']:,} frames listed, {summary['ok']:,} ok, {summary['rejected']} rejected; "
+            f"the manifest lists {plan.n_frames:,}"
+        )
+    for name in {problem.partition(":")[0] for problem in problems}:
+        if name.startswith("frames/") or name == "class_statistics.parquet":
+            ledger.mark_damaged(out, name.removeprefix("frames/"))
+    return problems
+
+
+def _verify_file(out: str, file: Mapping[str, Any]) -> list[str]:
+    try:
+        data = storage.read_bytes(storage.join(out, file["path"]))
+    except FileNotFoundError:
+        return [f"{file['path']}: missing"]
+    if len(data) != file["bytes"]:
+        return [f"{file['path']}: {len(data):,} bytes, summary.json says {file['bytes']:,}"]
+    if storage.sha256(data) != file["sha256"]:
+        return [f"{file['path']}: its content is not what was published (sha256 differs)"]
+    return []
+
+
+def _strangers(out: str, summary: Mapping[str, Any]) -> list[str]:
+    listed = {file["path"] for file in summary["files"]}
+    folder = storage.join(out, "frames")
+    there = [f"frames/{file.path}" for file in storage.list_files(folder)] if storage.is_folder(folder) else []
+    return [
+        f"{path}: not in summary.json; its rows would be read twice, delete it"
+        for path in there
+        if path not in listed and not storage.name(path).startswith(storage.TEMPORARY_PREFIX)
+    ]
+
+
+def _verify_rows(plan: Plan, path: str, chunks: Sequence[Chunk]) -> list[str]:
+    """Checks that the rows of a file are the manifest's, in order, and that the pixels of each mask add up."""
+    names = [f"pixels_{name}" for name in plan.lineage.class_set.names]
+    columns = ["frame_id", "status", "mask_height_px", "mask_width_px", *names]
+    rows = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(plan.out, path))), columns=columns)
+    planned = pa.concat_tables([ledger.read_rows(chunk).select(["frame_id"]) for chunk in chunks])
+    if not rows["frame_id"].equals(planned["frame_id"]):
+        return [f"{path}: its frames are not those of the manifest ({len(rows):,} rows for {len(planned):,} frames)"]
+    ok = rows.filter(pc.equal(rows["status"], "ok"))
+    total = pc.multiply(ok["mask_height_px"].cast(pa.int64()), ok["mask_width_px"].cast(pa.int64()))
+    for name in names:
+        total = pc.subtract(total, ok[name])
+    wrong = ok.filter(pc.not_equal(total, 0))
+    if len(wrong):
+        frame = wrong["frame_id"][0].as_py()
+        return [f"{path}: the class pixels of {len(wrong):,} masks do not add up to height x width, first {frame}"]
+    return []
