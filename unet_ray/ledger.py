@@ -156,6 +156,7 @@ def plan(
     while len(new):  # again only where another job's generation came first
         manifest.append_generation(out, new, lineage.digest, cutting, listing.ignored)
         _, new = manifest.known_and_new(out, listing.table)
+    manifest.delete_unmarked(out)
     place = pc.index_in(listing.table["frame_id"], known["frame_id"])
     versions = listing.table["version"].filter(pc.is_valid(place))
     return dataclasses.replace(
@@ -259,8 +260,10 @@ def _read_plan(out: str, run: Mapping[str, Any]) -> Plan:
 
 def pending(plan: Plan) -> list[Chunk]:
     """Returns the chunks that are not done, in order; lists the records and opens none of them."""
+    # Records before summary.json: they go after it was written, so who sees none of them sees it.
+    parts = manifest.list_folder(storage.join(plan.out, "_work", "parts"))
+    recorded = recorded_keys(plan.out) & {file.path.partition("-")[0] for file in parts}
     published = published_shards(plan.out)
-    recorded = recorded_keys(plan.out)
     return [chunk for chunk in plan.chunks if chunk.shard not in published and chunk.key not in recorded]
 
 
@@ -345,7 +348,16 @@ def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
     for content in contents:
         if isinstance(content, OSError):
             raise content
-    return [Receipt(**json.loads(content)) for content in contents if isinstance(content, bytes)]
+    receipts = []
+    for key, content in zip(keys, contents, strict=True):
+        try:
+            receipts.append(Receipt(**json.loads(content)))  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            storage.delete(record_uri(out, key))
+            raise storage.StorageError(
+                f"{record_uri(out, key)} is damaged; run the same command again: its frames are done anew"
+            ) from error
+    return receipts
 
 
 def receipts(plan: Plan) -> list[Receipt]:

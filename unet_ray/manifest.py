@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray import storage
+from unet_ray.config import JobFailed
 from unet_ray.frames import MANIFEST_SCHEMA
 
 CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()), ("shard", pa.int32())])
@@ -103,6 +105,19 @@ def append_generation(
         files.append({"path": path, "rows": length, "bytes": len(data), "sha256": digest})
     mark = {"files": files, "last_shard": int(shards[-1]), "ignored": dict(ignored)}
     storage.put_if_absent(storage.join(out, "manifest", f"_g{number:03d}.json"), json_bytes(mark))
+
+
+def delete_unmarked(out: str) -> None:
+    """Deletes manifest files that a killed or slower job wrote for a generation whose mark names others.
+
+    Other tools read all of `manifest/`. A generation's mark is put once, so such a file can never come to count.
+    """
+    marks = read_generations(out)
+    named = {file["path"] for mark in marks for file in mark["files"]}
+    for file in list_folder(storage.join(out, "manifest")):
+        generation = re.match(r"g(\d{3,})-", file.path)
+        if generation and int(generation[1]) < len(marks) and f"manifest/{file.path}" not in named:
+            storage.delete(file.uri)
 
 
 def _chunk_starts(rows: pa.Table, n_frames: int) -> np.ndarray:
@@ -190,7 +205,13 @@ def open_manifest(uri: str) -> pq.ParquetFile:
 
 
 def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
-    return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=list(columns))
+    try:
+        return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=list(columns))
+    except storage.StorageError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:  # gone, or bytes that are no Parquet
+        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({str(error).splitlines()[0]})"
+        raise JobFailed(f"{uri}: {reason}; restore it, or start anew with --overwrite") from error
 
 
 def list_folder(folder: str) -> list[storage.FileInfo]:

@@ -99,6 +99,9 @@ def publish(
     summary = _summary(plan, in_order, figures or {})
     # Last, and only then the work goes: a record stands until what it stands for is published.
     storage.write_whole(storage.join(plan.out, "summary.json"), json_bytes(summary))
+    # Damage first: while it is noted its records count, and while a record counts its part is needed.
+    for name in ("damaged", "records"):
+        storage.delete_tree(storage.join(plan.out, "_work", name))
     storage.delete_tree(storage.join(plan.out, "_work"))
     return summary
 
@@ -306,7 +309,10 @@ def verify(out: str) -> list[str]:
     Raises:
         ValueError: the folder is no output.
     """
-    plan = ledger.read_plan(out)
+    try:
+        plan = ledger.read_plan(out)
+    except JobFailed as error:
+        return [str(error)]
     summary = ledger.read_summary(out)
     if summary is None:
         missing = len(ledger.pending(plan))
@@ -322,7 +328,7 @@ def verify(out: str) -> list[str]:
         path = f"frames/{shard_name(shard)}"
         if path not in listed:
             problems.append(f"{path}: not published yet; run segment again")
-        elif not any(problem.startswith(path) for problem in problems):
+        elif not any(problem.startswith((path, "manifest/")) for problem in problems):
             problems += _verify_rows(plan, path, chunks)
     if summary["listed"] != plan.n_frames or summary["listed"] != summary["ok"] + sum(summary["rejected"].values()):
         problems.append(
