@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +36,7 @@ def connect() -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
+    stop_handler = signal.getsignal(signal.SIGTERM)
     if _is_local():
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -46,6 +49,8 @@ def connect() -> None:
             raise ValueError(
                 f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}; no cluster lets us in there: {cause}"
             ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop_handler)  # Ray's own prints a stack trace of C++ before it ends the process
     nodes = [node for node in ray.nodes() if node["Alive"]]
     have = ray.cluster_resources()
     where = "on this machine" if _is_local() else f"at {os.environ['RAY_ADDRESS']}, nodes: {len(nodes)}"
