@@ -1,0 +1,438 @@
+"""Pairs to a trained model: checks everything first, then Ray Data, then Ray Train's workers, then the bundle.
+
+RUN/config.yaml     the resolved configuration          RUN/run.json      what the run is: data, classes, versions
+RUN/checkpoints/    see `checkpoints`                   RUN/tensorboard/  event files
+RUN/history.csv     a row an epoch                      RUN/curves.png, samples.png, confusion.png
+RUN/model/          the best by validation mean IoU     RUN/metrics.json  written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
+from unet_ray.checkpoints import Checkpoint
+from unet_ray.classes import ClassSet
+from unet_ray.cluster import connect, resolve_device, say, wait_for_resources
+from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig, load_class_set, read_yaml
+from unet_ray.ingest import FrameSource, IngestPlan, ingest
+from unet_ray.monitor import Mailbox, Monitor, write_history
+from unet_ray.pairs import ImagePair, count, detect_mask_format, find_pairs, load_pair, require_complete
+from unet_ray.splits import Split, leak_rate, leak_warning, split_pairs
+from unet_ray.worker import MODEL_SIZE, OWN_SIZE, Group, Worker, WorkerTask
+
+HEALTH_CHECK_TIMEOUT_S = 60
+"""After which a worker that does not answer (stopped, or its node gone) is given up; Ray's default is 600."""
+
+POLL_INTERVAL_S = 0.2
+"""How often the driver looks for the workers' events."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training made."""
+
+    run: str
+    """URI of the run's folder."""
+    model: str
+    """URI of the bundle."""
+    metrics: dict[str, Any]
+    """What `metrics.json` holds."""
+    history: tuple[dict[str, Any], ...]
+    """One row an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What is known of the data before a pixel is read, but for a few masks."""
+
+    class_set: ClassSet
+    mask_format: str
+    split: Split
+    class_weights_K: tuple[float, ...] | None
+    """Weights from a file."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains a U-Net, or goes on where the same command stopped.
+
+    Raises:
+        ValueError: something that the user can mend: files, options, the output's folder.
+        JobFailed: the loss became infinite, or workers were lost again and again.
+        StorageError: trouble with storage that may be over when one tries again.
+    """
+    config = runs.resolved(config)
+    if finished := runs.finished(config):
+        say(f"{config.out} is finished already; --overwrite trains it anew")
+        return _result(config.out, finished)
+    data = find_data(config)
+    about = runs.describe(data.split, data.class_set, data.mask_format)
+    runs.require_same_data(config, about)
+
+    connect()
+    launcher = ray.remote(num_cpus=0)(Launcher).remote()
+    device = resolve_device(config.device)
+    cpus = reserve(config, device)
+    task, hashes = _prepare(config, data, device, cpus)
+    _say_plan(config, data, cpus, device, hashes)
+
+    runs.begin(config, about)
+    monitor = _fit(config, task, launcher)
+    found = _write_results(config, data, monitor.samples)
+    say(f"model: {storage.join(config.out, 'model')}")
+    return _result(config.out, found)
+
+
+def find_data(config: TrainConfig) -> TrainingData:
+    """Finds classes, pairs, split and mask format; everything that can be refused before Ray starts."""
+    class_set = load_class_set(config.classes)
+    pairs = _complete_pairs(config, config.images, config.masks)
+    if config.val_images is not None and config.val_masks is not None:
+        val_pairs = _complete_pairs(config, config.val_images, config.val_masks)
+        how = f"{count(len(val_pairs), 'other frame')} of {config.val_images} validate"
+        split = Split(train=pairs, validation=val_pairs, how=how)
+    else:
+        split = split_pairs(
+            pairs,
+            val_fraction=config.val_fraction,
+            guard_frames=config.guard_frames,
+            manifest=config.split_manifest,
+        )
+    if not split.train:
+        raise ValueError(f"no frame is left for training ({split.how}); lower --val-fraction or change the split")
+    say(f"{count(len(pairs), 'pair')}; {split.how}")
+    mask_format = _mask_format(config.mask_format, (*split.train, *split.validation), class_set)
+    weights_K = read_class_weights(config.class_weights, class_set)
+    return TrainingData(class_set=class_set, mask_format=mask_format, split=split, class_weights_K=weights_K)
+
+
+def _complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str) -> tuple[ImagePair, ...]:
+    listing = find_pairs(
+        images,
+        masks,
+        image_suffix=config.image_suffix,
+        mask_suffix=config.mask_suffix,
+        path_pattern=config.path_pattern if isinstance(config, TrainConfig) else None,
+    )
+    require_complete(listing)
+    return listing.pairs
+
+
+def _mask_format(told: str, pairs: Sequence[ImagePair], class_set: ClassSet) -> str:
+    if told != "auto":
+        return told
+    found = detect_mask_format(pairs, class_set)
+    say(f"masks: {found} (found out; --mask-format sets it)")
+    return found
+
+
+def read_class_weights(source: str, class_set: ClassSet) -> tuple[float, ...] | None:
+    """Returns the weights of a YAML file `{class: weight}` in the order of the classes; None for a way to compute them.
+
+    Raises:
+        ValueError: no such way and no such file, or not one weight for each class.
+    """
+    if source in ("none", "log", "median"):
+        return None
+    if not source.endswith((".yaml", ".yml")):
+        raise ValueError(f"--class-weights is {source!r}; give none, log, median or the path of a .yaml file")
+    weights = read_yaml(source)
+    missing, unknown = set(class_set.names) - weights.keys(), weights.keys() - set(class_set.names)
+    if missing or unknown:
+        wrong = f"lacks {', '.join(sorted(missing))}" if missing else f"names {', '.join(map(str, unknown))}"
+        raise ValueError(f"{source} {wrong}; give one weight for each class of {class_set.name}, no others")
+    bad = [name for name, weight in weights.items() if type(weight) not in (int, float) or not 0 <= weight < 1e6]
+    if bad:
+        raise ValueError(f"{source}: the weight of {bad[0]} is {weights[bad[0]]!r}; give a number from 0 to 1,000,000")
+    return tuple(float(weights[name]) for name in class_set.names)
+
+
+def reserve(config: TrainConfig, device: str) -> int:
+    """Waits until the cluster has room for all workers, and returns the CPUs of each."""
+    cpus = config.cpus_per_worker or default_cpus(config.workers, device)
+    what = f"{config.workers} training worker{'s' * (config.workers != 1)}"
+    wait_for_resources([worker_resources(cpus, device)] * config.workers, config.wait_for_resources_s, what)
+    return cpus
+
+
+def worker_resources(cpus: int, device: str) -> dict[str, float]:
+    """Returns what one worker reserves, as Ray names it."""
+    return {"CPU": float(cpus)} | ({"GPU": 1.0} if device == "gpu" else {})
+
+
+def default_cpus(workers: int, device: str) -> int:
+    """Returns the most CPUs that each of the workers can have at once, at least 1."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in nodes if device == "cpu" or node.get("GPU", 0) >= 1]
+
+    def room(cpus: int) -> int:
+        per_node = (
+            min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if device == "gpu" else workers) for node in nodes
+        )
+        return int(sum(per_node))
+
+    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    return next((cpus for cpus in range(most, 1, -1) if room(cpus) >= workers), 1)
+
+
+def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) -> tuple[WorkerTask, dict[str, int]]:
+    """Reads all pairs into the object store; returns the workers' task and the frames' hashes."""
+    plan = IngestPlan(
+        class_set=data.class_set, mask_format=data.mask_format, image_size=config.image_size, keep_full_mask=False
+    )
+    train_plan = dataclasses.replace(plan, image_size=None) if config.augment else plan
+    trained = ingest(data.split.train, train_plan)
+    validation = ingest(data.split.validation, dataclasses.replace(plan, keep_full_mask=True))
+    present_NK = trained.pixels_NK > 0
+    task = WorkerTask(
+        config=config,
+        class_set=data.class_set,
+        class_weights_K=data.class_weights_K,
+        pixels_K=trained.pixels_NK.sum(axis=0),
+        image_pixels_K=(present_NK * trained.pixels_NK.sum(axis=1, keepdims=True)).sum(axis=0),
+        train=trained.frames,
+        validation=validation.frames,
+        device=device,
+        cpus=cpus,
+    )
+    return task, trained.hashes | validation.hashes
+
+
+def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, hashes: dict[str, int]) -> None:
+    n_train, n_validation = len(data.split.train), len(data.split.validation)
+    steps, last = -(-n_train // config.batch_size), n_train % config.batch_size
+    say(
+        f"{config.workers} worker{'s' * (config.workers != 1)} x {cpus} CPU{'s' * (cpus != 1)}"
+        f"{' and a GPU' if device == 'gpu' else ''}; {n_train:,} frames in {steps:,} steps of {config.batch_size}"
+        f"{f' (the last of {last})' if last else ''} x {config.epochs} epochs = {steps * config.epochs:,} steps; "
+        f"{n_validation:,} frames validate"
+    )
+    if n_validation:
+        rate = leak_rate(data.split, guard_frames=config.guard_frames, hashes=hashes)
+        say(f"leak rate: {rate:.1%} of the validation frames have a neighbour in time or a near-duplicate in training")
+        if warning := leak_warning(rate):
+            say(f"warning: {warning}")
+
+
+# --- the workers ---
+
+
+def _work(told: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker."""
+    context, mailbox = ray.train.get_context(), told["mailbox"]
+    group = Group(
+        rank=context.get_world_rank(),
+        n_workers=context.get_world_size(),
+        agree=broadcast_from_rank_zero,
+        tell=lambda event: mailbox.put.remote(event),
+    )
+    Worker(told["task"], group).run()
+
+
+class Launcher:
+    """An actor that runs Ray Train: its import of TensorFlow, 2.6 s, passes while the frames are read."""
+
+    def __init__(self) -> None:
+        import ray.train.tensorflow
+
+        # Else the controller, too, would import TensorFlow (2.6 s), only to learn the name of this class.
+        ray.cloudpickle.register_pickle_by_value(ray.train.tensorflow.config)
+
+    def fit(self, task: WorkerTask, mailbox: Any) -> list[Exception]:
+        """Runs the workers to the end; returns nothing, or what they died of the last time."""
+        from ray.train.tensorflow import TensorflowTrainer
+
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_CHECK_TIMEOUT_S))
+        with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
+            trainer = TensorflowTrainer(
+                _work,
+                train_loop_config={"task": task, "mailbox": mailbox},
+                scaling_config=ScalingConfig(
+                    num_workers=task.config.workers,
+                    use_gpu=task.device == "gpu",
+                    resources_per_worker=worker_resources(task.cpus, task.device),
+                ),
+                # The folder is for Ray Train's own notes; checkpoints lie in RUN (see `checkpoints`).
+                run_config=RunConfig(  # type: ignore[arg-type]  # Ray's annotation is of its version 1
+                    name="run",
+                    storage_path=folder,
+                    failure_config=FailureConfig(max_failures=task.config.max_failures),
+                    logging_config=LoggingConfig(log_level="ERROR"),
+                ),
+            )
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                # As text, but for our own: TensorFlow's errors would make the driver load TensorFlow.
+                causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+                return [cause if _is_ours(cause) else RuntimeError(_one_line(cause)) for cause in causes]
+        return []
+
+
+def _is_ours(error: BaseException) -> bool:
+    return isinstance(error, ValueError | JobFailed | OSError) and "\n" not in str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
+
+
+def _fit(config: TrainConfig, task: WorkerTask, launcher: Any) -> Monitor:
+    """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
+    monitor = Monitor(config.out, config.epochs)
+    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+    fitting = launcher.fit.remote(task, mailbox)
+    done: list[Any] = []
+    while not done:
+        done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
+        for event in ray.get(mailbox.take.remote()):
+            monitor.handle(event)
+    causes = ray.get(fitting)
+    if monitor.error is not None:
+        raise monitor.error
+    for cause in causes:
+        if _is_ours(cause):
+            raise cause
+    if causes:
+        raise JobFailed(
+            f"workers were lost more than {config.max_failures} times (--max-failures), the last time by {causes[0]}; "
+            "the same command goes on from the last checkpoint"
+        )
+    return monitor
+
+
+# --- the results ---
+
+
+def _write_results(config: TrainConfig, data: TrainingData, samples: Mapping[int, np.ndarray]) -> dict[str, Any]:
+    """Writes the bundle, the pictures and, last, `metrics.json`."""
+    last, best = _last_and_best(config.out)
+    row = last.history[best.epoch - 1]
+    found: dict[str, Any] = {"epochs": last.epoch, "best_epoch": best.epoch}
+    found |= {key: row[key] for key in ("loss", "accuracy", "val/loss") if key in row}
+    own_KK = best.tensors.get(OWN_SIZE)
+    if own_KK is not None:
+        found |= evaluation.metrics_of(own_KK, best.tensors[MODEL_SIZE], data.class_set.names)
+        say(metrics.class_table(own_KK, data.class_set.names))
+    model_config = config.model_config(data.class_set.n_classes)
+    weights = network_weights(best.tensors)
+    bundle.write_bundle(storage.join(config.out, "model"), weights, model_config, data.class_set, found)
+    write_history(config.out, last.history)
+    _draw_curves(config.out, last.history)
+    _draw_results(config.out, data.split.validation, data.class_set, data.mask_format, samples, own_KK)
+    storage.write_whole(storage.join(config.out, runs.METRICS_FILE), json.dumps(found, indent=1).encode())
+    return found
+
+
+def _last_and_best(run: str) -> tuple[Checkpoint, Checkpoint]:
+    last = checkpoints.newest_valid(run, on_damaged=lambda line: say(f"warning: {line}"))
+    if last is None:
+        raise JobFailed(f"{run} holds no checkpoint that verifies, though training ended; give the command again")
+    if last.best_epoch == last.epoch:
+        return last, last
+    return last, checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, last.best_epoch))
+
+
+def network_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the network's weights among a checkpoint's tensors, by the names that a bundle has."""
+    named = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    return {name: tensor for name, tensor in named.items() if name.endswith(("/kernel", "/bias"))}
+
+
+def _draw_curves(run: str, history: Sequence[Mapping[str, Any]]) -> None:
+    from unet_ray import pictures  # matplotlib takes a second, which a worker need not spend
+
+    storage.write_whole(storage.join(run, "curves.png"), pictures.draw_curves(history))
+
+
+def _draw_results(
+    out: str,
+    pairs: Sequence[ImagePair],
+    class_set: ClassSet,
+    mask_format: str,
+    samples: Mapping[int, np.ndarray],
+    confusion_KK: np.ndarray | None,
+) -> None:
+    """Draws samples (true and predicted masks of some frames) and the confusion matrix, where there is a validation."""
+    from unet_ray import pictures
+
+    if confusion_KK is not None:
+        picture = pictures.draw_confusion(confusion_KK, class_set.names)
+        storage.write_whole(storage.join(out, "confusion.png"), picture)
+    if samples:
+        shown = [load_pair(pairs[place], class_set, mask_format) for place in samples]
+        captions = [pairs[place].pair_id for place in samples]
+        frames, true_masks = [frame for frame, _ in shown], [mask for _, mask in shown]
+        picture = pictures.draw_samples(frames, true_masks, list(samples.values()), class_set, captions=captions)
+        storage.write_whole(storage.join(out, "samples.png"), picture)
+
+
+def _result(run: str, found: dict[str, Any]) -> TrainResult:
+    last = checkpoints.newest_valid(run, on_damaged=lambda line: say(f"warning: {line}"))
+    history = last.history if last else ()
+    return TrainResult(run=run, model=storage.join(run, "model"), metrics=found, history=history)
+
+
+# --- measuring a trained model ---
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measures a model on pairs and prints the table of its classes; `--out` gets metrics and pictures.
+
+    Returns:
+        `val/mean_iou`, `val/iou/<class>`, … at the masks' own sizes, the same under `val_model_size/`, and `val/loss`.
+
+    Raises:
+        ValueError: something that the user can mend.
+        StorageError: trouble with storage that may be over when one tries again.
+    """
+    model = bundle.read_bundle(config.model)
+    class_set = model.class_set
+    pairs = _complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
+    mask_format = _mask_format(config.mask_format, pairs, class_set)
+    connect()
+    device = resolve_device(config.device)
+    cpus = default_cpus(1, device)
+    resources = worker_resources(cpus, device)
+    wait_for_resources([resources], config.wait_for_resources_s, "the evaluation")
+    size = (model.model_config.image_height_px, model.model_config.image_width_px)
+    plan = IngestPlan(class_set=class_set, mask_format=mask_format, image_size=size, keep_full_mask=True)
+    frames = ingest(pairs, plan).frames
+    run = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_evaluate)
+    found, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
+    say(metrics.class_table(own_KK, class_set.names))
+    if config.out is not None:
+        out = storage.resolve(config.out)
+        _draw_results(out, pairs, class_set, mask_format, samples, own_KK)
+        storage.write_whole(storage.join(out, "metrics.json"), json.dumps(found, indent=1).encode())
+    return found
+
+
+def _evaluate(
+    model: bundle.Bundle, frames: FrameSource, config: EvaluateConfig, device: str, cpus: int
+) -> tuple[dict[str, Any], dict[int, np.ndarray], np.ndarray]:
+    """Runs where the device is: metrics, predicted masks of some frames, confusion matrix at the masks' own sizes."""
+    from unet_ray import steps
+
+    steps.configure(device, cpus)
+    predict = steps.Predictor(model.build_model(dtype_policy=steps.choose_policy(config.precision)))
+    reader = frames.open()
+    evaluator = evaluation.Evaluator(predict, reader, config.batch_size, model.model_config)
+    counted = evaluator.count(range(len(frames.names)))
+    samples = evaluator.predict_masks(evaluation.sample_places(len(frames.names)))
+    found = evaluation.metrics_of(counted.own_size_KK, counted.model_size_KK, model.class_set.names)
+    return {"val/loss": predict.loss(counted.sums_S)} | found, samples, counted.own_size_KK
