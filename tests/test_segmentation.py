@@ -1,0 +1,272 @@
+"""Labelling on a real local Ray: equal rows from folder and tar, rejected frames, kills, and frames that kill."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from unet_ray import images, publish
+from unet_ray.bundle import read_bundle, write_bundle
+from unet_ray.classes import ClassSet, SegmentationClass
+from unet_ray.config import JobFailed, ModelConfig, SegmentConfig
+from unet_ray.segmentation import SegmentResult, segment
+
+pytestmark = pytest.mark.timeout(300)
+
+K = 5
+CLASSES = ClassSet(
+    name="five", classes=tuple(SegmentationClass(name=f"c{i}", color=(i, 2 * i, 7), values=(i,)) for i in range(K))
+)
+CONFIG = ModelConfig(image_height_px=24, image_width_px=32, n_classes=K, n_filters=4, depth=2, dropout=0.0)
+SIZES = ((48, 66), (33, 52), (24, 32))
+
+# Python runs this in every process that Ray starts: a stand-in for a decoder that falls over one frame.
+FAULT = """
+import os, signal
+from unet_ray import images
+decode_frame = images.decode_frame
+def faulty(data, **limits):
+    if data.startswith(b"segfault"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return decode_frame(data, **limits)
+images.decode_frame = faulty
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory):
+    faults = tmp_path_factory.mktemp("faults")
+    (faults / "sitecustomize.py").write_text(FAULT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(faults))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random network, written without TensorFlow, so that this process stays a driver's."""
+    from unet_ray.unet import weight_shapes
+
+    uri = str(tmp_path_factory.mktemp("model"))
+    random = np.random.default_rng(5)
+    weights = {name: random.normal(0, 0.5, shape).astype(np.float32) for name, shape in weight_shapes(CONFIG).items()}
+    write_bundle(uri, weights, CONFIG, CLASSES, {})
+    return uri
+
+
+def png(seed: int, height_px: int, width_px: int) -> bytes:
+    random = np.random.default_rng(seed)
+    pixels = np.kron(random.integers(0, 256, (height_px // 3, width_px // 2, 3)), np.ones((3, 2, 1))).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.resize(pixels, (height_px, width_px, 3))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_archive(folder: Path, frames_of_drive: dict[str, int]) -> Path:
+    for drive, n_frames in frames_of_drive.items():
+        (folder / drive).mkdir(parents=True)
+        for index in range(n_frames):
+            (folder / drive / f"{index}.png").write_bytes(png(100 * len(drive) + index, *SIZES[index % 3]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_archive(tmp_path_factory.mktemp("archive") / "log", {"a": 7, "bb": 11})
+
+
+def run(model: str, frames: Path, out: Path, **options) -> SegmentResult:
+    options = {"chunk_frames": 4, "batch_size": 3, "device": "cpu", "precision": "float32", **options}
+    return segment(SegmentConfig(model=model, frames=(str(frames),), out=str(out), **options))
+
+
+def rows_of(out: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(file) for file in sorted((out / "frames").glob("*.parquet")))
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of all published files but those that name this run: summary.json holds its rate."""
+    return {
+        str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(out.rglob("*"))
+        if file.is_file() and file.name not in ("summary.json", "config.yaml", "preview.png")
+    }
+
+
+@pytest.fixture(scope="module")
+def labelled(cluster, model: str, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("labelled") / "out"
+    result = run(model, archive, out, shard_rows=10)
+    assert (result.listed, result.ok, result.rejected) == (18, 18, {})
+    assert result.out == str(out) and result.frames_per_s > 0
+    return out
+
+
+def test_rows_are_the_frames_and_masks_agree_with_the_network(labelled: Path, model: str, archive: Path) -> None:
+    import tensorflow as tf
+
+    rows = rows_of(labelled).to_pylist()
+    assert [row["frame_id"] for row in rows] == [f"a/{i}.png" for i in range(7)] + [f"bb/{i}.png" for i in range(11)]
+    network = read_bundle(model).build_model()
+    seen = set()
+    for row in rows:
+        image = images.decode_frame((archive / row["frame_id"]).read_bytes())
+        assert (row["status"], row["reason"], row["height_px"], row["width_px"]) == ("ok", None, *image.shape[:2])
+        logits = network(images.resize_nearest(image, 24, 32)[None], training=False)
+        expected = tf.image.resize(logits, image.shape[:2]).numpy()[0].argmax(-1)
+        mask = images.decode_mask(row["mask"])
+        assert mask.shape == (row["mask_height_px"], row["mask_width_px"]) == image.shape[:2]
+        assert (mask != expected).mean() < 0.002  # other order of the same float32 sums, where two classes are equal
+        counts = [row[f"pixels_c{k}"] for k in range(K)]
+        assert counts == np.bincount(mask.ravel(), minlength=K).tolist() and sum(counts) == mask.size
+        assert [row[f"confidence_c{k}"] is None for k in range(K)] == [count == 0 for count in counts]
+        seen |= {k for k in range(K) if counts[k]}
+    assert len(seen) > 2
+
+
+def test_the_output_verifies_and_the_result_names_the_classes(labelled: Path, model: str, archive: Path) -> None:
+    assert publish.verify(str(labelled)) == []
+    table = rows_of(labelled)
+    again = run(model, archive, labelled, shard_rows=10)
+    assert dict(again.class_pixels) == {f"c{k}": sum(table[f"pixels_c{k}"].to_pylist()) for k in range(K)}
+
+
+def test_a_finished_output_is_left_alone(labelled: Path, model: str, archive: Path, capsys) -> None:
+    before = {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()}
+    result = run(model, archive, labelled, shard_rows=10)
+    assert (result.listed, result.ok, result.frames_per_s) == (18, 18, 0.0)
+    assert {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()} == before
+    said = capsys.readouterr().out
+    assert "18 frames in 5 chunks, 0 in 0 to do" in said
+    assert f"check them with: unet-ray verify {labelled}" in said
+
+
+def test_another_option_on_a_finished_output_is_refused(labelled: Path, model: str, archive: Path) -> None:
+    with pytest.raises(ValueError, match="--mask-size is native there and model here"):
+        run(model, archive, labelled, mask_size="model")
+
+
+def test_a_tar_gives_the_rows_of_its_folder(cluster, labelled: Path, model: str, archive: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "log.tar", "w") as tar:
+        tar.add(archive, arcname=".", filter=lambda member: None if member.name.startswith("/") else member)
+    run(model, tmp_path / "log.tar", tmp_path / "out", batch_size=5, chunk_frames=3)
+    folder, packed = rows_of(labelled), rows_of(tmp_path / "out")
+    assert [name.rpartition("!")[2].removeprefix("./") for name in packed["frame_id"].to_pylist()] == folder[
+        "frame_id"
+    ].to_pylist()
+    for name in folder.column_names:
+        if name not in ("frame_id", "uri", "sequence"):
+            assert packed[name].to_pylist() == folder[name].to_pylist(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask_size": "model", "mask_encoding": "raw", "precision": "bfloat16"},
+        {"inference": "slide", "window": (16, 24), "stride": (12, 20)},
+    ],
+)
+def test_other_masks(cluster, model: str, archive: Path, tmp_path: Path, options) -> None:
+    run(model, archive, tmp_path / "out", **options)
+    for row in rows_of(tmp_path / "out").to_pylist():
+        if options.get("mask_encoding") == "raw":
+            mask = np.frombuffer(row["mask"], np.uint8).reshape(24, 32)
+        else:
+            mask = images.decode_mask(row["mask"])
+            assert mask.shape == (row["height_px"], row["width_px"])
+        assert np.bincount(mask.ravel(), minlength=K).tolist() == [row[f"pixels_c{k}"] for k in range(K)]
+    assert publish.verify(str(tmp_path / "out")) == []
+
+
+def break_frames(archive: Path) -> dict[str, str]:
+    """Breaks frames in ways of all kinds; returns the reason of each."""
+    (archive / "a/0.png").write_bytes(b"")
+    (archive / "a/1.png").write_bytes(png(1, 48, 66)[:700])
+    (archive / "a/5.png").write_bytes(b"segfault")
+    (archive / "bb/3.png").write_bytes(b"hello, this is text")
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((40, 50), np.uint16)).save(buffer, "PNG")
+    (archive / "bb/4.png").write_bytes(buffer.getvalue())
+    (archive / "bb/6.png").write_bytes(png(1, 150, 200))
+    return {
+        "a/0.png": "not_an_image",
+        "a/1.png": "truncated",
+        "a/5.png": "crashed",
+        "bb/3.png": "not_an_image",
+        "bb/4.png": "unsupported",
+        "bb/6.png": "too_large",
+    }
+
+
+def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
+    cluster, labelled: Path, model: str, tmp_path: Path, capsys
+) -> None:
+    archive = write_archive(tmp_path / "log", {"a": 7, "bb": 11})
+    reasons = break_frames(archive)
+    options = {"max_frame_megapixels": 0.02}
+    with pytest.raises(JobFailed, match="--max-rejected 0.1 of 18"):
+        run(model, archive, tmp_path / "out", max_rejected=0.1, **options)
+    assert not (tmp_path / "out/frames").exists()
+
+    result = run(model, archive, tmp_path / "out", max_rejected=0.5, **options)
+    assert "no record; once more, each frame in a process of its own" in capsys.readouterr().out
+    assert (result.listed, result.ok) == (18, 12)
+    assert result.rejected == {"crashed": 1, "not_an_image": 2, "too_large": 1, "truncated": 1, "unsupported": 1}
+    rows, good = rows_of(tmp_path / "out").to_pylist(), rows_of(labelled).to_pylist()
+    assert {row["frame_id"]: row["reason"] for row in rows if row["status"] == "rejected"} == reasons
+    for row, other in zip(rows, good, strict=True):
+        assert row["frame_id"] == other["frame_id"]
+        if row["status"] == "ok":
+            assert row == {**other, "uri": row["uri"]}
+        else:
+            assert row["mask"] is None and row["error"]
+    errors = {row["frame_id"]: row["error"] for row in rows}
+    assert errors["a/5.png"] == "decoding ended its process with SIGSEGV, 3 times"
+    assert publish.verify(str(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize(("moment", "chunks"), [("plan", 0), ("work", 2)])
+def test_killed_and_run_again_gives_the_same_bytes(
+    labelled: Path, model: str, archive: Path, tmp_path: Path, moment: str, chunks: int
+) -> None:
+    """The driver dies by SIGKILL, its Ray with it; in the end the same is published as by an undisturbed run."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "unet_ray.cli", "segment", "--model", model, "--frames", str(archive)]
+    command += ["--out", str(out), "--chunk-frames", "4", "--batch-size", "3", "--device", "cpu"]
+    command += ["--precision", "float32", "--shard-rows", "10"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as driver:
+        deadline = time.monotonic() + 120
+        records, mark = out / "_work/records", out / "manifest/_g000.json"
+        while time.monotonic() < deadline and driver.poll() is None:
+            if mark.exists() and (chunks == 0 or (records.exists() and len(list(records.glob("*.json"))) >= chunks)):
+                break
+            time.sleep(0.002)
+        os.kill(driver.pid, signal.SIGKILL)
+    assert driver.returncode == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+    before = {file.name: file.read_bytes() for file in records.glob("*.json")} if records.exists() else {}
+    assert len(before) >= chunks
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{5 - len(before)} to do" in again.stdout
+    assert digests(out) == digests(labelled)
+    assert json.loads((out / "summary.json").read_text())["ok"] == 18

@@ -1,0 +1,101 @@
+"""A dozen frames of a published output with their masks over them, spread over drives and confidences: `preview.png`.
+
+Shapes: `H` height px, `W` width px, `C` colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_ray import frames, images, ledger, pictures, storage
+from unet_ray.ledger import Plan
+
+N_FRAMES = 12
+_QUANTILES = (0.02, 0.35, 0.65, 0.98)
+
+
+def write_preview(plan: Plan) -> str | None:
+    """Writes `preview.png` of a published output and returns its URI; None where no chosen frame can be shown."""
+    shown = list(_shown(plan, choose_rows(*_confidences(plan))))
+    if not shown:
+        return None
+    frames_HWC, masks_HW, captions = zip(*shown, strict=True)
+    png = pictures.draw_preview(list(frames_HWC), list(masks_HW), list(captions), plan.lineage.class_set)
+    uri = storage.join(plan.out, "preview.png")
+    storage.write_whole(uri, png)
+    return uri
+
+
+def _shard_uris(plan: Plan) -> list[str]:
+    published = ledger.published_shards(plan.out)
+    return [storage.join(plan.out, published[shard]["path"]) for shard in sorted(published)]
+
+
+def _confidences(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Returns, for every frame in the manifest's order, a number of its drive and its confidence (NaN: rejected)."""
+    columns = ["sequence", "camera", "confidence"]
+    tables = [pq.ParquetFile(storage.open_read(uri)).read(columns=columns) for uri in _shard_uris(plan)]
+    table = pa.concat_tables(tables).combine_chunks()
+    codes = [table[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in ("sequence", "camera")]
+    drives = codes[0].astype(np.int64) * (codes[1].max(initial=0) + 1) + codes[1]
+    return drives, table["confidence"].to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def choose_rows(drives_N: np.ndarray, confidence_N: np.ndarray, n_frames: int = N_FRAMES) -> list[int]:
+    """Returns places of up to `n_frames` labelled frames: drives in turn, each at another quantile of confidence.
+
+    Args:
+        drives_N: a number of each frame's drive.
+        confidence_N: its confidence, NaN where it is rejected.
+        n_frames: how many.
+    """
+    labelled = np.flatnonzero(~np.isnan(confidence_N))
+    if not len(labelled):
+        return []
+    drives = list(dict.fromkeys(drives_N[labelled].tolist()))
+    chosen: list[int] = []
+    for turn in range(n_frames):
+        drive = drives[turn * len(drives) // n_frames] if len(drives) > n_frames else drives[turn % len(drives)]
+        of_drive = labelled[drives_N[labelled] == drive]
+        left = of_drive[~np.isin(of_drive, chosen)]
+        if len(left):
+            in_order = left[np.argsort(confidence_N[left], kind="stable")]
+            chosen.append(int(in_order[round(_QUANTILES[turn % len(_QUANTILES)] * (len(in_order) - 1))]))
+    return sorted(chosen)
+
+
+def _shown(plan: Plan, places: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+    """Yields frame, mask and caption; a frame that is no longer there is passed over."""
+    starts = np.cumsum([0, *(chunk.n_rows for chunk in plan.chunks)])
+    for place in places:
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        row = ledger.read_rows(plan.chunks[number]).slice(place - int(starts[number]), 1)
+        content = frames.read_frames(row)[0]
+        if isinstance(content, frames.FrameGone):
+            continue
+        label = _read_row(plan, place)
+        frame_HWC = images.decode_frame(content, max_pixels=10**9)
+        yield frame_HWC, _decode_mask(label), f"{label['frame_id']}  {label['confidence']:.2f}"
+
+
+def _read_row(plan: Plan, place: int) -> dict:
+    """Reads one row of `frames/` by its place, and of its file one row group."""
+    columns = ["frame_id", "confidence", "mask", "mask_encoding", "mask_height_px", "mask_width_px"]
+    for uri in _shard_uris(plan):
+        file = pq.ParquetFile(storage.open_read(uri))
+        for group in range(file.num_row_groups):
+            n_rows = file.metadata.row_group(group).num_rows
+            if place < n_rows:
+                return file.read_row_group(group, columns=columns).slice(place, 1).to_pylist()[0]
+            place -= n_rows
+    raise AssertionError(f"no row {place}")
+
+
+def _decode_mask(label: dict) -> np.ndarray:
+    if label["mask_encoding"] == "png":
+        return images.decode_mask(label["mask"])
+    return np.frombuffer(label["mask"], np.uint8).reshape(label["mask_height_px"], label["mask_width_px"])

@@ -1,0 +1,71 @@
+"""One truthful line about a running job: done of the known total, rate, time left; a bar on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import TextIO
+
+BAR_WIDTH = 24
+LINE_EVERY_S = 30.0
+"""Where nobody watches (a file, a job's log) a line comes this often; on a terminal it is redrawn twice a second."""
+
+_RATE_OVER_S = 60.0
+
+
+class Progress:
+    """Counts what is done and prints it now and then."""
+
+    def __init__(self, total: int, unit: str, *, done: int = 0, stream: TextIO | None = None) -> None:
+        """Starts the clock.
+
+        Args:
+            total: all there is to do.
+            unit: what is counted, in the plural: `frames`.
+            done: what an earlier run has done; it counts as done, not in the rate.
+            stream: where to write; standard output by default.
+        """
+        self._stream = stream or sys.stdout
+        self._total, self._unit, self.done = total, unit, done
+        self._is_terminal = self._stream.isatty()
+        self._every_s = 0.5 if self._is_terminal else LINE_EVERY_S
+        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), done)])
+        self._next_print_s = self._marks[0][0] + self._every_s
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Counts `count` more as done and prints when it is time to."""
+        self.done += count
+        now_s = time.monotonic()
+        self._marks.append((now_s, self.done))
+        while len(self._marks) > 2 and self._marks[1][0] < now_s - _RATE_OVER_S:
+            self._marks.popleft()
+        if now_s >= self._next_print_s:
+            self._next_print_s = now_s + self._every_s
+            self._print(note)
+
+    def _print(self, note: str) -> None:
+        since_s, before = self._marks[0]
+        rate = (self.done - before) / max(1e-9, self._marks[-1][0] - since_s)
+        left = f", {_duration((self._total - self.done) / rate)} left" if rate > 0 and self.done < self._total else ""
+        share = self.done / self._total if self._total else 1.0
+        line = f"{self.done:,} of {self._total:,} {self._unit} ({share:.0%}), {rate:,.1f} {self._unit}/s{left}{note}"
+        if self._is_terminal:
+            filled = round(share * BAR_WIDTH)
+            self._stream.write(f"\r\x1b[K{'█' * filled}{'░' * (BAR_WIDTH - filled)} {line}")
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def finish(self, note: str = "") -> None:
+        """Prints the last state, whatever the time."""
+        self._print(note)
+        if self._is_terminal:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

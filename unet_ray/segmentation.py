@@ -1,0 +1,345 @@
+"""Labels an archive on a Ray cluster: plan, work in waves, a careful pass over what crashed, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+
+from unet_ray import cluster, images, ledger, publish, storage
+from unet_ray.bundle import Bundle, read_bundle
+from unet_ray.cluster import say
+from unet_ray.config import JobFailed, SegmentConfig, to_yaml
+from unet_ray.decoding import DecodeOptions
+from unet_ray.frames import FrameGone, Listing, list_archives, read_frames
+from unet_ray.progress import Progress
+from unet_ray.results import RESULT_VERSION
+from unet_ray.tiling import Tiling, choose_tiling
+from unet_ray.waves import TASK_RETRIES, Allocation, WaveJob, allocate, map_on_cluster, run_wave
+
+WAVE_CHUNKS = 2000
+"""Chunks that Ray Data gets at once. 16,000 read tasks delay the first block by 18 s, 500 by 4 s (Ray 2.60)."""
+
+HEARTBEAT_S = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentResult:
+    """What became of an archive."""
+
+    out: str
+    """URI of the output."""
+    listed: int
+    """Frames in the archive; `ok` and all of `rejected` add up to it."""
+    ok: int
+    """Labelled frames."""
+    rejected: Mapping[str, int]
+    """Rejected frames by reason."""
+    frames_per_s: float
+    """Rate of this run; 0 where nothing was left to do."""
+    class_pixels: Mapping[str, int]
+    """Pixels by class."""
+
+
+def segment(config: SegmentConfig) -> SegmentResult:
+    """Labels every frame of the archives once, or lists it with the reason; goes on where an earlier run stopped.
+
+    Raises:
+        ValueError: the input, the model or the options are not usable.
+        JobFailed: too many frames are rejected, or something of the archive could not be listed.
+        StorageError: storage did not answer; the same command goes on later.
+    """
+    os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
+    # Ray Data makes Ray warn of every actor that it can restart (Ray 2.60), as an error on the terminal.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    bundle = read_bundle(config.model)
+    tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
+    with ThreadPoolExecutor(1) as background:  # Ray's start takes 3 s
+        listing_soon = background.submit(list_archives, config.frames, path_pattern=config.path_pattern)
+        cluster.connect()
+        listing = listing_soon.result()
+    _refuse_unlistable(listing)
+    device = cluster.resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+
+    plan = _plan(config, bundle, tiling, precision, device, listing)
+    chunks = ledger.pending(plan)
+    allocation = allocate(config, device)
+    say(_arithmetic(plan, chunks, config, precision, allocation))
+    frames_per_s = 0.0
+    if chunks:
+        cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
+        job = _wave_job(config, plan, bundle, tiling, precision, device, allocation)
+        frames_per_s = _work(job, plan, chunks, config.max_rejected)
+    figures = {"frames_per_s": round(frames_per_s, 1)}
+    summary = publish.publish(plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster)
+    result = _result(plan, summary, frames_per_s)
+    _say_result(result)
+    return result
+
+
+# --- before ---
+
+
+def _refuse_unlistable(listing: Listing) -> None:
+    if listing.unlistable:
+        uri, why = listing.unlistable[0]
+        more = f" (and {len(listing.unlistable) - 1:,} more)" if len(listing.unlistable) > 1 else ""
+        raise JobFailed(
+            f"{uri} could not be listed: {why}{more}; mend it or leave it out, so that no frame is passed over"
+        )
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Returns the arithmetic for `--precision`: `auto` is bfloat16 where every device has it, else float32."""
+    if precision != "auto":
+        return precision
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(device.upper(), 0) > 0]
+    here = ray.get_runtime_context().get_node_id()
+    if device == "cpu" and [node["NodeID"] for node in nodes] == [here]:
+        return "bfloat16" if _has_bfloat16(device) else "float32"
+    look = ray.remote(_has_bfloat16)
+    pinned = [
+        look.options(num_cpus=0, label_selector={"ray.io/node-id": node["NodeID"]}).remote(device) for node in nodes
+    ]
+    return "bfloat16" if pinned and all(ray.get(pinned)) else "float32"
+
+
+def _has_bfloat16(device: str) -> bool:
+    if device == "cpu":
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "")
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return all(float(line) >= 8 for line in answer.split())
+
+
+def _plan(
+    config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, precision: str, device: str, listing: Listing
+) -> ledger.Plan:
+    options = {
+        "inference": config.inference,
+        "mask_encoding": config.mask_encoding,
+        "mask_size": config.mask_size,
+        "max_frame_megapixels": config.max_frame_megapixels,
+        "path_pattern": config.path_pattern,
+        "precision": precision,
+        "stride": list(tiling.stride) if tiling else None,
+        "window": list(tiling.window) if tiling else None,
+    }
+    plan = ledger.plan(
+        storage.resolve(config.out),
+        listing,
+        ledger.Lineage(
+            bundle_digest=bundle.digest, class_set=bundle.class_set, options=options, result_version=RESULT_VERSION
+        ),
+        ledger.Cutting(
+            chunk_frames=config.chunk_frames, shard_rows=config.shard_rows, frame_pixels=_first_frame_pixels(listing)
+        ),
+        config_yaml=to_yaml(config),
+        recorded={
+            "device": device,
+            **{name: version(name) for name in ("unet-ray", "ray", "tensorflow", "keras", "pillow", "pyarrow")},
+        },
+        overwrite=config.overwrite,
+    )
+    if config.retry_rejected:
+        say(f"{publish.retry_rejected(plan, config.retry_rejected):,} rejected frames are tried again")
+    return plan
+
+
+def _first_frame_pixels(listing: Listing) -> int:
+    """Pixels of the first frame, by which chunks are cut; 0 where it does not say."""
+    content = next(iter(read_frames(listing.table.slice(0, 1))), None)
+    if content is None or isinstance(content, FrameGone):
+        return 0
+    try:
+        height_px, width_px = images.frame_size(content)
+    except images.ImageRefused:
+        return 0
+    return height_px * width_px
+
+
+def _arithmetic(
+    plan: ledger.Plan, chunks: Sequence[ledger.Chunk], config: SegmentConfig, precision: str, allocation: Allocation
+) -> str:
+    left = sum(chunk.n_rows for chunk in chunks)
+    low, high = allocation.actors
+    actors = f"{low}" if low == high else f"{low} to {high}"
+    return (
+        f"{plan.n_frames:,} frames in {len(plan.chunks):,} chunks, {left:,} in {len(chunks):,} to do; {actors} model "
+        f"actor{'s' * (high != 1)} x {allocation.threads} threads, batches of {config.batch_size}, {precision}"
+    )
+
+
+def _wave_job(
+    config: SegmentConfig,
+    plan: ledger.Plan,
+    bundle: Bundle,
+    tiling: Tiling | None,
+    precision: str,
+    device: str,
+    allocation: Allocation,
+) -> WaveJob:
+    network_size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
+    return WaveJob(
+        out=plan.out,
+        class_set=bundle.class_set,
+        bundle=[ray.put(bundle)],
+        labeler={
+            "precision": precision,
+            "batch_size": config.batch_size,
+            "mask_size": config.mask_size,
+            "tiling": tiling,
+            "device": device,
+            "n_threads": allocation.threads,
+        },
+        decode=DecodeOptions(
+            network_size=None if tiling else network_size,
+            max_pixels=round(config.max_frame_megapixels * 1e6),
+            timeout_s=config.frame_timeout_s,
+        ),
+        mask_encoding=config.mask_encoding,
+        writer=ledger.new_writer(),
+        allocation=allocation,
+    )
+
+
+# --- work ---
+
+
+def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejected: float) -> float:
+    """Labels the chunks; returns frames a second. What is left without a record is tried once more, carefully."""
+    other = ledger.other_job(plan.out, job.writer)
+    if other:
+        say(f"warning: another job, {other}, works on this output; both may go on, the result is the same")
+    started_s = time.monotonic()
+    todo = sum(chunk.n_rows for chunk in chunks)
+    tally = _Tally(plan.n_frames, max_rejected)
+    if todo < plan.n_frames:
+        _count_earlier(plan, tally)
+    progress = Progress(plan.n_frames, "frames", done=plan.n_frames - todo)
+    with _heartbeat(plan.out, job.writer):
+        _label(job, chunks, progress, tally, carefully=False)
+        left = ledger.pending(plan)
+        if left:
+            say(f"{len(left):,} chunks have no record; once more, each frame in a process of its own")
+            _label(job, left, progress, tally, carefully=True)
+            left = ledger.pending(plan)
+    progress.finish(tally.note())
+    if left and tally.trouble:
+        raise storage.StorageError(f"{len(left):,} chunks are not done: {tally.trouble}; the same command goes on")
+    if left:
+        raise JobFailed(f"{len(left):,} chunks ended every process that labelled them, the first is {left[0].chunk_id}")
+    return todo / (time.monotonic() - started_s)
+
+
+def _label(job: WaveJob, chunks: Sequence[ledger.Chunk], progress: Progress, tally: _Tally, *, carefully: bool) -> None:
+    """Sends chunks through the cluster, wave after wave, and counts their receipts."""
+    for start in range(0, len(chunks), WAVE_CHUNKS):
+        finished = troubled = 0
+        for receipt in run_wave(job, chunks[start : start + WAVE_CHUNKS], carefully=carefully):
+            if receipt["trouble"] is not None:
+                tally.trouble, troubled = receipt["trouble"], troubled + 1
+                continue
+            finished += 1
+            tally.add(json.loads(receipt["rejected"]), receipt["n_rows"])
+            progress.advance(receipt["n_rows"], tally.note())
+        if troubled and not finished:
+            raise storage.StorageError(f"storage does not answer: {tally.trouble}; the same command goes on")
+
+
+def _count_earlier(plan: ledger.Plan, tally: _Tally) -> None:
+    """Counts what earlier runs rejected."""
+    published, recorded = ledger.published_shards(plan.out), ledger.recorded_keys(plan.out)
+    for file in published.values():
+        tally.add(file["rejected"], file["rows"])
+    keys = [chunk.key for chunk in plan.chunks if chunk.shard not in published and chunk.key in recorded]
+    for receipt in ledger.read_receipts(plan.out, keys):
+        tally.add(receipt.rejected, receipt.n_rows)
+
+
+class _Tally:
+    """What the receipts say so far, and whether the job can still succeed."""
+
+    def __init__(self, n_frames: int, max_rejected: float) -> None:
+        self._n_frames, self._max_rejected = n_frames, max_rejected
+        self._n_done = 0
+        self._rejected: Counter[str] = Counter()
+        self.trouble: str | None = None
+
+    def add(self, rejected: Mapping[str, int], n_rows: int) -> None:
+        """Counts a chunk. Raises JobFailed once more frames are rejected than may be, whatever is still to come."""
+        self._rejected.update(rejected)
+        self._n_done += n_rows
+        publish.require_share(self._rejected, self._n_done, self._n_frames, self._max_rejected)
+
+    def note(self) -> str:
+        return f", {self._rejected.total():,} rejected"
+
+
+@contextlib.contextmanager
+def _heartbeat(out: str, writer: str) -> Iterator[None]:
+    """A sign of life of this job while the block runs, so that a second one is warned."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while True:
+            with contextlib.suppress(OSError):  # it only serves to warn; the work itself will say what storage has
+                ledger.heartbeat(out, writer)
+            if over.wait(HEARTBEAT_S):
+                return
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beating.join()
+        with contextlib.suppress(OSError):
+            ledger.end_heartbeat(out, writer)
+
+
+# --- after ---
+
+
+def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
+    with storage.open_read(storage.join(plan.out, "class_statistics.parquet")) as file:
+        statistics = pq.read_table(file, columns=["class_name", "pixels"])
+    pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
+    for name, count in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
+        pixels[name] += count
+    return SegmentResult(
+        out=plan.out,
+        listed=summary["listed"],
+        ok=summary["ok"],
+        rejected=summary["rejected"],
+        frames_per_s=frames_per_s,
+        class_pixels=pixels,
+    )
+
+
+def _say_result(result: SegmentResult) -> None:
+    rejected = sum(result.rejected.values())
+    reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
+    say(f"{result.listed:,} frames: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
+    total = sum(result.class_pixels.values())
+    for name, count in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
+        if count:
+            say(f"  {name:20}{count:16,} px {count / total:7.2%}")
+    say(f"masks and statistics: {storage.join(result.out, 'frames')}")
+    say(f"check them with: unet-ray verify {result.out}")

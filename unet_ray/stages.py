@@ -1,0 +1,249 @@
+"""The steps that a chunk of frames goes through, each a pure function of a table: decode, label, write; no Ray here.
+
+Shapes: `N` frames, `H` height px, `W` width px, `C` colour, `K` classes; `h`, `w` the network's input.
+
+Between the steps a table has one row a frame: the columns of the manifest, and beside them those of a step, whose names
+begin with `_`:
+
+| column | after `decode_chunk` | after `label_chunk` |
+|---|---|---|
+| `_chunk` | the chunk, as JSON | the same |
+| `_trouble` | what storage said: the chunk must be tried again, and has no other columns; else null | the same |
+| `_height_px`, `_width_px` | the frame's size, null where it was not found out | the same |
+| `_reason`, `_error` | why the frame is rejected, null where it is not | the same |
+| `_image` | uint8 RGB of the network's size (or the frame's); null where rejected | gone |
+| `_mask`, `_mask_height_px`, `_mask_width_px` | | uint8 rows; null where rejected |
+| `_pixels`, `_class_confidence` | | K numbers |
+| `_confidence`, `_low_margin_share` | | one number |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from unet_ray import decoding, images, ledger, results
+from unet_ray.classes import ClassSet
+from unet_ray.decoding import DecodedFrame, DecodeOptions
+from unet_ray.frames import FrameGone, read_frames
+from unet_ray.storage import StorageError
+
+if TYPE_CHECKING:
+    from unet_ray.inference import Labeler
+
+STORAGE_WAITS_S = (1.0, 5.0)
+"""Pauses before storage is asked again; a filesystem's own retries come on top."""
+
+T = TypeVar("T")
+
+
+def decode_chunk(chunk: ledger.Chunk, options: DecodeOptions, *, carefully: bool = False) -> pa.Table:
+    """Reads and decodes the frames of a chunk.
+
+    Args:
+        chunk: which frames.
+        options: how.
+        carefully: each frame in a process that it may end, because one of them has ended this one's.
+    """
+    decode = decoding.decode_carefully if carefully else decoding.decode_here
+
+    def attempt() -> pa.Table:
+        rows = ledger.read_rows(chunk)
+        return _pack_frames(rows, chunk, decode(map(_gone_or_bytes, read_frames(rows)), options))
+
+    try:
+        return _patiently(attempt)
+    except OSError as error:
+        return _pack_trouble(chunk, error)
+
+
+def _gone_or_bytes(content: bytes | FrameGone) -> bytes | DecodedFrame:
+    return DecodedFrame(reason=content.reason, error=content.error) if isinstance(content, FrameGone) else content
+
+
+def _patiently(act: Callable[[], T]) -> T:
+    """Does it again after a pause where storage says that this may help."""
+    for wait_s in STORAGE_WAITS_S:
+        try:
+            return act()
+        except StorageError:
+            time.sleep(wait_s)
+    return act()
+
+
+def _pack_frames(rows: pa.Table, chunk: ledger.Chunk, decoded: Iterable[DecodedFrame]) -> pa.Table:
+    """The table after decoding; a frame's pixels are copied once."""
+    pixels = _Buffers()
+    sizes: list[tuple[int | None, int | None]] = []
+    refusals: list[tuple[str | None, str | None]] = []
+    for frame in decoded:
+        pixels.append(frame.image)
+        sizes.append((frame.height_px, frame.width_px))
+        refusals.append((frame.reason, frame.error))
+    assert len(sizes) == rows.num_rows, (len(sizes), rows.num_rows)
+    return _with_columns(
+        rows,
+        _chunk=pa.array([_to_json(chunk)] * rows.num_rows, pa.string()),
+        _trouble=pa.nulls(rows.num_rows, pa.string()),
+        _height_px=pa.array([height_px for height_px, _ in sizes], pa.int32()),
+        _width_px=pa.array([width_px for _, width_px in sizes], pa.int32()),
+        _reason=pa.array([reason for reason, _ in refusals], pa.string()),
+        _error=pa.array([error for _, error in refusals], pa.string()),
+        _image=pixels.to_array(),
+    )
+
+
+def _pack_trouble(chunk: ledger.Chunk, error: OSError) -> pa.Table:
+    text = " ".join(str(error).split())
+    return pa.table({"_chunk": pa.array([_to_json(chunk)], pa.string()), "_trouble": pa.array([text], pa.string())})
+
+
+def _to_json(chunk: ledger.Chunk) -> str:
+    return json.dumps(dataclasses.asdict(chunk))
+
+
+def _has_trouble(table: pa.Table) -> bool:
+    return table["_trouble"][0].is_valid
+
+
+def label_chunk(table: pa.Table, labeler: Labeler, network_size: tuple[int, int] | None) -> pa.Table:
+    """Returns the table with masks and figures in place of pixels.
+
+    Args:
+        table: after decoding.
+        labeler: the network.
+        network_size: (h, w) of the pixels; None where each frame has its own size.
+    """
+    if _has_trouble(table):
+        return table
+    sizes = list(zip(table["_height_px"].to_pylist(), table["_width_px"].to_pylist(), strict=True))
+    reasons = table["_reason"].to_pylist()
+    accepted = [index for index, reason in enumerate(reasons) if reason is None]
+    shown = [_view(table["_image"], index, (*(network_size or sizes[index]), 3)) for index in accepted]
+    masks: list[np.ndarray | None] = [None] * table.num_rows
+    figures: dict[str, list[object]] = {
+        name: [None] * table.num_rows for name in ("_pixels", "_class_confidence", "_confidence", "_low_margin_share")
+    }
+    if accepted:
+        labels = labeler.label(shown, [sizes[index] for index in accepted])
+        for place, index in enumerate(accepted):
+            masks[index] = labels.masks[place]
+            figures["_pixels"][index] = labels.pixels_NK[place]
+            figures["_class_confidence"][index] = labels.confidence_NK[place]
+            figures["_confidence"][index] = labels.confidence_N[place]
+            figures["_low_margin_share"][index] = labels.low_margin_share_N[place]
+    types = dict(zip(figures, (pa.list_(pa.int64()), pa.list_(pa.float32()), pa.float32(), pa.float32()), strict=True))
+    buffers = _Buffers()
+    for mask in masks:
+        buffers.append(mask)
+    return _with_columns(
+        table.drop_columns(["_image"]),
+        _mask=buffers.to_array(),
+        _mask_height_px=pa.array([None if mask is None else mask.shape[0] for mask in masks], pa.int32()),
+        _mask_width_px=pa.array([None if mask is None else mask.shape[1] for mask in masks], pa.int32()),
+        **{name: pa.array(values, types[name]) for name, values in figures.items()},
+    )
+
+
+def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: str, writer: str) -> pa.Table:
+    """Writes a labelled chunk's part and then its record, and returns one row for the driver.
+
+    Returns:
+        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null).
+    """
+    chunk = ledger.Chunk(**json.loads(table["_chunk"][0].as_py()))
+    trouble = table["_trouble"][0].as_py()
+    rejected = "{}"
+    if trouble is None:
+        rows = table.select([name for name in table.column_names if not name.startswith("_")])
+        result = results.result_table(rows, chunk_labels(table, class_set, mask_encoding), class_set)
+        try:
+            receipt = _patiently(lambda: ledger.commit(out, chunk, result, writer=writer))
+            rejected = json.dumps(dict(receipt.rejected))
+        except OSError as error:
+            trouble = " ".join(str(error).split())
+    return pa.table(
+        {
+            "chunk_id": pa.array([chunk.chunk_id], pa.string()),
+            "n_rows": pa.array([chunk.n_rows], pa.int64()),
+            "rejected": pa.array([rejected], pa.string()),
+            "trouble": pa.array([trouble], pa.string()),
+        }
+    )
+
+
+def chunk_labels(table: pa.Table, class_set: ClassSet, mask_encoding: str) -> results.ChunkLabels:
+    """Returns what became of the frames of a labelled table, with masks encoded."""
+    heights, widths = table["_mask_height_px"].to_pylist(), table["_mask_width_px"].to_pylist()
+    masks: list[bytes | None] = []
+    for index, size in enumerate(zip(heights, widths, strict=True)):
+        if size[0] is None:
+            masks.append(None)
+        elif mask_encoding == "raw":
+            masks.append(table["_mask"][index].as_py())
+        else:
+            masks.append(images.encode_mask_png(_view(table["_mask"], index, size), class_set.palette_K3))
+    n_classes = class_set.n_classes
+    return results.ChunkLabels(
+        reason=table["_reason"].to_pylist(),
+        error=table["_error"].to_pylist(),
+        height_px=table["_height_px"].to_pylist(),
+        width_px=table["_width_px"].to_pylist(),
+        mask=masks,
+        mask_encoding=mask_encoding,
+        mask_height_px=heights,
+        mask_width_px=widths,
+        pixels_NK=_matrix(table["_pixels"], n_classes, np.int64),
+        class_confidence_NK=_matrix(table["_class_confidence"], n_classes, np.float32),
+        confidence_N=np.array(table["_confidence"].fill_null(0).to_numpy(), np.float32),
+        low_margin_share_N=np.array(table["_low_margin_share"].fill_null(0).to_numpy(), np.float32),
+    )
+
+
+def _matrix(column: pa.ChunkedArray, n_classes: int, dtype: type) -> np.ndarray:
+    """Rows of K numbers; zeros where a row is null."""
+    matrix_NK: np.ndarray = np.zeros((len(column), n_classes), dtype)
+    valid = column.is_valid().to_numpy()
+    if valid.any():
+        matrix_NK[valid] = (
+            column.combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, n_classes)
+        )
+    return matrix_NK
+
+
+class _Buffers:
+    """Collects arrays into one Arrow column of bytes."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._offsets = [0]
+        self._valid: list[bool] = []
+
+    def append(self, array: np.ndarray | None) -> None:
+        if array is not None:
+            self._parts.append(np.ascontiguousarray(array).reshape(-1))
+        self._offsets.append(self._offsets[-1] + (0 if array is None else array.size))
+        self._valid.append(array is not None)
+
+    def to_array(self) -> pa.Array:
+        data = np.concatenate(self._parts) if self._parts else np.zeros(0, np.uint8)
+        validity = pa.array(self._valid).buffers()[1]
+        offsets = pa.py_buffer(np.array(self._offsets, np.int64))
+        buffers = [validity, offsets, pa.py_buffer(data)]
+        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._valid), buffers)
+
+
+def _view(column: pa.ChunkedArray, index: int, shape: Sequence[int]) -> np.ndarray:
+    return np.frombuffer(column[index].as_buffer(), np.uint8).reshape(shape)
+
+
+def _with_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table

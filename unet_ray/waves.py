@@ -1,0 +1,216 @@
+"""A wave of chunks through Ray Data: decode tasks -> model actors -> writing tasks -> one receipt a chunk."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.util.annotations import RayDeprecationWarning
+
+from unet_ray import stages
+from unet_ray.classes import ClassSet
+from unet_ray.config import SegmentConfig
+from unet_ray.decoding import DecodeOptions
+from unet_ray.ledger import Chunk
+
+CPU_SHARE_OF_ACTORS = 0.75
+"""Share of a node's CPUs that model actors on CPUs reserve. Network and decoding may both use every core: they take
+turns, and the queue between them slows down the faster one. Reserved apart, one of the two would leave cores idle."""
+
+DECODE_CPUS_BESIDE_ACTORS = 0.2
+"""CPUs that a decode task reserves where the network runs on CPUs too: of the rest, two tasks on 2 cores."""
+
+WRITE_CPUS = 0.05
+"""CPUs that a writing task reserves; without a share left for them no chunk would ever be finished."""
+
+TASK_RETRIES = 2
+"""Of a task whose process ended; Ray's default for actors is to try for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Who gets which share of the cluster."""
+
+    actors: tuple[int, int]
+    """Fewest and most model actors."""
+    actor_cpus: float
+    """CPUs that each reserves."""
+    actor_gpus: int
+    """GPUs that each reserves."""
+    threads: int
+    """Threads that each uses."""
+    decode_cpus: float
+    """CPUs that a decode task reserves."""
+
+    def bundles(self) -> list[dict[str, float]]:
+        """Returns what must be there before the work begins."""
+        bundle = {"CPU": self.actor_cpus} | ({"GPU": self.actor_gpus} if self.actor_gpus else {})
+        return [dict(bundle) for _ in range(self.actors[0])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveJob:
+    """What all waves of a run share."""
+
+    out: str
+    """URI of the output."""
+    class_set: ClassSet
+    bundle: list[Any]
+    """Reference to the bundle in the object store, in a list: Ray would resolve it otherwise."""
+    labeler: Mapping[str, Any]
+    """Arguments of `inference.Labeler`."""
+    decode: DecodeOptions
+    mask_encoding: str
+    writer: str
+    """Name of this run in its commit records."""
+    allocation: Allocation
+
+
+def allocate(config: SegmentConfig, device: str) -> Allocation:
+    """Shares out the cluster: on GPUs an actor a GPU and decoding on every CPU left, on CPUs an actor a node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if device == "gpu":
+        n_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        cpus = config.cpus_per_actor or 1
+        actors = config.actor_range() or (max(1, n_gpus),) * 2
+        return Allocation(actors=actors, actor_cpus=cpus, actor_gpus=1, threads=cpus, decode_cpus=1)
+    node_cpus = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 1] or [1.0]
+    low, high = config.actor_range() or (len(node_cpus),) * 2
+    share = min(node_cpus) / -(-low // len(node_cpus))
+    return Allocation(
+        actors=(low, high),
+        actor_cpus=config.cpus_per_actor or CPU_SHARE_OF_ACTORS * share,
+        actor_gpus=0,
+        threads=config.cpus_per_actor or max(1, int(share)),
+        decode_cpus=DECODE_CPUS_BESIDE_ACTORS,
+    )
+
+
+def run_wave(job: WaveJob, chunks: Sequence[Chunk], *, carefully: bool = False) -> Iterator[dict[str, Any]]:
+    """Labels chunks and yields a receipt of each that came through, as `stages.write_chunk` writes it, in any order.
+
+    A chunk that ends a process at every try leaves no receipt and no record, and the others go on. In the careful
+    way, in which no frame ends a task, that would be a fault of ours, and is raised.
+    """
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is left without a record is said by the ledger
+    with warnings.catch_warnings():
+        # Copying a context warns of each option that will go, and retries have no named parameter in Ray 2.60.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        context = copy.deepcopy(DataContext.get_current())
+        context.target_max_block_size = None  # one block is one chunk, whatever its size
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.max_errored_blocks = 0 if carefully else -1
+        with DataContext.current(context):
+            receipts = _pipeline(job, chunks, carefully)
+    for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from cast(pa.Table, batch).to_pylist()
+
+
+def _pipeline(job: WaveJob, chunks: Sequence[Chunk], carefully: bool) -> ray.data.Dataset:
+    """Ray fuses stages of like resources, and decoding in the actor would wait for the network; these are unlike."""
+    allocation = job.allocation
+    low, high = (min(number, len(chunks)) for number in allocation.actors)
+    decode = functools.partial(stages.decode_chunk, options=job.decode, carefully=carefully)
+    return (
+        ray.data.read_datasource(
+            _Chunks(chunks, decode),
+            override_num_blocks=len(chunks),
+            num_cpus=allocation.decode_cpus,
+            ray_remote_args={"max_retries": TASK_RETRIES},
+        )
+        .map_batches(
+            _ModelActor,
+            fn_constructor_args=(job.bundle, job.labeler, job.decode.network_size),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=low, max_size=high),
+            num_cpus=allocation.actor_cpus,
+            num_gpus=allocation.actor_gpus or None,
+            max_restarts=-1,
+            max_task_retries=TASK_RETRIES,
+        )
+        .map_batches(
+            stages.write_chunk,
+            fn_args=(job.out, job.class_set, job.mask_encoding, job.writer),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=WRITE_CPUS,
+            max_retries=TASK_RETRIES,
+        )
+    )
+
+
+class _Chunks(Datasource):
+    """One read task a chunk, which carries a place in the manifest and no frame."""
+
+    def __init__(self, chunks: Sequence[Chunk], decode: Callable[[Chunk], pa.Table]) -> None:
+        super().__init__()
+        self._chunks, self._decode = chunks, decode
+
+    def get_name(self) -> str:
+        return "Frames"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                functools.partial(_as_blocks, self._decode, chunk),
+                BlockMetadata(num_rows=chunk.n_rows, size_bytes=None, input_files=None, exec_stats=None),
+            )
+            for chunk in self._chunks
+        ]
+
+
+def _as_blocks(decode: Callable[[Chunk], pa.Table], chunk: Chunk) -> Iterable[pa.Table]:
+    return [decode(chunk)]
+
+
+class _ModelActor:
+    """A network on a device, and chunk after chunk through it."""
+
+    def __init__(self, bundle: list[Any], labeler: Mapping[str, Any], network_size: tuple[int, int] | None) -> None:
+        from unet_ray.inference import Labeler, configure_tensorflow  # loads TensorFlow: in actors and nowhere else
+
+        configure_tensorflow(labeler["device"], labeler["n_threads"])
+        self._network_size = network_size
+        self._labeler = Labeler(ray.get(bundle[0]), **labeler)
+        self._labeler.warm_up()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return stages.label_chunk(table, self._labeler, self._network_size)
+
+
+def map_on_cluster(act: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """As `map`, on the cluster: in order, as many at once as it has CPUs, an error as it was raised."""
+    remote = ray.remote(max_retries=TASK_RETRIES)(act)
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running: list[Any] = []
+    for item in items:
+        if len(running) == at_once:
+            yield _outcome(running.pop(0))
+        running.append(remote.remote(item))
+    for reference in running:
+        yield _outcome(reference)
+
+
+def _outcome(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
