@@ -1,0 +1,68 @@
+"""The import rules of the module map in the README, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unet_ray
+
+PACKAGE = Path(unet_ray.__file__).parent
+MAY_IMPORT_RAY = {"cluster", "ingest", "monitor", "worker", "training", "waves", "segmentation"}
+MAY_IMPORT_FSSPEC = {"storage"}
+MAY_IMPORT_MATPLOTLIB = {"pictures"}
+
+
+def imports(module: str) -> set[str]:
+    """Names of all modules that one module of ours imports anywhere, with `unet_ray.x` for our own."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            prefix = f"{node.module}."
+            found |= {prefix + alias.name for alias in node.names} if node.module == "unet_ray" else {node.module or ""}
+    return found
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_named_modules_know_ray_fsspec_and_matplotlib(module):
+    top_level = {name.partition(".")[0] for name in imports(module)}
+    assert "ray" not in top_level or module in MAY_IMPORT_RAY
+    assert "fsspec" not in top_level or module in MAY_IMPORT_FSSPEC
+    assert "matplotlib" not in top_level or module in MAY_IMPORT_MATPLOTLIB
+
+
+def test_training_and_segmentation_never_import_each_other():
+    assert "unet_ray.segmentation" not in imports("training")
+    assert "unet_ray.training" not in imports("segmentation")
+
+
+def test_no_module_imports_one_that_imports_it():
+    ours = {
+        module: {name for name in MODULES if f"unet_ray.{name}" in imports(module) and name != module}
+        for module in MODULES
+    }
+    done: list[str] = []
+    while len(done) < len(ours):
+        free = [module for module, needs in ours.items() if module not in done and needs <= set(done)]
+        assert free, f"these import each other in a circle: {sorted(set(ours) - set(done))}"
+        done += free
+
+
+@pytest.mark.parametrize(
+    "module", ["classes", "config", "storage", "images", "pairs", "frames", "bundle", "ledger", "results", "cli"]
+)
+def test_light_modules_load_neither_tensorflow_nor_ray(module):
+    heavy = ("tensorflow", "keras", "ray", "matplotlib")
+    code = f"import sys, unet_ray.{module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

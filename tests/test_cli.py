@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+
+import unet_ray
+from unet_ray import cli, config
+
+TRAIN = ["--images", "i", "--masks", "m", "--classes", "camvid", "--out", "o"]
+
+
+def test_the_overview_names_every_command(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in cli.COMMANDS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"unet-ray {unet_ray.__version__}\n"
+
+
+def test_a_mistyped_command_gets_a_suggestion_and_exit_code_2(capsys):
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == "unet-ray: error: 'trian' is no command; perhaps you meant train\n"
+
+
+def test_a_mistyped_option_gets_a_suggestion_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *TRAIN, "--bach-size", "8"])
+    assert ended.value.code == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_help_tells_each_option_with_its_text_and_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--batch-size INT Frames of a step, over all workers together. (default: 32)" in text
+    assert "--images STR URI of the folder of frames (searched at any depth). (required)" in text
+    assert "--config FILE.yaml" in text
+
+
+def test_a_wrong_value_is_one_line_and_exit_code_2(capsys):
+    assert cli.main(["train", *TRAIN, "--image-size", "95", "128"]) == 2
+    assert capsys.readouterr().err == (
+        "unet-ray: error: image height is 95; a network of depth 5 halves it 4 times, so it must be a multiple of 16 "
+        "up to 8192: try 96\n"
+    )
+
+
+def test_precedence_is_recipe_then_file_then_options(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "epochs: 7\nbatch-size: 8\nimage_size: [48, 64]\naugment: true\nflip: false\nimages: from-the-file\n"
+    )
+    told = cli.parse("train", [*TRAIN, "--recipe", "notebook", "--config", str(file), "--batch-size", "16"])
+    assert told.learning_rate == 1e-3 and told.augment and not told.flip
+    assert (told.epochs, told.batch_size, told.image_size, told.images) == (7, 16, (48, 64), "i")
+
+
+def test_a_run_can_be_repeated_from_the_configuration_it_wrote(tmp_path):
+    told = cli.parse("train", [*TRAIN, "--scale", "0.3", "1.0", "--val-images", "v", "--val-masks", "w"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(told))
+    assert cli.parse("train", ["--config", str(file)]) == told
+    told = cli.parse("segment", ["--model", "m", "--frames", "a", "b", "--out", "o", "--actors", "1:3"])
+    file.write_text(config.to_yaml(told))
+    assert cli.parse("segment", ["--config", str(file)]) == told
+
+
+def test_an_unknown_option_in_a_file_is_named(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epoch: 7\n")
+    assert cli.main(["train", *TRAIN, "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"unet-ray: error: {file}: unknown option 'epoch'; the options are augment, batch_size, ")
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_recipe_names_those_there_are(capsys):
+    assert cli.main(["train", *TRAIN, "--recipe", "cake"]) == 2
+    assert capsys.readouterr().err == "unet-ray: error: --recipe is 'cake'; the recipes are default, notebook\n"
+
+
+@pytest.mark.parametrize("command", ["train", "segment", "evaluate", "check"])
+def test_missing_folders_are_one_line_and_exit_code_2(command, tmp_path, capsys):
+    gone = str(tmp_path / "gone")
+    options = {
+        "train": ["--images", gone, "--masks", gone, "--classes", "camvid", "--out", str(tmp_path / "o")],
+        "segment": ["--model", gone, "--frames", gone, "--out", str(tmp_path / "o")],
+        "evaluate": ["--model", gone, "--images", gone, "--masks", gone],
+        "check": ["--images", gone, "--masks", gone, "--classes", "camvid"],
+    }
+    assert cli.main([command, *options[command]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"unet-ray: error: {gone}") and error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
