@@ -50,7 +50,7 @@ def run_demo(told: DemoConfig) -> None:
     tar, labels = storage.join(out, "archive.tar"), storage.join(out, "labels")
     if not storage.exists(tar):  # written anew, its frames would count as changed since they were listed
         storage.write_whole(tar, pack_tar(storage.join(archive, "CameraRGB")))
-    segment(SegmentConfig(model=run, frames=(tar,), out=labels, device="cpu"))
+    segment(SegmentConfig(model=run, frames=(tar,), out=labels, device="cpu", actors="2", chunk_frames=10))
 
     print("\n4. Reading the labels back", flush=True)
     classes = PRESETS["carla23"]

@@ -1,0 +1,69 @@
+"""The README's commands and tables, held against the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from unet_ray import cli, results
+from unet_ray.classes import ClassSet, SegmentationClass
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [
+    line
+    for block in blocks("sh")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("unet-ray ") and "…" not in line
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_understood(line):
+    _, name, *arguments = shlex.split(line)
+    assert cli.parse(name, arguments) is not None
+
+
+def test_there_are_commands():
+    assert {shlex.split(line)[1] for line in COMMANDS} >= {"check", "train", "segment", "verify"}
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_every_python_block_is_python(block):
+    ast.parse(block)
+
+
+def test_ci_runs_the_readmes_commands_word_for_word():
+    told = re.findall(r'as_the_readme_says "(.*)"', (ROOT / ".ci" / "run").read_text())
+    lines = README.splitlines()
+    assert len(told) == 3 and all(line in lines for line in told)
+
+
+def test_the_table_of_a_row_is_the_schema():
+    table = README[README.index("A row of `frames/`:") :].split("\n\n")[1]
+    told = {
+        name: kind
+        for names, kind in re.findall(r"^\| (`.*?`) \| (\w+) \|", table, re.MULTILINE)
+        for name in re.findall(r"`(.*?)`", names)
+    }
+    one_class = ClassSet(name="one", classes=(SegmentationClass(name="x", color=(1, 2, 3), values=(0,)),))
+    schema = results.frames_schema(one_class)
+    types = {"float": "float32"}
+    code = {field.name.replace("_x", "_<class>"): types.get(str(field.type), str(field.type)) for field in schema}
+    assert told == code
+
+
+def test_the_module_map_names_every_module():
+    table = README[README.index("| module (`unet_ray/`)") :].split("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == {path.stem for path in (ROOT / "unet_ray").glob("*.py")} - {"__init__"}
