@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -42,13 +43,13 @@ def connect() -> None:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init(address="local", include_dashboard=False, **arguments)
     else:
+        address = os.environ["RAY_ADDRESS"]
         try:
+            _knock(address)
             ray.init(**arguments)
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             cause = " ".join(str(error).split())
-            raise ValueError(
-                f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}; no cluster lets us in there: {cause}"
-            ) from error
+            raise ValueError(f"RAY_ADDRESS is {address}; no cluster lets us in there: {cause}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop_handler)  # Ray's own prints a stack trace of C++ before it ends the process
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -57,6 +58,13 @@ def connect() -> None:
     say(f"Ray {ray.__version__} {where}: {_text({key: have.get(key, 0) for key in ('CPU', 'GPU')})}")
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         say("warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token")
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at `host:port`; Ray 2.60 itself tries for ten minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _is_local() -> bool:

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import ray
+
+from unet_ray import cluster
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def local():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        cluster.connect()
+        yield
+        ray.shutdown()
+
+
+def test_the_device_is_what_there_is_and_a_missing_gpu_is_said(local, capsys):
+    assert cluster.resolve_device("auto") == cluster.resolve_device("cpu") == "cpu"
+    assert capsys.readouterr().out == "device: cpu (auto)\ndevice: cpu\n"
+    with pytest.raises(ValueError) as caught:
+        cluster.resolve_device("gpu")
+    assert str(caught.value) == (
+        "--device is gpu and this machine has no GPU; use --device cpu, or auto to take what there is"
+    )
+
+
+def test_more_than_this_machine_has_is_refused_at_once(local):
+    n_cpus = int(ray.cluster_resources()["CPU"])
+    cluster.wait_for_resources([{"CPU": 1.0}] * n_cpus, 600, "workers")
+    with pytest.raises(ValueError) as caught:
+        cluster.wait_for_resources([{"CPU": 1.0}] * (n_cpus + 1), 600, f"{n_cpus + 1} training workers")
+    assert str(caught.value) == (
+        f"{n_cpus + 1} training workers want {n_cpus + 1} CPUs (1 CPU each); the cluster has {n_cpus} "
+        f"CPU{'s' * (n_cpus != 1)}; ask for fewer, or add nodes"
+    )
+
+
+def test_a_bundle_must_fit_on_one_node(monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert cluster._fits([{"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}])
+    assert not cluster._fits([{"CPU": 3.0}])
+    assert not cluster._fits([{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    ray.shutdown()
+    with pytest.raises(ValueError, match=r"^RAY_ADDRESS is 127\.0\.0\.1:1; no cluster lets us in there: ") as caught:
+        cluster.connect()
+    assert "\n" not in str(caught.value)
