@@ -133,7 +133,7 @@ class TrainConfig(ClusterConfig):
     """Share of activations dropped in the last two encoder blocks while training."""
     seed: int = 0
     """Decides initial weights, order of frames, dropout and augmentation."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network; `auto` is bfloat16 where the device has it, else float32."""
 
     loss: Literal["ce", "dice", "ce+dice"] = "ce"
@@ -257,12 +257,14 @@ class SegmentConfig(ClusterConfig):
     model: str
     """URI of a run's folder or of its model/."""
     frames: tuple[str, ...]
-    """URIs of the archives: folders, tar files, globs."""
+    """URIs of the archives: folders, tar and zip files, Parquet, catalogues (CSV or Parquet with `uri`), globs."""
     out: str
     """URI of the output's folder."""
 
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
+    image_column: str | None = None
+    """Column of a Parquet archive that holds the encoded images; by default `image`."""
     actors: str = "auto"
     """Model actors: N, or MIN:MAX to let Ray grow and shrink the pool; `auto` fits them to the cluster."""
     cpus_per_actor: int | None = None
