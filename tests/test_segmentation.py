@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -242,31 +243,57 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     assert publish.verify(str(tmp_path / "out")) == []
 
 
-@pytest.mark.parametrize(("moment", "chunks"), [("plan", 0), ("work", 2)])
-def test_killed_and_run_again_gives_the_same_bytes(
-    labelled: Path, model: str, archive: Path, tmp_path: Path, moment: str, chunks: int
+def descendants(pid: int) -> set[int]:
+    """Process ids of all that a process has started, by /proc."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            children.setdefault(int(status.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(status.parent.name)
+            )
+    found, new = set(), [pid]
+    while new:
+        new = [child for parent in new for child in children.get(parent, [])]
+        found |= set(new)
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_run_again_gives_the_same_bytes(
+    labelled: Path, model: str, archive: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    """The driver dies by SIGKILL, its Ray with it; in the end the same is published as by an undisturbed run."""
+    """The driver is stopped within its work; all of its Ray goes with it, and the rerun publishes the same bytes."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "unet_ray.cli", "segment", "--model", model, "--frames", str(archive)]
+    main = "import sys; from unet_ray.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "segment", "--model", model, "--frames", str(archive)]
     command += ["--out", str(out), "--chunk-frames", "4", "--batch-size", "3", "--device", "cpu"]
     command += ["--precision", "float32", "--shard-rows", "10"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as driver:
+    records = out / "_work/records"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as driver:
         deadline = time.monotonic() + 120
-        records, mark = out / "_work/records", out / "manifest/_g000.json"
-        while time.monotonic() < deadline and driver.poll() is None:
-            if mark.exists() and (chunks == 0 or (records.exists() and len(list(records.glob("*.json"))) >= chunks)):
-                break
+        while time.monotonic() < deadline and not list(records.glob("*.json")):
             time.sleep(0.002)
-        os.kill(driver.pid, signal.SIGKILL)
-    assert driver.returncode == -signal.SIGKILL
-    assert not (out / "summary.json").exists()
-    before = {file.name: file.read_bytes() for file in records.glob("*.json")} if records.exists() else {}
-    assert len(before) >= chunks
+        started = descendants(driver.pid)
+        driver.send_signal(how)
+        driver.wait(15)
+    assert driver.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    deadline = time.monotonic() + (120 if how == signal.SIGKILL else 15)  # Ray itself notices that its driver is gone
+    while time.monotonic() < deadline and any(map(is_running, started)):
+        time.sleep(0.1)
+    assert started and not any(map(is_running, started))
+    n_done = len(list(records.glob("*.json")))
+    assert n_done >= 1 and not (out / "summary.json").exists()
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{5 - len(before)} to do" in again.stdout
+    assert f" in {5 - n_done} to do" in again.stdout
     assert digests(out) == digests(labelled)
     assert json.loads((out / "summary.json").read_text())["ok"] == 18
