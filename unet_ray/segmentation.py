@@ -24,6 +24,7 @@ from unet_ray.cluster import say
 from unet_ray.config import JobFailed, SegmentConfig, to_yaml
 from unet_ray.decoding import DecodeOptions
 from unet_ray.frames import FrameGone, Listing, list_archives, read_frames
+from unet_ray.preview import write_preview
 from unet_ray.progress import Progress
 from unet_ray.results import RESULT_VERSION
 from unet_ray.tiling import Tiling, choose_tiling
@@ -62,12 +63,14 @@ def segment(config: SegmentConfig) -> SegmentResult:
         StorageError: storage did not answer; the same command goes on later.
     """
     os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
-    # Ray Data makes Ray warn of every actor that it can restart (Ray 2.60), as an error on the terminal.
+    # Ray Data makes Ray call every actor that it can restart an error, on the terminal (Ray 2.60).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     bundle = read_bundle(config.model)
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
     with ThreadPoolExecutor(1) as background:  # Ray's start takes 3 s
-        listing_soon = background.submit(list_archives, config.frames, path_pattern=config.path_pattern)
+        listing_soon = background.submit(
+            list_archives, config.frames, path_pattern=config.path_pattern, image_column=config.image_column
+        )
         cluster.connect()
         listing = listing_soon.result()
     _refuse_unlistable(listing)
@@ -87,6 +90,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     summary = publish.publish(plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster)
     result = _result(plan, summary, frames_per_s)
     _say_result(result)
+    _show_preview(plan)
     return result
 
 
@@ -198,7 +202,8 @@ def _wave_job(
     return WaveJob(
         out=plan.out,
         class_set=bundle.class_set,
-        bundle=[ray.put(bundle)],
+        model=storage.resolve(config.model),
+        model_digest=bundle.digest,
         labeler={
             "precision": precision,
             "batch_size": config.batch_size,
@@ -331,6 +336,14 @@ def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) 
         frames_per_s=frames_per_s,
         class_pixels=pixels,
     )
+
+
+def _show_preview(plan: ledger.Plan) -> None:
+    uri: str | None = storage.join(plan.out, "preview.png")
+    if not storage.exists(storage.join(plan.out, "preview.png")):
+        uri = write_preview(plan)
+    if uri:
+        say(f"preview: {uri}")
 
 
 def _say_result(result: SegmentResult) -> None:

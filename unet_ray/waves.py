@@ -19,6 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
 from unet_ray import stages
+from unet_ray.bundle import read_bundle
 from unet_ray.classes import ClassSet
 from unet_ray.config import SegmentConfig
 from unet_ray.decoding import DecodeOptions
@@ -66,8 +67,10 @@ class WaveJob:
     out: str
     """URI of the output."""
     class_set: ClassSet
-    bundle: list[Any]
-    """Reference to the bundle in the object store, in a list: Ray would resolve it otherwise."""
+    model: str
+    """URI of the bundle; every actor reads it, so that none depends on a node that may go."""
+    model_digest: str
+    """Of the bundle that the plan was made with."""
     labeler: Mapping[str, Any]
     """Arguments of `inference.Labeler`."""
     decode: DecodeOptions
@@ -141,7 +144,7 @@ def _pipeline(job: WaveJob, chunks: Sequence[Chunk], carefully: bool) -> ray.dat
         )
         .map_batches(
             _ModelActor,
-            fn_constructor_args=(job.bundle, job.labeler, job.decode.network_size),
+            fn_constructor_args=(job.model, job.model_digest, job.labeler, job.decode.network_size),
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=low, max_size=high),
@@ -193,12 +196,17 @@ def _as_blocks(decode: Callable[[Chunk], pa.Table], chunk: Chunk) -> Iterable[pa
 class _ModelActor:
     """A network on a device, and chunk after chunk through it."""
 
-    def __init__(self, bundle: list[Any], labeler: Mapping[str, Any], network_size: tuple[int, int] | None) -> None:
+    def __init__(
+        self, model: str, model_digest: str, labeler: Mapping[str, Any], network_size: tuple[int, int] | None
+    ) -> None:
         from unet_ray.inference import Labeler, configure_tensorflow  # loads TensorFlow: in actors and nowhere else
 
+        bundle = read_bundle(model)
+        if bundle.digest != model_digest:
+            raise ValueError(f"{model} has changed since this job began; run the same command again")
         configure_tensorflow(labeler["device"], labeler["n_threads"])
         self._network_size = network_size
-        self._labeler = Labeler(ray.get(bundle[0]), **labeler)
+        self._labeler = Labeler(bundle, **labeler)
         self._labeler.warm_up()
 
     def __call__(self, table: pa.Table) -> pa.Table:
