@@ -15,9 +15,6 @@ from unet_ray.classes import IGNORED_ID, ClassSet, SegmentationClass
 from unet_ray.ingest import IngestPlan
 from unet_ray.pairs import find_pairs
 
-# Ray Data 2.60 warns of deprecated options of its own that it sets itself.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
-
 CLASSES = ClassSet(
     name="three",
     classes=(

@@ -27,9 +27,6 @@ from unet_ray.metrics import confusion_matrix
 from unet_ray.pairs import ImagePair
 from unet_ray.training import evaluate, train
 
-# Ray Data 2.60 warns of deprecated options of its own that it sets itself.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
-
 CLASSES = {
     "classes": [
         {"name": "road", "color": [128, 64, 128], "values": [7]},

@@ -31,6 +31,8 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns of this change of default
+    # Ray Data makes Ray call every actor that it can restart an error, on the terminal (Ray 2.60).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options = {key: value for key, value in os.environ.items() if key.startswith("FSSPEC_")}
     arguments: dict[str, Any] = {
         "runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **options}},

@@ -63,8 +63,6 @@ def segment(config: SegmentConfig) -> SegmentResult:
         StorageError: storage did not answer; the same command goes on later.
     """
     os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
-    # Ray Data makes Ray call every actor that it can restart an error, on the terminal (Ray 2.60).
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     bundle = read_bundle(config.model)
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
     with ThreadPoolExecutor(1) as background:  # Ray's start takes 3 s

@@ -53,6 +53,8 @@ def start_strategy(n_workers: int, collective_timeout_s: float) -> tf.distribute
         n_workers: workers in all.
         collective_timeout_s: after which a sum that some worker does not come to is given up. A worker that died or was
             stopped is noticed sooner, by TensorFlow's coordination service (1 s and 9 s).
+            TensorFlow keeps 18 KB for each sum until its time is over, two sums a step: at 600 s and 7 steps a second,
+            150 MB that then grow no further; after that 2 KB a step remain (tensorflow 2.21, 2026-11-21).
     """
     if n_workers == 1:
         return tf.distribute.get_strategy()
