@@ -14,10 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from unet_ray import storage
+from unet_ray import progress, storage
 from unet_ray.cluster import say
-
-BAR_WIDTH = 24
 
 
 class Mailbox:
@@ -93,21 +91,10 @@ def bar(event: dict[str, Any], n_epochs: int) -> str:
     share = event["frames"] / event["n_frames"]
     speed = event["frames"] / max(event["seconds"], 1e-9)
     left = (n_epochs - event["epoch"] + 1) * event["n_frames"] - event["frames"]
-    filled = round(share * BAR_WIDTH)
     return (
-        f"epoch {event['epoch']}/{n_epochs} {'█' * filled}{'░' * (BAR_WIDTH - filled)} "
-        f"{event['frames']:,}/{event['n_frames']:,} frames, {speed:.0f} images/s, ETA {duration(left / speed)}"
+        f"epoch {event['epoch']}/{n_epochs} {progress.bar(share)} "
+        f"{event['frames']:,}/{event['n_frames']:,} frames, {speed:.0f} images/s, ETA {progress.duration(left / speed)}"
     )
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def epoch_line(row: dict[str, Any], n_epochs: int) -> str:
@@ -115,7 +102,7 @@ def epoch_line(row: dict[str, Any], n_epochs: int) -> str:
     parts = [f"epoch {row['epoch']:>{len(str(n_epochs))}}/{n_epochs}", f"loss {row['loss']:.4f}"]
     if row.get("val/mean_iou") is not None:
         parts += [f"val loss {row['val/loss']:.4f}", f"val mean IoU {row['val/mean_iou']:.3f}"]
-    return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s", duration(row["seconds"])])
+    return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s", progress.duration(row["seconds"])])
 
 
 def write_history(run: str, history: Sequence[dict[str, Any]]) -> None:

@@ -47,12 +47,11 @@ class Progress:
     def _print(self, note: str) -> None:
         since_s, before = self._marks[0]
         rate = (self.done - before) / max(1e-9, self._marks[-1][0] - since_s)
-        left = f", {_duration((self._total - self.done) / rate)} left" if rate > 0 and self.done < self._total else ""
+        left = f", {duration((self._total - self.done) / rate)} left" if rate > 0 and self.done < self._total else ""
         share = self.done / self._total if self._total else 1.0
         line = f"{self.done:,} of {self._total:,} {self._unit} ({share:.0%}), {rate:,.1f} {self._unit}/s{left}{note}"
         if self._is_terminal:
-            filled = round(share * BAR_WIDTH)
-            self._stream.write(f"\r\x1b[K{'█' * filled}{'░' * (BAR_WIDTH - filled)} {line}")
+            self._stream.write(f"\r\x1b[K{bar(share)} {line}")
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
@@ -65,7 +64,14 @@ class Progress:
             self._stream.flush()
 
 
-def _duration(seconds: float) -> str:
+def bar(share: float) -> str:
+    """Returns a bar of which `share` is filled."""
+    filled = round(share * BAR_WIDTH)
+    return "█" * filled + "░" * (BAR_WIDTH - filled)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

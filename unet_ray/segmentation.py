@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from unet_ray.bundle import Bundle, read_bundle
 from unet_ray.cluster import say
 from unet_ray.config import JobFailed, SegmentConfig, to_yaml
 from unet_ray.decoding import DecodeOptions
+from unet_ray.devices import has_bfloat16
 from unet_ray.frames import FrameGone, Listing, list_archives, read_frames
 from unet_ray.preview import write_preview
 from unet_ray.progress import Progress
@@ -111,22 +111,12 @@ def resolve_precision(precision: str, device: str) -> str:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(device.upper(), 0) > 0]
     here = ray.get_runtime_context().get_node_id()
     if device == "cpu" and [node["NodeID"] for node in nodes] == [here]:
-        return "bfloat16" if _has_bfloat16(device) else "float32"
-    look = ray.remote(_has_bfloat16)
+        return "bfloat16" if has_bfloat16(device) else "float32"
+    look = ray.remote(has_bfloat16)
     pinned = [
         look.options(num_cpus=0, label_selector={"ray.io/node-id": node["NodeID"]}).remote(device) for node in nodes
     ]
     return "bfloat16" if pinned and all(ray.get(pinned)) else "float32"
-
-
-def _has_bfloat16(device: str) -> bool:
-    if device == "cpu":
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith("flags")), "")
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return all(float(line) >= 8 for line in answer.split())
 
 
 def _plan(

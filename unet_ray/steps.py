@@ -13,8 +13,6 @@ Functions are traced without AutoGraph, which takes 0.6 s more and changes nothi
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from unet_ray import losses
+from unet_ray import devices, losses
 from unet_ray.classes import IGNORED_ID
 
 _SUM = tf.distribute.ReduceOp.SUM
@@ -65,24 +63,11 @@ def start_strategy(n_workers: int, collective_timeout_s: float) -> tf.distribute
     return strategy
 
 
-def choose_policy(precision: str) -> str:
-    """Returns the Keras policy for `--precision`; `auto` is bfloat16 where this machine has it, else float32."""
+def choose_policy(precision: str, device: str) -> str:
+    """Returns the Keras policy for `--precision`; `auto` is bfloat16 where this machine's `device` has it."""
     if precision == "auto":
-        precision = "bfloat16" if _has_bfloat16() else "float32"
+        precision = "bfloat16" if devices.has_bfloat16(device) else "float32"
     return precision if precision == "float32" else f"mixed_{precision}"
-
-
-def _has_bfloat16() -> bool:
-    gpus = tf.config.get_visible_devices("GPU")
-    if gpus:  # since Ampere, compute capability 8
-        return all(
-            tf.config.experimental.get_device_details(gpu).get("compute_capability", (0,))[0] >= 8 for gpu in gpus
-        )
-    if platform.machine() not in ("x86_64", "AMD64") or not os.path.exists("/proc/cpuinfo"):
-        return False
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        flags = next((line for line in file if line.startswith("flags")), "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def make_optimizer(

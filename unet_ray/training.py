@@ -429,7 +429,7 @@ def _evaluate(
     from unet_ray import steps
 
     steps.configure(device, cpus)
-    predict = steps.Predictor(model.build_model(dtype_policy=steps.choose_policy(config.precision)))
+    predict = steps.Predictor(model.build_model(dtype_policy=steps.choose_policy(config.precision, device)))
     reader = frames.open()
     evaluator = evaluation.Evaluator(predict, reader, config.batch_size, model.model_config)
     counted = evaluator.count(range(len(frames.names)))

@@ -78,7 +78,7 @@ class Worker:
         _require_shared_storage(task.config.out)
         steps.configure(task.device, task.cpus)
         strategy = steps.start_strategy(self.n_workers, task.config.collective_timeout_s)
-        policy = group.agree(steps.choose_policy(task.config.precision))
+        policy = group.agree(steps.choose_policy(task.config.precision, task.device))
 
         self.train_reader = task.train.open()
         self.n_batches = math.ceil(len(task.train.names) / task.config.batch_size)
