@@ -173,7 +173,8 @@ def _arithmetic(
     actors = f"{low}" if low == high else f"{low} to {high}"
     return (
         f"{plan.n_frames:,} frames in {len(plan.chunks):,} chunks, {left:,} in {len(chunks):,} to do; {actors} model "
-        f"actor{'s' * (high != 1)} x {allocation.threads} thread{'s' * (allocation.threads != 1)}, batches of {config.batch_size}, {precision}"
+        f"actor{'s' * (high != 1)} x {allocation.threads} thread{'s' * (allocation.threads != 1)}, "
+        f"batches of {config.batch_size}, {precision}"
     )
 
 
