@@ -19,7 +19,7 @@ CLASS_SET = ClassSet(
     classes=(
         SegmentationClass(name="road", color=(128, 64, 128), values=(1,)),
         SegmentationClass(name="sky", color=(70, 130, 180), values=(2,)),
-        SegmentationClass(name="car", color=(0, 0, 142), values=(3,)),
+        SegmentationClass(name="pedestrian", color=(220, 20, 60), values=(3,)),
     ),
 )
 LINEAGE = ledger.Lineage(

@@ -7,7 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
+import duckdb
 import pytest
+import small_output
 
 from unet_ray import cli, results
 from unet_ray.classes import ClassSet, SegmentationClass
@@ -36,6 +38,19 @@ def test_every_command_is_understood(line):
 
 def test_there_are_commands():
     assert {shlex.split(line)[1] for line in COMMANDS} >= {"check", "train", "segment", "verify"}
+
+
+@pytest.fixture
+def labels(tmp_path, monkeypatch) -> Path:
+    """A small output in the folder `labels`."""
+    monkeypatch.chdir(tmp_path)
+    small_output.segment(str(tmp_path / "labels"))
+    return tmp_path / "labels"
+
+
+@pytest.mark.parametrize("query", blocks("sql"))
+def test_every_query_runs_on_an_output(query, labels):
+    assert duckdb.sql(query).fetchall()
 
 
 @pytest.mark.parametrize("block", blocks("python"))

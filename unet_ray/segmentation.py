@@ -76,6 +76,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     precision = resolve_precision(config.precision, device)
 
     plan = _plan(config, bundle, tiling, precision, device, listing)
+    _say_changes(plan)
     chunks = ledger.pending(plan)
     allocation = allocate(config, device)
     say(_arithmetic(plan, chunks, config, precision, allocation))
@@ -151,6 +152,17 @@ def _plan(
     if config.retry_rejected:
         say(f"{publish.retry_rejected(plan, config.retry_rejected):,} rejected frames are tried again")
     return plan
+
+
+def _say_changes(plan: ledger.Plan) -> None:
+    """What lies in the archives now and is not as it was planned."""
+    if 0 < plan.n_new < plan.n_frames:
+        say(f"{plan.n_new:,} frames are new since the last run")
+    if plan.n_changed or plan.n_vanished:
+        say(
+            f"warning: {plan.n_changed:,} frames have changed and {plan.n_vanished:,} are gone since they were listed; "
+            "what is labelled stays, the rest is rejected as changed or missing (--overwrite labels all anew)"
+        )
 
 
 def _first_frame_pixels(listing: Listing) -> int:

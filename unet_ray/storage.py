@@ -238,7 +238,7 @@ def versions(uris: Iterable[str]) -> dict[str, str | None]:
     def look(uri: str) -> tuple[str, str | None]:
         try:
             return uri, info(uri).version
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the latter: a file stands where its folder was
             return uri, None
 
     uris = list(uris)
