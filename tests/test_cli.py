@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import unet_ray
@@ -96,3 +100,16 @@ def test_missing_folders_are_one_line_and_exit_code_2(command, tmp_path, capsys)
     error = capsys.readouterr().err
     assert error.startswith(f"unet-ray: error: {gone}") and error.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("job", ["train", "segment"])
+def test_the_jobs_to_submit_take_the_same_options(job, tmp_path):
+    script = Path(__file__).parent.parent / "jobs" / f"{job}.py"
+    options = {
+        "train": ["--images", "gone", "--masks", "gone", "--classes", "camvid", "--out", "o"],
+        "segment": ["--model", "gone", "--frames", "gone", "--out", "o"],
+    }[job]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"unet-ray: error: {tmp_path}/gone") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

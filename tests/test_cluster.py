@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import ray
 
@@ -44,6 +48,20 @@ def test_a_bundle_must_fit_on_one_node(monkeypatch):
     assert cluster._fits([{"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}])
     assert not cluster._fits([{"CPU": 3.0}])
     assert not cluster._fits([{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
+
+
+def test_the_cluster_of_ray_address_is_joined(local):
+    address = ray.get_runtime_context().gcs_address
+    done = subprocess.run(
+        [sys.executable, "-c", "from unet_ray import cluster; cluster.connect()"],
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    n_cpus = int(ray.cluster_resources()["CPU"])
+    cpus = f"{n_cpus} CPU{'s' * (n_cpus != 1)}"
+    assert (done.returncode, done.stdout) == (0, f"Ray {ray.__version__} at {address}, nodes: 1: {cpus}, 0 GPUs\n")
 
 
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
