@@ -265,16 +265,54 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def segment_command(model: str, archive: Path, out: Path, *, chunk_frames: int = 4) -> list[str]:
+    main = "import sys; from unet_ray.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", main, "segment", "--model", model, "--frames", str(archive)]
+    command += ["--out", str(out), "--chunk-frames", str(chunk_frames), "--batch-size", "3", "--device", "cpu"]
+    return [*command, "--precision", "float32", "--shard-rows", "10"]
+
+
+def a_process(driver: int, title: str) -> int | None:
+    """A process below the driver that Ray has given a title with these words."""
+    for pid in descendants(driver):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            if title in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
+                return pid
+    return None
+
+
+def test_actors_and_tasks_are_killed_and_the_job_finishes_with_the_same_bytes(
+    labelled: Path, model: str, archive: Path, tmp_path: Path
+) -> None:
+    """Each kill waits for a record more than the last one, so that the work is under way every time."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    records = out / "_work/records"
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = segment_command(model, archive, out, chunk_frames=1)
+    killed = []
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as driver:
+        for n_records, title in enumerate(("_ModelActor", "ray::", "write_chunk", "_ModelActor"), start=1):
+            pid = None
+            while driver.poll() is None and (pid is None or len(list(records.glob("*.json"))) < n_records):
+                pid = a_process(driver.pid, title)
+                time.sleep(0.01)
+            if driver.poll() is None and pid is not None:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(title)
+        driver.wait(200)
+    assert driver.returncode == 0, log.read_text()
+    assert killed
+    assert publish.verify(str(out)) == []
+    assert rows_of(out).equals(rows_of(labelled))
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_and_run_again_gives_the_same_bytes(
     labelled: Path, model: str, archive: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     """The driver is stopped within its work; all of its Ray goes with it, and the rerun publishes the same bytes."""
     out = tmp_path / "out"
-    main = "import sys; from unet_ray.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", main, "segment", "--model", model, "--frames", str(archive)]
-    command += ["--out", str(out), "--chunk-frames", "4", "--batch-size", "3", "--device", "cpu"]
-    command += ["--precision", "float32", "--shard-rows", "10"]
+    command = segment_command(model, archive, out)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     records = out / "_work/records"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as driver:

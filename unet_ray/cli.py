@@ -193,4 +193,4 @@ def _fail(message: str, code: int) -> int:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    raise SystemExit(_fail("stopped; the same command goes on where this one stopped", 128 + signum))
