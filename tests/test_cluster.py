@@ -42,6 +42,15 @@ def test_more_than_this_machine_has_is_refused_at_once(local):
     )
 
 
+def test_a_cluster_is_waited_for_and_then_the_reason_is_said(local, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    with pytest.raises(ValueError, match=r"the cluster has \d+ CPUs? after 0\.6 s \(--wait-for-resources-s\); ask for"):
+        cluster.wait_for_resources([{"CPU": 1.0}] * 100, 0.6, "100 model actors")
+    said = capsys.readouterr().out
+    assert said.startswith("100 model actors want 100 CPUs (1 CPU each); the cluster has ")
+    assert said.endswith("; waiting up to 0.6 s for more nodes\n")
+
+
 def test_a_bundle_must_fit_on_one_node(monkeypatch):
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 64.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)

@@ -216,6 +216,18 @@ def break_frames(archive: Path) -> dict[str, str]:
     }
 
 
+def test_a_column_of_a_parquet_file_gives_the_rows_of_its_frames(
+    cluster, labelled: Path, model: str, archive: Path, tmp_path: Path
+) -> None:
+    good = rows_of(labelled)
+    pictures = [(archive / frame_id).read_bytes() for frame_id in good["frame_id"].to_pylist()]
+    table = pa.table({"thumbnail": [b"no picture"] * len(pictures), "picture": pictures})
+    pq.write_table(table, tmp_path / "frames.parquet", row_group_size=5)
+    run(model, tmp_path / "frames.parquet", tmp_path / "out", image_column="picture")
+    rows = rows_of(tmp_path / "out")
+    assert rows["mask"].equals(good["mask"]) and rows["confidence"].equals(good["confidence"])
+
+
 def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     cluster, labelled: Path, model: str, tmp_path: Path, capsys
 ) -> None:
@@ -241,6 +253,12 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     errors = {row["frame_id"]: row["error"] for row in rows}
     assert errors["a/5.png"] == "decoding ended its process with SIGSEGV, 3 times"
     assert publish.verify(str(tmp_path / "out")) == []
+
+    before = digests(tmp_path / "out")
+    run(model, archive, tmp_path / "out", max_rejected=0.5, retry_rejected="crashed", **options)
+    said = capsys.readouterr().out
+    assert "rejected frames that are tried again: 1\n" in said and "18 frames in 5 chunks, 3 in 1 to do" in said
+    assert digests(tmp_path / "out") == before
 
 
 def descendants(pid: int) -> set[int]:

@@ -150,7 +150,7 @@ def _plan(
         overwrite=config.overwrite,
     )
     if config.retry_rejected:
-        say(f"{publish.retry_rejected(plan, config.retry_rejected):,} rejected frames are tried again")
+        say(f"rejected frames that are tried again: {publish.retry_rejected(plan, config.retry_rejected):,}")
     return plan
 
 
