@@ -84,24 +84,30 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ClusterConfig):
-    """Trains a U-Net on frame/mask pairs, on as many workers as asked for, into a model folder."""
+class PairsConfig:
+    """Which frames and masks belong together, and what the masks mean; shared by all jobs that read pairs."""
 
     images: str
     """URI of the folder of frames (searched at any depth)."""
     masks: str
     """URI of the folder of masks; a mask has its frame's relative path, but for extension and suffix."""
-    classes: str
-    """What the classes are: a preset (carla23, carla29, cityscapes, camvid) or the path of a YAML file."""
-    out: str
-    """URI of the run's folder: checkpoints, history, pictures and the model (in `model/`)."""
-
     image_suffix: str = ""
     """End of a frame's name before the extension that its mask's name lacks (Cityscapes: _leftImg8bit)."""
     mask_suffix: str = ""
     """End of a mask's name before the extension that its frame's name lacks (Cityscapes: _gtFine_labelIds)."""
     mask_format: MaskFormat = "auto"
     """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ClusterConfig, PairsConfig):
+    """Trains a U-Net on frame/mask pairs, on as many workers as asked for, into a model folder."""
+
+    classes: str
+    """What the classes are: a preset (carla23, carla29, cityscapes, camvid) or the path of a YAML file."""
+    out: str
+    """URI of the run's folder: checkpoints, history, pictures and the model (in `model/`)."""
+
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
     val_images: str | None = None
@@ -221,23 +227,13 @@ class TrainConfig(ClusterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ClusterConfig):
+class EvaluateConfig(ClusterConfig, PairsConfig):
     """Measures a trained model on frame/mask pairs."""
 
     model: str
     """URI of a run's folder or of its model/."""
-    images: str
-    """URI of the folder of frames."""
-    masks: str
-    """URI of the folder of masks."""
     out: str | None = None
     """URI of a folder for metrics.json and pictures; without it the result is only printed."""
-    image_suffix: str = ""
-    """End of a frame's name before the extension that its mask's name lacks."""
-    mask_suffix: str = ""
-    """End of a mask's name before the extension that its frame's name lacks."""
-    mask_format: MaskFormat = "auto"
-    """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
     batch_size: int = 32
     """Frames of a step."""
     precision: Precision = "auto"
@@ -321,21 +317,11 @@ class SegmentConfig(ClusterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(PairsConfig):
     """Says everything that is wrong with a data set, in one table, before any training."""
 
-    images: str
-    """URI of the folder of frames (searched at any depth)."""
-    masks: str
-    """URI of the folder of masks."""
     classes: str
     """What the classes are: a preset (carla23, carla29, cityscapes, camvid) or the path of a YAML file."""
-    image_suffix: str = ""
-    """End of a frame's name before the extension that its mask's name lacks."""
-    mask_suffix: str = ""
-    """End of a mask's name before the extension that its frame's name lacks."""
-    mask_format: MaskFormat = "auto"
-    """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
 
