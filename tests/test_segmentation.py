@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import small_output
 from PIL import Image
 
-from unet_ray import images, publish
+from unet_ray import images, publish, segmentation
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.config import JobFailed, ModelConfig, SegmentConfig
@@ -214,6 +215,19 @@ def break_frames(archive: Path) -> dict[str, str]:
         "bb/4.png": "unsupported",
         "bb/6.png": "too_large",
     }
+
+
+def test_an_archive_that_is_not_as_it_was_planned_is_said(tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "out")
+    small_output.make_plan(out)
+    drives = {("a", ""): 4, ("b", "left"): 4, ("b", "right"): 2, ("c", ""): 3}  # one frame of a gone, c new
+    plan = small_output.make_plan(out, small_output.listing(drives, versions={"a//0.png": "another"}))
+    segmentation._say_changes(plan)
+    assert capsys.readouterr().out == (
+        "3 frames are new since the last run\n"
+        "warning: 1 frames have changed and 1 are gone since they were listed; what is labelled stays, the rest is "
+        "rejected as changed or missing (--overwrite labels all anew)\n"
+    )
 
 
 def test_a_column_of_a_parquet_file_gives_the_rows_of_its_frames(
