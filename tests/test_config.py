@@ -25,6 +25,8 @@ SEGMENT = {"model": "m", "frames": ("f",), "out": "o"}
             "image width is 130; a network of depth 5 halves it 4 times, so it must be a multiple of 16 up to 8192: "
             "try 128",
         ),
+        ({"workers": "4:2"}, "--workers is '4:2'; give N, or MIN:MAX with 1 <= MIN <= MAX"),
+        ({"workers": 0}, "--workers is '0'; give N, or MIN:MAX with 1 <= MIN <= MAX"),
         ({"val_fraction": 1.0}, "--val-fraction is 1.0; it must be in [0, 1)"),
         ({"val_images": "v"}, "only one of --val-images and --val-masks was given; give both or neither"),
         ({"scale": (0.8, 0.4)}, "--scale is 0.8 0.4; give two numbers with 0 < smallest <= largest <= 4"),
@@ -61,6 +63,17 @@ def test_a_labelling_that_cannot_be_is_refused_in_one_line(change, message):
 def test_actors_are_a_number_or_a_range():
     ranges = [SegmentConfig(**SEGMENT, actors=actors).actor_range() for actors in ("auto", "3", "1:4")]
     assert ranges == [None, (3, 3), (1, 4)]
+
+
+def test_workers_are_a_number_or_a_range():
+    ranges = [TrainConfig(**TRAIN, workers=workers).worker_range() for workers in (2, "3", "1:4")]
+    assert ranges == [(2, 2), (3, 3), (1, 4)]
+
+
+def test_a_range_in_a_file_is_no_number_to_base_60(tmp_path):
+    (tmp_path / "told.yaml").write_text("workers: 1:4\nepochs: 010\nlearning_rate: 1.0e-3\n")
+    told = config.read_yaml(str(tmp_path / "told.yaml"))
+    assert told == {"workers": "1:4", "epochs": 8, "learning_rate": 0.001}
 
 
 def test_the_notebooks_network_is_the_default():

@@ -6,7 +6,15 @@ import re
 import numpy as np
 import pytest
 
-from unet_ray.metrics import class_scores, class_table, confusion_matrix, summarize
+from unet_ray.metrics import (
+    boundary_counts,
+    boundary_f1,
+    boundary_tolerance_px,
+    class_scores,
+    class_table,
+    confusion_matrix,
+    summarize,
+)
 
 NAMES = ("road", "car", "sky", "pole", "train")
 IGNORED = 255
@@ -125,3 +133,56 @@ def test_table_by_hand():
         "sky              -          -       -              0\n"
         "mean IoU 0.775 over 2 of 3 classes, pixel accuracy 0.875, 4,000 pixels"
     )
+
+
+# --- boundaries ---
+
+
+def naive_edges(mask: np.ndarray, valid: np.ndarray, label: int) -> set[tuple[int, int]]:
+    height, width = mask.shape
+    edges = set()
+    for y in range(height):
+        for x in range(width):
+            beside = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+            inside = [place for place in beside if 0 <= place[0] < height and 0 <= place[1] < width and valid[place]]
+            if mask[y, x] == label and valid[y, x] and any(mask[place] != label for place in inside):
+                edges.add((y, x))
+    return edges
+
+
+def test_boundary_counts_are_those_of_a_naive_search():
+    rng = np.random.default_rng(5)
+    blocks = rng.integers(0, 3, (2, 7, 9)).astype(np.uint8)
+    true, predicted = (np.kron(block, np.ones((30, 30), np.uint8)) for block in blocks)
+    predicted[:, :200] = np.roll(true, 1, axis=0)[:, :200]
+    true[50:90, 100:190] = IGNORED
+    near_px = boundary_tolerance_px(210, 270)
+    assert near_px == 3  # 0.75% of 342 px
+    counts = boundary_counts(true, predicted, 4)
+    assert counts[3].tolist() == [0, 0, 0, 0]
+    for label in range(3):
+        edges = [naive_edges(mask, true != IGNORED, label) for mask in (predicted, true)]
+        expected = []
+        for some, others in (edges, edges[::-1]):
+            near = [
+                any(
+                    (y + dy, x + dx) in others
+                    for dy in range(-near_px, near_px + 1)
+                    for dx in range(-near_px, near_px + 1)
+                )
+                for y, x in some
+            ]
+            expected += [sum(near), len(some)]
+        assert counts[label].tolist() == expected
+
+
+def test_boundary_f1_of_equal_masks_is_one_and_of_far_ones_is_zero():
+    true = np.zeros((100, 100), np.uint8)
+    true[:, 30:] = 1
+    far = np.zeros_like(true)
+    far[:, 60:] = 1
+    one, zero = (boundary_f1(boundary_counts(true, mask, 3), ("road", "car", "sky")) for mask in (true, far))
+    assert one == {"boundary_f1": 1.0, "boundary_f1/road": 1.0, "boundary_f1/car": 1.0, "boundary_f1/sky": None}
+    assert zero == {"boundary_f1": 0.0, "boundary_f1/road": 0.0, "boundary_f1/car": 0.0, "boundary_f1/sky": None}
+    assert json.loads(json.dumps(one)) == one
+    assert boundary_f1(np.zeros((1, 4), np.int64), ("road",))["boundary_f1"] is None

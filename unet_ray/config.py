@@ -23,6 +23,16 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MaskFormat = Literal["auto", "channel-max", "ids", "colors"]
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML without its whole numbers to base 60: `workers: 1:4` is the text that it looks like, not 64."""
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int | str:
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
+
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_whole_number)
+
+
 class JobFailed(RuntimeError):
     """The job ran and its result cannot stand: data or verification failed (exit code 1)."""
 
@@ -121,8 +131,9 @@ class TrainConfig(ClusterConfig, PairsConfig):
     split_manifest: str | None = None
     """URI of a CSV file with the columns pair_id and split (train, val, none) that decides instead."""
 
-    workers: int = 1
-    """Training workers, each a process with a device (or CPU threads) of its own."""
+    workers: int | str = 1
+    """Training workers, each a process with a device (or CPU threads) of its own: N, or MIN:MAX to go on with those
+    that are left when a node is lost, and to grow again when one comes."""
     cpus_per_worker: int | None = None
     """CPUs reserved for each worker, and threads it uses; by default what the cluster has, divided."""
     epochs: int = 40
@@ -142,8 +153,8 @@ class TrainConfig(ClusterConfig, PairsConfig):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network; `auto` is bfloat16 where the device has it, else float32."""
 
-    loss: Literal["ce", "dice", "ce+dice"] = "ce"
-    """Cross-entropy, soft Dice, or their sum."""
+    loss: Literal["ce", "dice", "ce+dice", "focal"] = "ce"
+    """Cross-entropy, soft Dice, their sum, or focal loss (gamma 2)."""
     class_weights: str = "none"
     """Weights of the classes in the loss: none, log, median, or the path of a YAML file {class: weight}."""
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -179,20 +190,23 @@ class TrainConfig(ClusterConfig, PairsConfig):
     """Times that the group of workers is started again after one of them died."""
     collective_timeout_s: float = 600.0
     """Seconds after which a worker that lives but does not answer is given up."""
+    mlflow: bool = False
+    """Record the training in MLflow as well, at `MLFLOW_TRACKING_URI`."""
     overwrite: bool = False
     """Delete what lies in `--out` and start anew."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_at_least(self, 1, "workers", "epochs", "batch_size", "checkpoint_every_epochs")
+        _require_at_least(self, 1, "epochs", "batch_size", "checkpoint_every_epochs")
         _require_at_least(
             self, 0, "seed", "guard_frames", "warmup_epochs", "clip_norm", "early_stopping_epochs", "weight_decay"
         )
         _require_at_least(self, 0, "brightness", "contrast", "saturation", "max_failures")
+        _, most_workers = self.worker_range()
         _require(
-            self.batch_size >= self.workers,
-            f"--batch-size is {self.batch_size} for {self.workers} workers; it is the batch of all of them together, "
-            f"so give at least {self.workers}",
+            self.batch_size >= most_workers,
+            f"--batch-size is {self.batch_size} for {most_workers} workers; it is the batch of all of them together, "
+            f"so give at least {most_workers}",
         )
         _require(0 <= self.val_fraction < 1, f"--val-fraction is {self.val_fraction}; it must be in [0, 1)")
         _require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}; it must be above 0")
@@ -213,6 +227,10 @@ class TrainConfig(ClusterConfig, PairsConfig):
         self.model_config(n_classes=1)
         for uri in (self.images, self.masks, self.out, self.val_images, self.val_masks, self.split_manifest):
             _require(uri is None or bool(storage.resolve(uri)), "")
+
+    def worker_range(self) -> tuple[int, int]:
+        """Returns the smallest and largest number of workers."""
+        return _read_range(str(self.workers), "--workers", "N, or MIN:MAX with 1 <= MIN <= MAX")
 
     def model_config(self, n_classes: int) -> ModelConfig:
         """Returns the network that this run trains, for a class set of `n_classes`."""
@@ -310,10 +328,7 @@ class SegmentConfig(ClusterConfig):
         """Returns the smallest and largest number of actors, or None for `auto`."""
         if self.actors == "auto":
             return None
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.actors)
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        _require(1 <= low <= high, f"--actors is {self.actors!r}; give N, MIN:MAX with 1 <= MIN <= MAX, or auto")
-        return low, high
+        return _read_range(self.actors, "--actors", "N, MIN:MAX with 1 <= MIN <= MAX, or auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +392,13 @@ class DemoConfig:
         _require_at_least(self, 0, "seed")
 
 
+def _read_range(text: str, option: str, allowed: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    _require(1 <= low <= high, f"{option} is {text!r}; give {allowed}")
+    return low, high
+
+
 def check_path_pattern(pattern: str | None) -> None:
     """Raises ValueError where `--path-pattern` is no regular expression, or has no group that means something."""
     if pattern is None:
@@ -409,7 +431,7 @@ def load_class_set(name_or_uri: str) -> ClassSet:
 def read_yaml(uri: str) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises ValueError where there is no such file or no mapping in it."""
     try:
-        content = yaml.safe_load(storage.read_bytes(storage.resolve(uri)))
+        content = yaml.load(storage.read_bytes(storage.resolve(uri)), _YamlLoader)
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -427,7 +449,7 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str) -> dict[str, Any]:
     """Returns the options of a recipe of the package. Raises ValueError for an unknown name."""
     _require(name in recipe_names(), f"--recipe is {name!r}; the recipes are {', '.join(recipe_names())}")
-    return yaml.safe_load((resources.files("unet_ray") / "recipes" / f"{name}.yaml").read_bytes())
+    return yaml.load((resources.files("unet_ray") / "recipes" / f"{name}.yaml").read_bytes(), _YamlLoader)
 
 
 def option_arguments(options: Mapping[str, Any], config_type: type[Any], source: str) -> list[str]:

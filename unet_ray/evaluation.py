@@ -13,7 +13,7 @@ import numpy as np
 
 from unet_ray.config import ModelConfig
 from unet_ray.ingest import FrameReader, gather
-from unet_ray.metrics import confusion_matrix, summarize
+from unet_ray.metrics import boundary_counts, confusion_matrix, summarize
 
 N_SAMPLES = 6
 """Frames of `samples.png`."""
@@ -32,6 +32,8 @@ class Evaluation:
     """Confusion matrix at the network's size, int64: masks resized by nearest neighbour."""
     sums_S: np.ndarray
     """Sums of the loss at the network's size, float64."""
+    boundary_K4: np.ndarray
+    """`metrics.boundary_counts` at the masks' own sizes; zeros where they were not asked for."""
 
 
 class Evaluator:
@@ -50,11 +52,12 @@ class Evaluator:
         self._size = config.image_height_px, config.image_width_px
         self._n_classes = config.n_classes
 
-    def count(self, indices: Sequence[int]) -> Evaluation:
-        """Counts each of the frames once."""
+    def count(self, indices: Sequence[int], *, with_boundaries: bool = False) -> Evaluation:
+        """Counts each of the frames once; boundaries, which take as long as all else, where they are asked for."""
         n_classes = self._n_classes
         own_size_KK = np.zeros((n_classes, n_classes), np.int64)
         model_size_KK = np.zeros_like(own_size_KK)
+        boundary_K4 = np.zeros((n_classes, 4), np.int64)
         sums: list[np.ndarray] = []
         # At least one batch: of padding alone it gives zeros, as many as this loss has sums.
         for start in range(0, max(1, len(indices)), self._batch_size):
@@ -67,7 +70,14 @@ class Evaluator:
                 mask_HW = self._reader.full_mask(int(index))
                 predicted_HW = self._predict.resized_mask(logits_BHWK[place], *mask_HW.shape)
                 own_size_KK += confusion_matrix(mask_HW, predicted_HW, n_classes)
-        return Evaluation(own_size_KK=own_size_KK, model_size_KK=model_size_KK, sums_S=np.sum(sums, axis=0))
+                if with_boundaries:
+                    boundary_K4 += boundary_counts(mask_HW, predicted_HW, n_classes)
+        return Evaluation(
+            own_size_KK=own_size_KK,
+            model_size_KK=model_size_KK,
+            sums_S=np.sum(sums, axis=0),
+            boundary_K4=boundary_K4,
+        )
 
     def predict_masks(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
         """Returns the predicted masks of some frames by index, uint8, in their own sizes."""

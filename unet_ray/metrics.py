@@ -8,6 +8,7 @@ Everingham et al. 2010, https://doi.org/10.1007/s11263-009-0275-4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,89 @@ def summarize(confusion_KK: np.ndarray, class_names: Sequence[str]) -> dict[str,
         for name, value in zip(class_names, values_K, strict=True):
             summary[f"{score}/{name}"] = None if np.isnan(value) else float(value)
     return summary
+
+
+# --- boundaries ---
+
+BOUNDARY_TOLERANCE = 0.0075
+"""How far off a boundary may lie, as a share of the frame's diagonal (Csurka et al. 2013, see `boundary_counts`)."""
+
+
+def boundary_tolerance_px(height_px: int, width_px: int) -> int:
+    """Returns the tolerance for frames of this size, in pixels, rounded up: 6 for 480x640."""
+    return math.ceil(BOUNDARY_TOLERANCE * math.hypot(height_px, width_px))
+
+
+def boundary_counts(true_HW: np.ndarray, predicted_HW: np.ndarray, n_classes: int) -> np.ndarray:
+    """Count how many boundary pixels of each class lie near a boundary of that class in the other mask.
+
+    A pixel is on the boundary of its class where a pixel above, below, left or right of it has another class; pixels
+    whose true id is `IGNORED_ID` are left out of both masks. Near is within `boundary_tolerance_px` rows and columns.
+    After Csurka et al. 2013, What is a good evaluation measure for semantic segmentation?,
+    https://doi.org/10.5244/C.27.32; counts are added over frames, where the paper averages scores of frames.
+
+    Args:
+        true_HW: integer ids, 0 to K-1 or `IGNORED_ID`.
+        predicted_HW: integer ids of the same shape.
+        n_classes: K.
+
+    Returns:
+        int64 `[K, 4]`: predicted boundary pixels near a true one, predicted ones, true ones near a predicted one, true
+        ones. The sums of several frames may be added before anything is read from them.
+    """
+    valid_HW = true_HW != IGNORED_ID
+    true_edges_HW = _edges(true_HW, valid_HW)
+    predicted_edges_HW = _edges(predicted_HW, valid_HW)
+    tolerance_px = boundary_tolerance_px(*true_HW.shape)
+    counts_K4 = np.zeros((n_classes, 4), np.int64)
+    for k in range(n_classes):
+        true_k, predicted_k = true_edges_HW & (true_HW == k), predicted_edges_HW & (predicted_HW == k)
+        for column, (edges, others) in enumerate(((predicted_k, true_k), (true_k, predicted_k))):
+            n_edges = np.count_nonzero(edges)
+            near = n_edges and others.any() and np.count_nonzero(edges & _grown(others, tolerance_px))
+            counts_K4[k, 2 * column : 2 * column + 2] = near, n_edges
+    return counts_K4
+
+
+def _edges(ids_HW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
+    edges_HW = np.zeros(ids_HW.shape, bool)
+    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = (ids_HW[one] != ids_HW[other]) & valid_HW[one] & valid_HW[other]
+        edges_HW[one] |= differ
+        edges_HW[other] |= differ
+    return edges_HW
+
+
+def _grown(pixels_HW: np.ndarray, distance_px: int) -> np.ndarray:
+    """The pixels within so many rows and columns of a set one: down, then across."""
+    for axis in (0, 1):
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (distance_px + 1, distance_px)
+        sums = np.pad(pixels_HW.astype(np.int32), padding).cumsum(axis)
+        window, n = 2 * distance_px + 1, pixels_HW.shape[axis]
+        pixels_HW = sums.take(range(window, window + n), axis) > sums.take(range(n), axis)
+    return pixels_HW
+
+
+def boundary_f1(counts_K4: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Read the boundary F1 of each class and their mean from summed `boundary_counts`; the result is plain JSON.
+
+    Returns:
+        `boundary_f1` and `boundary_f1/<class>`: 2 precision recall / (precision + recall), or None for a class without
+        a boundary in either mask, which the mean leaves out.
+    """
+    near_predicted, predicted, near_true, true = counts_K4.astype(np.float64).T
+    precision_K, recall_K = _ratio(near_predicted, predicted), _ratio(near_true, true)
+    f1_K = np.nan_to_num(2 * _ratio(precision_K * recall_K, precision_K + recall_K))
+    present_K = predicted + true > 0
+    named = {
+        f"boundary_f1/{name}": float(value) if present else None
+        for name, value, present in zip(class_names, f1_K, present_K, strict=True)
+    }
+    return {"boundary_f1": float(f1_K[present_K].mean()) if present_K.any() else None} | named
+
+
+# --- for people ---
 
 
 def class_table(confusion_KK: np.ndarray, class_names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from unet_ray import progress, storage
 from unet_ray.cluster import say
+from unet_ray.tracking import MlflowRecord
 
 
 class Mailbox:
@@ -43,23 +44,20 @@ class Monitor:
         samples: predicted masks by place among the validation frames, once training is done.
     """
 
-    def __init__(self, run: str, n_epochs: int):
+    def __init__(self, run: str, n_epochs: int, record: MlflowRecord | None = None):
         self.history: list[dict[str, Any]] = []
         self.error: Exception | None = None
         self.samples: dict[int, Any] = {}
-        self._run, self._n_epochs = run, n_epochs
-        self._starts = 0
+        self._run, self._n_epochs, self._record = run, n_epochs, record
+        self._n_workers = 0
         self._terminal = sys.stdout.isatty()
 
     def handle(self, event: dict[str, Any]) -> None:
         """Takes one event of the mailbox."""
         match event["kind"]:
             case "started":
-                self._starts += 1
-                if self._starts == 1:
-                    say(f"precision: {event['policy']}")
-                else:
-                    self._say("a worker was lost; the group has started again")
+                self._say(self._start_line(event["policy"], event["n_workers"]))
+                self._n_workers = event["n_workers"]
             case "restored":
                 self.history = list(event["history"])
                 self._say(f"going on after epoch {event['epoch']} of {self._n_epochs}, from its checkpoint")
@@ -71,10 +69,20 @@ class Monitor:
                 self.history = [*self.history[: event["row"]["epoch"] - 1], event["row"]]
                 self._say(epoch_line(event["row"], self._n_epochs))
                 write_history(self._run, self.history)
+                if self._record:
+                    self._record.log_epochs(self.history)
             case "failed":
                 self.error = event["error"]
             case "finished":
                 self.samples = event["samples"]
+
+    def _start_line(self, policy: str, n_workers: int) -> str:
+        if self._n_workers == 0:
+            return f"precision: {policy}"
+        if n_workers > self._n_workers:
+            return f"there is room for more workers; the group has started again with {n_workers}"
+        with_fewer = f" with {n_workers}" if n_workers < self._n_workers else ""
+        return f"a worker was lost; the group has started again{with_fewer}"
 
     def _show_bar(self, event: dict[str, Any]) -> None:
         if self._terminal:

@@ -13,13 +13,14 @@ from unet_ray import checkpoints, storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import TrainConfig, to_yaml
 from unet_ray.splits import Split
+from unet_ray.tracking import MLFLOW_FILE
 
 CONFIG_FILE, ABOUT_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.json"
 
-_FILES = (METRICS_FILE, ABOUT_FILE, "history.csv", "curves.png", "samples.png", "confusion.png")
+_FILES = (METRICS_FILE, ABOUT_FILE, MLFLOW_FILE, "history.csv", "curves.png", "samples.png", "confusion.png")
 _FOLDERS = (checkpoints.FOLDER, "model", "tensorboard")
 
-_MAY_DIFFER = frozenset({"out", "overwrite", "max_failures", "collective_timeout_s", "wait_for_resources_s"})
+_MAY_DIFFER = frozenset({"out", "overwrite", "max_failures", "collective_timeout_s", "wait_for_resources_s", "mlflow"})
 """Options that change nothing in the result: a run may go on with others."""
 
 _DATA_KEYS = ("train_frames", "validation_frames", "frames_sha256", "classes_sha256", "mask_format")

@@ -22,6 +22,7 @@ import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
 from unet_ray.checkpoints import Checkpoint
@@ -32,10 +33,14 @@ from unet_ray.ingest import FrameSource, IngestPlan, ingest
 from unet_ray.monitor import Mailbox, Monitor, write_history
 from unet_ray.pairs import ImagePair, count, detect_mask_format, find_pairs, load_pair, require_complete
 from unet_ray.splits import Split, leak_rate, leak_warning, split_pairs
+from unet_ray.tracking import MlflowRecord
 from unet_ray.worker import MODEL_SIZE, OWN_SIZE, Group, Worker, WorkerTask
 
 HEALTH_CHECK_TIMEOUT_S = 60
 """After which a worker that does not answer (stopped, or its node gone) is given up; Ray's default is 600."""
+
+RESIZE_INTERVAL_S = 60.0
+"""How often a group of `--workers MIN:MAX` looks whether it may grow: growing starts it again from a checkpoint."""
 
 POLL_INTERVAL_S = 0.2
 """How often the driver looks for the workers' events."""
@@ -83,15 +88,18 @@ def train(config: TrainConfig) -> TrainResult:
     runs.require_same_data(config, about)
 
     connect()
-    launcher = ray.remote(num_cpus=0)(Launcher).remote()
+    launcher = _start_beside_driver(Launcher)
     device = resolve_device(config.device)
     cpus = reserve(config, device)
     task, hashes = _prepare(config, data, device, cpus)
     _say_plan(config, data, cpus, device, hashes)
 
     runs.begin(config, about)
-    monitor = _fit(config, task, launcher)
+    record = MlflowRecord(config) if config.mlflow else None
+    monitor = _fit(config, task, launcher, record)
     found = _write_results(config, data, monitor.samples)
+    if record:
+        record.finish()
     say(f"model: {storage.join(config.out, 'model')}")
     return _result(config.out, found)
 
@@ -161,10 +169,11 @@ def read_class_weights(source: str, class_set: ClassSet) -> tuple[float, ...] | 
 
 
 def reserve(config: TrainConfig, device: str) -> int:
-    """Waits until the cluster has room for all workers, and returns the CPUs of each."""
-    cpus = config.cpus_per_worker or default_cpus(config.workers, device)
-    what = f"{config.workers} training worker{'s' * (config.workers != 1)}"
-    wait_for_resources([worker_resources(cpus, device)] * config.workers, config.wait_for_resources_s, what)
+    """Waits until the cluster has room for the workers (of a range: the fewest), and returns the CPUs of each."""
+    fewest, most = config.worker_range()
+    cpus = config.cpus_per_worker or default_cpus(most, device)
+    resources = [worker_resources(cpus, device)] * fewest
+    wait_for_resources(resources, config.wait_for_resources_s, count(fewest, "training worker"))
     return cpus
 
 
@@ -215,7 +224,7 @@ def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, h
     n_train, n_validation = len(data.split.train), len(data.split.validation)
     steps, last = -(-n_train // config.batch_size), n_train % config.batch_size
     say(
-        f"{config.workers} worker{'s' * (config.workers != 1)} x {cpus} CPU{'s' * (cpus != 1)}"
+        f"{_workers(*config.worker_range())} x {cpus} CPU{'s' * (cpus != 1)}"
         f"{' and a GPU' if device == 'gpu' else ''}; {n_train:,} frames in {steps:,} steps of {config.batch_size}"
         f"{f' (the last of {last})' if last else ''} x {config.epochs} epochs = {steps * config.epochs:,} steps; "
         f"{n_validation:,} frames validate"
@@ -225,6 +234,10 @@ def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, h
         say(f"leak rate: {rate:.1%} of the validation frames have a neighbour in time or a near-duplicate in training")
         if warning := leak_warning(rate):
             say(f"warning: {warning}")
+
+
+def _workers(fewest: int, most: int) -> str:
+    return count(most, "worker") if fewest == most else f"{fewest} to {most} workers"
 
 
 # --- the workers ---
@@ -251,17 +264,19 @@ class Launcher:
         # Else the controller, too, would import TensorFlow (2.6 s), only to learn the name of this class.
         ray.cloudpickle.register_pickle_by_value(ray.train.tensorflow.config)
 
-    def fit(self, task: WorkerTask, mailbox: Any) -> list[Exception]:
+    def fit(self, task: WorkerTask, mailbox: Any, resize_interval_s: float) -> list[Exception]:
         """Runs the workers to the end; returns nothing, or what they died of the last time."""
         from ray.train.tensorflow import TensorflowTrainer
 
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_CHECK_TIMEOUT_S))
+        fewest, most = task.config.worker_range()
         with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
             trainer = TensorflowTrainer(
                 _work,
                 train_loop_config={"task": task, "mailbox": mailbox},
                 scaling_config=ScalingConfig(
-                    num_workers=task.config.workers,
+                    num_workers=most if fewest == most else (fewest, most),
+                    elastic_resize_monitor_interval_s=resize_interval_s,
                     use_gpu=task.device == "gpu",
                     resources_per_worker=worker_resources(task.cpus, task.device),
                 ),
@@ -282,6 +297,13 @@ class Launcher:
         return []
 
 
+def _start_beside_driver(actor_class: type[Any]) -> Any:
+    """Starts an actor on the driver's node: should another node be lost, it is not the one that holds the run."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote_class: Any = ray.remote(actor_class)
+    return remote_class.options(num_cpus=0, scheduling_strategy=here).remote()
+
+
 def _is_ours(error: BaseException) -> bool:
     return isinstance(error, ValueError | JobFailed | OSError) and "\n" not in str(error)
 
@@ -291,11 +313,11 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
 
 
-def _fit(config: TrainConfig, task: WorkerTask, launcher: Any) -> Monitor:
+def _fit(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRecord | None) -> Monitor:
     """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
-    monitor = Monitor(config.out, config.epochs)
-    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-    fitting = launcher.fit.remote(task, mailbox)
+    monitor = Monitor(config.out, config.epochs, record)
+    mailbox = _start_beside_driver(Mailbox)
+    fitting = launcher.fit.remote(task, mailbox, RESIZE_INTERVAL_S)
     done: list[Any] = []
     while not done:
         done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
@@ -394,7 +416,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a model on pairs and prints the table of its classes; `--out` gets metrics and pictures.
 
     Returns:
-        `val/mean_iou`, `val/iou/<class>`, … at the masks' own sizes, the same under `val_model_size/`, and `val/loss`.
+        `val/mean_iou`, `val/iou/<class>`, … at the masks' own sizes, the same under `val_model_size/`, `val/loss`, and
+        `val/boundary_f1`, `val/boundary_f1/<class>` (see `metrics.boundary_counts`).
 
     Raises:
         ValueError: something that the user can mend.
@@ -415,6 +438,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     run = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_evaluate)
     found, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
     say(metrics.class_table(own_KK, class_set.names))
+    say(f"boundary F1 {found['val/boundary_f1'] or 0:.3f} within {metrics.BOUNDARY_TOLERANCE:.2%} of the diagonal")
     if config.out is not None:
         out = storage.resolve(config.out)
         _draw_results(out, pairs, class_set, mask_format, samples, own_KK)
@@ -432,7 +456,9 @@ def _evaluate(
     predict = steps.Predictor(model.build_model(dtype_policy=steps.choose_policy(config.precision, device)))
     reader = frames.open()
     evaluator = evaluation.Evaluator(predict, reader, config.batch_size, model.model_config)
-    counted = evaluator.count(range(len(frames.names)))
+    counted = evaluator.count(range(len(frames.names)), with_boundaries=True)
     samples = evaluator.predict_masks(evaluation.sample_places(len(frames.names)))
-    found = evaluation.metrics_of(counted.own_size_KK, counted.model_size_KK, model.class_set.names)
+    names = model.class_set.names
+    found = evaluation.metrics_of(counted.own_size_KK, counted.model_size_KK, names)
+    found |= {f"val/{key}": value for key, value in metrics.boundary_f1(counted.boundary_K4, names).items()}
     return {"val/loss": predict.loss(counted.sums_S)} | found, samples, counted.own_size_KK

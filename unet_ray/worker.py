@@ -102,7 +102,7 @@ class Worker:
         self.predict = predict = steps.Predictor(self.model, loss=task.config.loss, class_weights_K=weights_K)
         self.add_up = steps.WorkerSum(strategy)
         self.evaluator = evaluation.Evaluator(predict, task.validation.open(), self.part, model_config)
-        self._tell(kind="started", policy=policy)
+        self._tell(kind="started", policy=policy, n_workers=self.n_workers)
 
     def _make_optimizer(self) -> steps_module.keras.Optimizer:
         config, steps = self.config, self.steps
