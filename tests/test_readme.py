@@ -37,7 +37,7 @@ def test_every_command_is_understood(line):
 
 
 def test_there_are_commands():
-    assert {shlex.split(line)[1] for line in COMMANDS} >= {"check", "train", "segment", "verify"}
+    assert {shlex.split(line)[1] for line in COMMANDS} >= {"check", "train", "segment", "verify", "export-masks"}
 
 
 @pytest.fixture
