@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import small_output
 
-from unet_ray import cli, results
+from unet_ray import cli, monitor, results, segmentation
 from unet_ray.classes import ClassSet, SegmentationClass
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,14 @@ def test_the_table_of_a_row_is_the_schema():
     types = {"float": "float32"}
     code = {field.name.replace("_x", "_<class>"): types.get(str(field.type), str(field.type)) for field in schema}
     assert told == code
+
+
+def test_the_table_of_metrics_names_those_there_are():
+    table = README[README.index("| metric | |") :].split("\n\n")[0]
+    told = set(re.findall(r"`(ray_\w+)`", table))
+    counters = {f"ray_{name}_total" for name in segmentation.COUNTERS}
+    segmenting = {f"ray_unet_ray_segment_{name}" for name in segmentation.GAUGES}
+    assert told == counters | segmenting | {f"ray_unet_ray_train_{name}" for name, _ in monitor.GAUGES.values()}
 
 
 def test_the_module_map_names_every_module():

@@ -297,10 +297,11 @@ def _fit(config: TrainConfig, task: WorkerTask, launcher: Any) -> Monitor:
     mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     fitting = launcher.fit.remote(task, mailbox)
     done: list[Any] = []
-    while not done:
-        done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
-        for event in ray.get(mailbox.take.remote()):
-            monitor.handle(event)
+    with monitor.gauges:
+        while not done:
+            done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
+            for event in ray.get(mailbox.take.remote()):
+                monitor.handle(event)
     causes = ray.get(fitting)
     if monitor.error is not None:
         raise monitor.error
