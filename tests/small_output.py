@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from unet_ray import ledger, publish, results, storage
+from unet_ray import images, ledger, publish, results, storage
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
 
@@ -53,20 +53,26 @@ def listing(
     return Listing(table=pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), ignored={".json": 2}, unlistable=())
 
 
-def label(rows: pa.Table, broken: Mapping[str, str] = BROKEN) -> pa.Table:
-    """The rows of a chunk: each frame's mask, of 2 to 4 by 5 pixels, comes from its name."""
+def mask_of(frame_id: str) -> np.ndarray:
+    """A frame's mask, of 2 to 4 by 5 pixels, from its name."""
+    seed = np.random.default_rng(zlib.crc32(frame_id.encode()))
+    return seed.integers(0, 3, (int(seed.integers(2, 5)), 5), np.uint8)
+
+
+def label(rows: pa.Table, broken: Mapping[str, str] = BROKEN, mask_encoding: str = "raw") -> pa.Table:
+    """The rows of a chunk."""
     ids = rows["frame_id"].to_pylist()
     reasons = [broken.get(frame_id) for frame_id in ids]
-    seeds = [np.random.default_rng(zlib.crc32(frame_id.encode())) for frame_id in ids]
-    masks = [seed.integers(0, 3, (int(seed.integers(2, 5)), 5), np.uint8) for seed in seeds]
+    masks = [mask_of(frame_id) for frame_id in ids]
+    is_png = mask_encoding == "png"
     pixels_NK = np.stack([np.bincount(mask.ravel(), minlength=3) for mask in masks])
     labels = results.ChunkLabels(
         reason=reasons,
         error=[None if reason is None else f"it is {reason}" for reason in reasons],
         height_px=[480] * len(ids),
         width_px=[640] * len(ids),
-        mask=[mask.tobytes() for mask in masks],
-        mask_encoding="raw",
+        mask=[images.encode_mask_png(mask, CLASS_SET.palette_K3) if is_png else mask.tobytes() for mask in masks],
+        mask_encoding=mask_encoding,
         mask_height_px=[mask.shape[0] for mask in masks],
         mask_width_px=[mask.shape[1] for mask in masks],
         pixels_NK=pixels_NK,
@@ -83,12 +89,16 @@ def make_plan(out: str, archive: Listing | None = None, **options: Any) -> ledge
 
 
 def work(
-    plan: ledger.Plan, *, chunks: Sequence[ledger.Chunk] | None = None, broken: Mapping[str, str] = BROKEN
+    plan: ledger.Plan,
+    *,
+    chunks: Sequence[ledger.Chunk] | None = None,
+    broken: Mapping[str, str] = BROKEN,
+    mask_encoding: str = "raw",
 ) -> list[str]:
     """Labels and commits what is pending, or some chunks; returns their ids."""
     chunks = ledger.pending(plan) if chunks is None else chunks
     for chunk in chunks:
-        ledger.commit(plan.out, chunk, label(ledger.read_rows(chunk), broken), writer="job-1")
+        ledger.commit(plan.out, chunk, label(ledger.read_rows(chunk), broken, mask_encoding), writer="job-1")
     return [chunk.chunk_id for chunk in chunks]
 
 
@@ -98,13 +108,14 @@ def segment(
     *,
     broken: Mapping[str, str] = BROKEN,
     retry: str | None = None,
+    mask_encoding: str = "raw",
     **options: Any,
 ) -> list[str]:
     """All of the job: plan, work, publish; returns the chunks that it labelled."""
     plan = make_plan(out, archive, **options)
     if retry is not None:
         publish.retry_rejected(plan, retry)
-    labelled = work(plan, broken=broken)
+    labelled = work(plan, broken=broken, mask_encoding=mask_encoding)
     publish.publish(plan, max_rejected=0.5)
     return labelled
 

@@ -59,7 +59,8 @@ def test_no_module_imports_one_that_imports_it():
 
 
 @pytest.mark.parametrize(
-    "module", ["classes", "config", "storage", "images", "pairs", "frames", "bundle", "ledger", "results", "cli"]
+    "module",
+    ["classes", "config", "storage", "images", "pairs", "frames", "bundle", "ledger", "results", "masks", "cli"],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):
     heavy = ("tensorflow", "keras", "ray", "matplotlib")

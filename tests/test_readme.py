@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pytest
 import small_output
 
-from unet_ray import cli, results
+from unet_ray import cli, monitor, results, segmentation
 from unet_ray.classes import ClassSet, SegmentationClass
 
 ROOT = Path(__file__).parent.parent
@@ -37,14 +42,14 @@ def test_every_command_is_understood(line):
 
 
 def test_there_are_commands():
-    assert {shlex.split(line)[1] for line in COMMANDS} >= {"check", "train", "segment", "verify"}
+    assert {shlex.split(line)[1] for line in COMMANDS} >= {"check", "train", "segment", "verify", "export-masks"}
 
 
 @pytest.fixture
 def labels(tmp_path, monkeypatch) -> Path:
     """A small output in the folder `labels`."""
     monkeypatch.chdir(tmp_path)
-    small_output.segment(str(tmp_path / "labels"))
+    small_output.segment(str(tmp_path / "labels"), mask_encoding="png")
     return tmp_path / "labels"
 
 
@@ -56,6 +61,28 @@ def test_every_query_runs_on_an_output(query, labels):
 @pytest.mark.parametrize("block", blocks("python"))
 def test_every_python_block_is_python(block):
     ast.parse(block)
+
+
+def test_the_lines_that_read_a_mask_read_it(labels):
+    (block,) = (block for block in blocks("python") if "pq.read_table" in block)
+    names: dict = {}
+    exec(block, names)
+    assert np.array_equal(names["mask"], small_output.mask_of(names["row"]["frame_id"]))
+    assert names["mask"].dtype == np.uint8
+
+
+def test_the_lines_for_hugging_face_datasets_give_every_mask_as_an_image(labels, tmp_path):
+    (block,) = (block for block in blocks("python") if "load_dataset" in block)
+    shown = "\nimport json, numpy\nassert mask.mode == 'P'\n"
+    shown += "print(json.dumps({row['frame_id']: numpy.array(row['mask']).tolist() for row in labels}))"
+    # A process of its own, because datasets reads these settings when it is imported.
+    settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-W", "error", "-c", block + shown]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    read = json.loads(done.stdout)
+    assert len(read) == 9 and not small_output.BROKEN.keys() & read.keys()
+    assert read == {frame_id: small_output.mask_of(frame_id).tolist() for frame_id in read}
 
 
 def test_ci_runs_the_readmes_commands_word_for_word():
@@ -76,6 +103,14 @@ def test_the_table_of_a_row_is_the_schema():
     types = {"float": "float32"}
     code = {field.name.replace("_x", "_<class>"): types.get(str(field.type), str(field.type)) for field in schema}
     assert told == code
+
+
+def test_the_table_of_metrics_names_those_there_are():
+    table = README[README.index("| metric | |") :].split("\n\n")[0]
+    told = set(re.findall(r"`(ray_\w+)`", table))
+    counters = {f"ray_{name}_total" for name in segmentation.COUNTERS}
+    segmenting = {f"ray_unet_ray_segment_{name}" for name in segmentation.GAUGES}
+    assert told == counters | segmenting | {f"ray_unet_ray_train_{name}" for name, _ in monitor.GAUGES.values()}
 
 
 def test_the_module_map_names_every_module():

@@ -104,6 +104,28 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkey
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_many_files_and_a_file_in_pieces_are_written_whole(root):
+    storage.write_many([])
+    storage.write_many([(storage.join(root, "a", f"{i}"), b"%d" % i) for i in range(70)])
+    assert storage.read_bytes(storage.join(root, "a", "69")) == b"69"
+    uri = storage.join(root, "b", "pieces")
+    for size in (3, 2):  # the second time it is there already
+        with storage.write_pieces(uri) as file:
+            file.writelines([b"12"] * size)
+        assert storage.read_bytes(uri) == b"12" * size
+    assert len(list(storage.list_files(root))) == 71
+
+
+def test_pieces_that_end_early_leave_the_old_content_and_nothing_else(root):
+    uri = storage.join(root, "x")
+    storage.write_whole(uri, b"old")
+    with pytest.raises(KeyboardInterrupt), storage.write_pieces(uri) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert storage.read_bytes(uri) == b"old"
+    assert [file.path for file in storage.list_files(root)] == ["x"]
+
+
 def test_delete_is_repeatable(root):
     uri = storage.join(root, "a", "x")
     storage.write_whole(uri, b"1")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import scraping
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
@@ -24,6 +25,7 @@ from unet_ray import checkpoints, config, runs, training
 from unet_ray.bundle import read_bundle
 from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig
 from unet_ray.metrics import confusion_matrix
+from unet_ray.monitor import Monitor
 from unet_ray.pairs import ImagePair
 from unet_ray.training import evaluate, train
 
@@ -92,9 +94,26 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster of this module's own, so that a test may kill its workers."""
-    training.connect()
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in scraping.REPORT_INTERVAL.items():
+            patch.setenv(name, value)
+        training.connect()
+        yield
+        ray.shutdown()
+
+
+def test_prometheus_reads_the_last_epoch(cluster, tmp_path):
+    monitor = Monitor(str(tmp_path), 5)
+    row = {"epoch": 3, "loss": 0.5, "images_per_s": 40.0, "seconds": 2.0, "wall_time_s": 1.0, "val/mean_iou": None}
+    with monitor.gauges:
+        monitor.handle({"kind": "epoch", "row": {**row, "epoch": 2, "loss": 0.75}})
+        monitor.handle({"kind": "epoch", "row": row})
+        found = {name: value for name, value in scraping.scrape().items() if "train" in name}
+    assert found == {
+        "ray_unet_ray_train_epoch": 3,
+        "ray_unet_ray_train_loss": 0.5,
+        "ray_unet_ray_train_images_per_second": 40,
+    }
 
 
 @pytest.fixture(scope="module")

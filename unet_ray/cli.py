@@ -86,6 +86,15 @@ def _export_model(told: config.ExportModelConfig) -> int:
     return 0
 
 
+def _export_masks(told: config.ExportMasksConfig) -> int:
+    from unet_ray.masks import export_masks
+
+    done = export_masks(told)
+    missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
+    print(f"{done.written:,} masks written to {told.out}{missing}")
+    return 0
+
+
 def _demo(told: config.DemoConfig) -> int:
     from unet_ray.demo import run_demo
 
@@ -101,6 +110,7 @@ COMMANDS = {
     "export-model": Command(config.ExportModelConfig, _export_model),
     "segment": Command(config.SegmentConfig, _segment),
     "verify": Command(config.VerifyConfig, _verify),
+    "export-masks": Command(config.ExportMasksConfig, _export_masks),
 }
 
 

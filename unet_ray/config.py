@@ -373,6 +373,31 @@ class ExportModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportMasksConfig:
+    """Writes the masks of an output of `segment` as PNG files, or as one file of COCO annotations."""
+
+    labels: Positional[str]
+    """URI of the output's folder."""
+    out: str
+    """URI to write to: a folder for `png`, a file that ends in .json for `coco`."""
+    format: Literal["png", "coco"] = "png"
+    """A palette PNG for each frame, pixel = class id; or COCO's JSON, an RLE for each frame and class."""
+    sequence: tuple[str, ...] = ()
+    """Only the frames of these drives."""
+
+    def __post_init__(self) -> None:
+        labels, out = storage.resolve(self.labels), storage.resolve(self.out)
+        _require(
+            not f"{out}/".startswith(f"{labels}/"),
+            f"--out {self.out} lies in the output {self.labels} itself; give a place beside it",
+        )
+        _require(
+            self.format != "coco" or out.endswith(".json"),
+            f"--out is {self.out}; the format coco is one file, give a name that ends in .json",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Draws a driving log, trains on it with two workers, and labels a drive that training never saw."""
 

@@ -15,8 +15,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from unet_ray import progress, storage
-from unet_ray.cluster import say
+from unet_ray.cluster import Gauges, say
 from unet_ray.tracking import MlflowRecord
+
+GAUGES = {
+    "epoch": ("epoch", "Epochs done"),
+    "loss": ("loss", "Training loss of the last epoch"),
+    "val/loss": ("val_loss", "Validation loss after the last epoch"),
+    "val/mean_iou": ("val_mean_iou", "Validation mean IoU after the last epoch"),
+    "images_per_s": ("images_per_second", "Training speed of the last epoch, of all workers together"),
+}
+"""What the cluster's Prometheus gets of an epoch's row, as `ray_unet_ray_train_…`."""
 
 
 class Mailbox:
@@ -41,6 +50,7 @@ class Monitor:
     Attributes:
         history: the rows of all epochs that are done.
         error: what a worker said before it stopped for good.
+        gauges: the last epoch's numbers for the cluster's Prometheus.
         samples: predicted masks by place among the validation frames, once training is done.
     """
 
@@ -51,6 +61,7 @@ class Monitor:
         self._run, self._n_epochs, self._record = run, n_epochs, record
         self._n_workers = 0
         self._terminal = sys.stdout.isatty()
+        self.gauges = Gauges("unet_ray_train", dict(GAUGES.values()))
 
     def handle(self, event: dict[str, Any]) -> None:
         """Takes one event of the mailbox."""
@@ -60,6 +71,8 @@ class Monitor:
                 self._n_workers = event["n_workers"]
             case "restored":
                 self.history = list(event["history"])
+                for row in self.history[-1:]:
+                    self._set_gauges(row)
                 self._say(f"going on after epoch {event['epoch']} of {self._n_epochs}, from its checkpoint")
             case "note":
                 self._say(f"warning: {event['line']}")
@@ -68,6 +81,7 @@ class Monitor:
             case "epoch":
                 self.history = [*self.history[: event["row"]["epoch"] - 1], event["row"]]
                 self._say(epoch_line(event["row"], self._n_epochs))
+                self._set_gauges(event["row"])
                 write_history(self._run, self.history)
                 if self._record:
                     self._record.log_epochs(self.history)
@@ -83,6 +97,11 @@ class Monitor:
             return f"there is room for more workers; the group has started again with {n_workers}"
         with_fewer = f" with {n_workers}" if n_workers < self._n_workers else ""
         return f"a worker was lost; the group has started again{with_fewer}"
+
+    def _set_gauges(self, row: dict[str, Any]) -> None:
+        for key, (name, _) in GAUGES.items():
+            if row.get(key) is not None:
+                self.gauges.set(name, row[key])
 
     def _show_bar(self, event: dict[str, Any]) -> None:
         if self._terminal:

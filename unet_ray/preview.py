@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_ray import frames, images, ledger, pictures, storage
+from unet_ray import frames, images, ledger, masks, pictures, storage
 from unet_ray.ledger import Plan
 
 N_FRAMES = 12
@@ -79,12 +79,12 @@ def _shown(plan: Plan, places: list[int]) -> Iterator[tuple[np.ndarray, np.ndarr
             continue
         label = _read_row(plan, place)
         frame_HWC = images.decode_frame(content, max_pixels=10**9)
-        yield frame_HWC, _decode_mask(label), f"{label['frame_id']}  {label['confidence']:.2f}"
+        yield frame_HWC, masks.mask_of(label), f"{label['frame_id']}  {label['confidence']:.2f}"
 
 
 def _read_row(plan: Plan, place: int) -> dict:
     """Reads one row of `frames/` by its place, and of its file one row group."""
-    columns = ["frame_id", "confidence", "mask", "mask_encoding", "mask_height_px", "mask_width_px"]
+    columns = ["frame_id", "confidence", *masks.MASK_COLUMNS]
     for uri in _shard_uris(plan):
         file = pq.ParquetFile(storage.open_read(uri))
         for group in range(file.num_row_groups):
@@ -93,9 +93,3 @@ def _read_row(plan: Plan, place: int) -> dict:
                 return file.read_row_group(group, columns=columns).slice(place, 1).to_pylist()[0]
             place -= n_rows
     raise AssertionError(f"no row {place}")
-
-
-def _decode_mask(label: dict) -> np.ndarray:
-    if label["mask_encoding"] == "png":
-        return images.decode_mask(label["mask"])
-    return np.frombuffer(label["mask"], np.uint8).reshape(label["mask_height_px"], label["mask_width_px"])

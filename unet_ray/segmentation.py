@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
+from ray.util import metrics
 
 from unet_ray import cluster, images, ledger, publish, storage
 from unet_ray.bundle import Bundle, read_bundle
@@ -34,6 +35,17 @@ WAVE_CHUNKS = 2000
 """Chunks that Ray Data gets at once. 16,000 read tasks delay the first block by 18 s, 500 by 4 s (Ray 2.60)."""
 
 HEARTBEAT_S = 15.0
+
+COUNTERS: Mapping[str, tuple[Any, ...]] = {
+    "unet_ray_segment_frames_labelled": ("Frames labelled",),
+    "unet_ray_segment_frames_rejected": ("Frames rejected", ("reason",)),
+}
+"""Description and tags. Ray puts `ray_` before a name, and `_total` behind a counter's."""
+
+GAUGES = {
+    "frames_listed": "Frames of the archives",
+    "frames_left": "Frames that are neither labelled nor rejected",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +250,13 @@ def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejec
     if todo < plan.n_frames:
         _count_earlier(plan, tally)
     progress = Progress(plan.n_frames, "frames", done=plan.n_frames - todo)
-    with _heartbeat(plan.out, job.writer):
-        _label(job, chunks, progress, tally, carefully=False)
+    meters = _Meters(plan.n_frames, todo)
+    with _heartbeat(plan.out, job.writer), meters.gauges:
+        _label(job, chunks, progress, tally, meters, carefully=False)
         left = ledger.pending(plan)
         if left:
             say(f"{len(left):,} chunks have no record; once more, each frame in a process of its own")
-            _label(job, left, progress, tally, carefully=True)
+            _label(job, left, progress, tally, meters, carefully=True)
             left = ledger.pending(plan)
     progress.finish(tally.note())
     if left and tally.trouble:
@@ -253,7 +266,15 @@ def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejec
     return todo / (time.monotonic() - started_s)
 
 
-def _label(job: WaveJob, chunks: Sequence[ledger.Chunk], progress: Progress, tally: _Tally, *, carefully: bool) -> None:
+def _label(
+    job: WaveJob,
+    chunks: Sequence[ledger.Chunk],
+    progress: Progress,
+    tally: _Tally,
+    meters: _Meters,
+    *,
+    carefully: bool,
+) -> None:
     """Sends chunks through the cluster, wave after wave, and counts their receipts."""
     for start in range(0, len(chunks), WAVE_CHUNKS):
         finished = troubled = 0
@@ -262,7 +283,9 @@ def _label(job: WaveJob, chunks: Sequence[ledger.Chunk], progress: Progress, tal
                 tally.trouble, troubled = receipt["trouble"], troubled + 1
                 continue
             finished += 1
-            tally.add(json.loads(receipt["rejected"]), receipt["n_rows"])
+            rejected: dict[str, int] = json.loads(receipt["rejected"])
+            meters.add(rejected, receipt["n_rows"])
+            tally.add(rejected, receipt["n_rows"])
             progress.advance(receipt["n_rows"], tally.note())
         if troubled and not finished:
             raise storage.StorageError(f"storage does not answer: {tally.trouble}; the same command goes on")
@@ -295,6 +318,27 @@ class _Tally:
 
     def note(self) -> str:
         return f", {self._rejected.total():,} rejected"
+
+
+class _Meters:
+    """The same for the cluster's Prometheus, of this run alone: `ray_unet_ray_segment_…`."""
+
+    def __init__(self, n_frames: int, n_left: int) -> None:
+        self._labelled, self._rejected = (metrics.Counter(name, *about) for name, about in COUNTERS.items())
+        self.gauges = cluster.Gauges("unet_ray_segment", GAUGES)
+        self._n_left = n_left
+        self.gauges.set("frames_listed", n_frames)
+        self.gauges.set("frames_left", n_left)
+
+    def add(self, rejected: Mapping[str, int], n_rows: int) -> None:
+        """Counts a chunk."""
+        for reason, count in rejected.items():
+            self._rejected.inc(count, {"reason": reason})
+        n_labelled = n_rows - sum(rejected.values())
+        if n_labelled:  # Ray refuses to count 0
+            self._labelled.inc(n_labelled)
+        self._n_left -= n_rows
+        self.gauges.set("frames_left", self._n_left)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import hashlib
 import os
 import posixpath
 import re
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -296,6 +297,36 @@ def write_whole(uri: str, data: bytes) -> None:
             fs.pipe_file(path, data)  # an object appears when its upload is complete
 
 
+def write_many(files: Sequence[tuple[str, bytes]]) -> None:
+    """As `write_whole` for many `(uri, data)`, with many requests in flight where the store is not local."""
+    if all(is_local(uri) for uri, _ in files):
+        for uri, data in files:
+            write_whole(uri, data)
+        return
+    with ThreadPoolExecutor(min(READ_CONCURRENCY, len(files))) as pool:
+        list(pool.map(lambda file: write_whole(*file), files))
+
+
+@contextmanager
+def write_pieces(uri: str) -> Iterator[BinaryIO]:
+    """As `write_whole` for what memory need not hold at once: the file to write to, under its name when the block ends.
+
+    Where the store is not local, the pieces wait in a temporary file of this machine until then. A block that fails
+    leaves nothing.
+    """
+    fs, path = _filesystem(uri)
+    with _naming(uri):
+        if isinstance(fs, LocalFileSystem):
+            with _temporary_beside(path) as file:
+                yield file
+            os.replace(file.name, path)
+        else:
+            with tempfile.NamedTemporaryFile(prefix="unet_ray-") as waiting:
+                yield cast(BinaryIO, waiting)
+                waiting.flush()
+                fs.put_file(waiting.name, path)
+
+
 def put_if_absent(uri: str, data: bytes) -> bool:
     """Creates a file unless it exists.
 
@@ -325,19 +356,26 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 
 def _write_temporary(path: str, data: bytes) -> str:
+    with _temporary_beside(path) as file:
+        file.write(data)
+    return file.name
+
+
+@contextmanager
+def _temporary_beside(path: str) -> Iterator[BinaryIO]:
+    """A new file in the folder of `path`, on the disk when the block ends, gone where it fails."""
     folder, base = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{base}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
-    return temporary
 
 
 def _link_if_absent(path: str, data: bytes) -> None:

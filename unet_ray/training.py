@@ -319,10 +319,11 @@ def _fit(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRec
     mailbox = _start_beside_driver(Mailbox)
     fitting = launcher.fit.remote(task, mailbox, RESIZE_INTERVAL_S)
     done: list[Any] = []
-    while not done:
-        done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
-        for event in ray.get(mailbox.take.remote()):
-            monitor.handle(event)
+    with monitor.gauges:
+        while not done:
+            done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
+            for event in ray.get(mailbox.take.remote()):
+                monitor.handle(event)
     causes = ray.get(fitting)
     if monitor.error is not None:
         raise monitor.error
