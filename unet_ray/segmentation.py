@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -140,7 +141,9 @@ def _plan(
             bundle_digest=bundle.digest, class_set=bundle.class_set, options=options, result_version=RESULT_VERSION
         ),
         ledger.Cutting(
-            chunk_frames=config.chunk_frames, shard_rows=config.shard_rows, frame_pixels=_first_frame_pixels(listing)
+            chunk_frames=config.chunk_frames,
+            shard_rows=config.shard_rows,
+            frame_pixels=partial(_first_frame_pixels, listing),
         ),
         config_yaml=to_yaml(config),
         recorded={
