@@ -36,6 +36,10 @@ WAVE_CHUNKS = 2000
 
 HEARTBEAT_S = 15.0
 
+UNSTORED_IN_A_ROW = 8
+"""Labelled chunks that could not be written, one after another and each after `stages.STORAGE_WAITS_S`, after which the
+job ends: the output's disk is full or its store is gone, and labelling the rest would be for nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentResult:
@@ -259,15 +263,18 @@ def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejec
 def _label(job: WaveJob, chunks: Sequence[ledger.Chunk], progress: Progress, tally: _Tally, *, carefully: bool) -> None:
     """Sends chunks through the cluster, wave after wave, and counts their receipts."""
     for start in range(0, len(chunks), WAVE_CHUNKS):
-        finished = troubled = 0
+        finished = troubled = unstored = 0
         for receipt in run_wave(job, chunks[start : start + WAVE_CHUNKS], carefully=carefully):
             if receipt["trouble"] is not None:
                 tally.trouble, troubled = receipt["trouble"], troubled + 1
+                unstored += receipt["labelled"]
+                if unstored == UNSTORED_IN_A_ROW:
+                    break
                 continue
-            finished += 1
+            finished, unstored = finished + 1, 0
             tally.add(json.loads(receipt["rejected"]), receipt["n_rows"])
             progress.advance(receipt["n_rows"], tally.note())
-        if troubled and not finished:
+        if unstored == UNSTORED_IN_A_ROW or (troubled and not finished):
             raise storage.StorageError(f"storage does not answer: {tally.trouble}; the same command goes on")
 
 
