@@ -241,6 +241,16 @@ def test_damaged_bytes_give_an_array_or_a_reason_and_nothing_else(file_format):
                 assert refusal.reason in ("not_an_image", "truncated", "too_large", "unsupported")
 
 
+@pytest.mark.parametrize("function", [decode_frame, decode_mask])
+def test_no_flipped_byte_of_a_pngs_pixels_passes_for_other_pixels(function):
+    data = encoded(Image.fromarray(RGB), "PNG")
+    start, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 4  # with the sum at their end
+    for place in range(start, end):
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        assert refused(function, bytes(damaged))[0] == "truncated", place
+
+
 def test_a_bomb_is_refused_by_its_header():
     bomb = png_by_hand(10_000, 20_000, 8, 2, [])
     assert frame_size(bomb) == (10_000, 20_000)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import fsspec
@@ -9,6 +10,7 @@ import pytest
 from small_output import (
     BROKEN,
     CLASS_SET,
+    CUTTING,
     FIRST_DRIVES,
     LINEAGE,
     contents,
@@ -52,9 +54,17 @@ def test_chunks_are_of_one_drive_and_camera_and_shards_of_whole_chunks(out):
 
 
 def test_a_chunk_holds_fewer_frames_where_they_are_large(out):
-    cutting = ledger.Cutting(chunk_frames=3, shard_rows=100, frame_pixels=90, max_chunk_pixels=200)
+    cutting = ledger.Cutting(chunk_frames=3, shard_rows=100, frame_pixels=lambda: 90, max_chunk_pixels=200)
     assert [chunk.n_rows for chunk in make_plan(out, cutting=cutting).chunks] == [2, 2, 1, 2, 2, 2]
-    assert ledger.Cutting(chunk_frames=3, shard_rows=5, frame_pixels=900, max_chunk_pixels=200).n_frames == 1
+    assert ledger.Cutting(chunk_frames=3, shard_rows=5, frame_pixels=lambda: 900, max_chunk_pixels=200).n_frames == 1
+
+
+def test_no_frame_is_looked_at_where_all_are_planned(out):
+    def look():
+        raise AssertionError("a frame was read")
+
+    planned = make_plan(out)
+    assert make_plan(out, cutting=dataclasses.replace(CUTTING, frame_pixels=look)).chunks == planned.chunks
 
 
 def test_a_large_manifest_is_read_by_the_rows_of_a_chunk(out):

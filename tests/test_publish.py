@@ -378,9 +378,9 @@ def test_chunks_hold_one_drive_and_keys_say_versions_and_options(root, tmp_path)
 
 
 def test_large_frames_make_small_chunks():
-    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=480 * 640).n_frames == 96
-    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=8_000_000).n_frames == 25
-    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=900_000_000).n_frames == 1
+    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=lambda: 480 * 640).n_frames == 96
+    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=lambda: 8_000_000).n_frames == 25
+    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=lambda: 900_000_000).n_frames == 1
 
 
 def test_a_second_job_is_noticed(tmp_path):

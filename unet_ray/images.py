@@ -192,11 +192,25 @@ def _decode(data: bytes, max_pixels: int) -> tuple[ImageHeader, ImageFile.ImageF
     header = _header(format_name, image, data, _tiff_tag(image, _ORIENTATION_TAG))
     _refuse_unsupported(header)
     try:
+        if format_name == "PNG":
+            _check_png_sums(data)
         return header, image, np.asarray(image)
     except _DAMAGED as error:
         raise _truncated(format_name, data, error) from error
     except Image.DecompressionBombError as error:  # a TIFF's tile can be larger than its image
         raise ImageRefused("too_large", f"{format_name} with a tile that is too large: {error}") from error
+
+
+def _check_png_sums(data: bytes) -> None:
+    """Raises ValueError where pixels are damaged: Pillow 13 does not check their sums, and gives other pixels instead
+    for one flipped byte in eight. 0.2 ms for 300 KB."""
+    place = 8
+    while place + 12 <= len(data):
+        (length,), kind = struct.unpack_from(">I", data, place), data[place + 4 : place + 8]
+        end = place + 8 + length
+        if kind == b"IDAT" and zlib.crc32(memoryview(data)[place + 4 : end]).to_bytes(4) != data[end : end + 4]:
+            raise ValueError("the checksum of its pixels does not agree")
+        place = end + 4
 
 
 def _open(data: bytes, max_pixels: int) -> tuple[str, ImageFile.ImageFile]:

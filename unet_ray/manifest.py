@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,15 +40,16 @@ class Cutting:
     """Most frames of a chunk."""
     shard_rows: int
     """Rows from which on a published file is full."""
-    frame_pixels: int = 0
-    """Pixels of the archive's first frame; 0: unknown."""
+    frame_pixels: Callable[[], int] = int
+    """Finds out the pixels of the archive's first frame, 0 where unknown; asked only where there are frames to cut."""
     max_chunk_pixels: int = 200_000_000
     """Bound on the decoded pixels of a chunk (600 MB)."""
 
     @property
     def n_frames(self) -> int:
         """Most frames of a chunk, by both bounds."""
-        by_pixels = self.max_chunk_pixels // self.frame_pixels if self.frame_pixels else self.chunk_frames
+        frame_pixels = self.frame_pixels()
+        by_pixels = self.max_chunk_pixels // frame_pixels if frame_pixels else self.chunk_frames
         return max(1, min(self.chunk_frames, by_pixels))
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -46,6 +47,10 @@ GAUGES = {
     "frames_listed": "Frames of the archives",
     "frames_left": "Frames that are neither labelled nor rejected",
 }
+
+UNSTORED_IN_A_ROW = 8
+"""Labelled chunks that could not be written, one after another and each after `stages.STORAGE_WAITS_S`, after which the
+job ends: the output's disk is full or its store is gone, and labelling the rest would be for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +157,9 @@ def _plan(
             bundle_digest=bundle.digest, class_set=bundle.class_set, options=options, result_version=RESULT_VERSION
         ),
         ledger.Cutting(
-            chunk_frames=config.chunk_frames, shard_rows=config.shard_rows, frame_pixels=_first_frame_pixels(listing)
+            chunk_frames=config.chunk_frames,
+            shard_rows=config.shard_rows,
+            frame_pixels=partial(_first_frame_pixels, listing),
         ),
         config_yaml=to_yaml(config),
         recorded={
@@ -277,17 +284,20 @@ def _label(
 ) -> None:
     """Sends chunks through the cluster, wave after wave, and counts their receipts."""
     for start in range(0, len(chunks), WAVE_CHUNKS):
-        finished = troubled = 0
+        finished = troubled = unstored = 0
         for receipt in run_wave(job, chunks[start : start + WAVE_CHUNKS], carefully=carefully):
             if receipt["trouble"] is not None:
                 tally.trouble, troubled = receipt["trouble"], troubled + 1
+                unstored += receipt["labelled"]
+                if unstored == UNSTORED_IN_A_ROW:
+                    break
                 continue
-            finished += 1
+            finished, unstored = finished + 1, 0
             rejected: dict[str, int] = json.loads(receipt["rejected"])
             meters.add(rejected, receipt["n_rows"])
             tally.add(rejected, receipt["n_rows"])
             progress.advance(receipt["n_rows"], tally.note())
-        if troubled and not finished:
+        if unstored == UNSTORED_IN_A_ROW or (troubled and not finished):
             raise storage.StorageError(f"storage does not answer: {tally.trouble}; the same command goes on")
 
 

@@ -155,12 +155,14 @@ def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: s
     """Writes a labelled chunk's part and then its record, and returns one row for the driver.
 
     Returns:
-        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null).
+        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null), `labelled`
+        (whether there was something to write: if so, `trouble` is of the output's storage).
     """
     chunk = ledger.Chunk(**json.loads(table["_chunk"][0].as_py()))
     trouble = table["_trouble"][0].as_py()
+    labelled = trouble is None
     rejected = "{}"
-    if trouble is None:
+    if labelled:
         rows = table.select([name for name in table.column_names if not name.startswith("_")])
         result = results.result_table(rows, chunk_labels(table, class_set, mask_encoding), class_set)
         try:
@@ -174,6 +176,7 @@ def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: s
             "n_rows": pa.array([chunk.n_rows], pa.int64()),
             "rejected": pa.array([rejected], pa.string()),
             "trouble": pa.array([trouble], pa.string()),
+            "labelled": pa.array([labelled], pa.bool_()),
         }
     )
 

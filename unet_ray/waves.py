@@ -220,14 +220,17 @@ def map_on_cluster(act: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[
     running: list[Any] = []
     for item in items:
         if len(running) == at_once:
-            yield _outcome(running.pop(0))
+            yield _outcome(running.pop(0), running)
         running.append(remote.remote(item))
-    for reference in running:
-        yield _outcome(reference)
+    while running:
+        yield _outcome(running.pop(0), running)
 
 
-def _outcome(reference: Any) -> Any:
+def _outcome(reference: Any, others: Sequence[Any]) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        for other in others:  # Ray prints the stack trace of a failure that nobody looked at (Ray 2.60)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(other)
         raise error.cause from error

@@ -1,0 +1,122 @@
+"""Faults against real labelling jobs on a real Ray: each ends with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unet_ray import chaos, faults, trials
+
+JOB = Path(__file__).parent.parent / "jobs" / "chaos.py"
+
+
+SHOWN_ELSEWHERE = {
+    "one_percent_broken": "test_segmentation: frames broken in every way, below and above --max-rejected",
+    "twenty_percent_broken": "the same",
+    "archive_grown": "test_kills: killed at every change to the storage of a grown output",
+    "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
+    "work_damaged": "the same, for parts and records",
+}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> trials.Stage:
+    size = dataclasses.replace(trials.SIZES["small"], n_kills=2)
+    return trials.Stage(tmp_path_factory.mktemp("chaos") / "stage", size)
+
+
+@pytest.fixture(scope="module")
+def can_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
+    try:
+        with faults.SmallDisk(tmp_path_factory.mktemp("disk"), 64):
+            pass
+    except faults.NoSmallDisk as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in chaos.SCENARIOS if name not in SHOWN_ELSEWHERE])
+def test_a_job_lives_through(name: str, stage: trials.Stage, request: pytest.FixtureRequest) -> None:
+    if name.startswith("disk_full"):
+        request.getfixturevalue("can_mount")
+    outcome = chaos.run(stage, name)
+    assert outcome.problems == ()
+    assert outcome.same in ("bytes", "rows") and outcome.frames == sum(stage.size.drives)
+
+
+def test_a_small_disk_is_full_for_those_inside_and_gone_afterwards(tmp_path: Path, can_mount: None) -> None:
+    with faults.SmallDisk(tmp_path, 64) as disk:
+        disk.fill(leave_kb=8)
+        write = [sys.executable, "-c", "import sys; open(sys.argv[1], 'wb').write(bytes(int(sys.argv[2])))"]
+        done = [
+            subprocess.run(disk.command([*write, str(tmp_path / name), str(size)]), capture_output=True, text=True)
+            for name, size in (("fits", 8_000), ("does not", 8_000))
+        ]
+        assert [process.returncode for process in done] == [0, 1] and "No space left on device" in done[1].stderr
+        assert (disk.seen_from_here() / "fits").stat().st_size == 8_000
+        disk.free()
+        assert subprocess.run(disk.command([*write, str(tmp_path / "does not"), "8000"])).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_happens_to_files_is_seen_in_order(tmp_path: Path) -> None:
+    events = faults.FileEvents([tmp_path])
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b").read_bytes()
+    os.link(tmp_path / "b", tmp_path / "c")
+    expected = [("appeared", "a"), ("opened", "a"), ("appeared", "b"), ("opened", "b"), ("appeared", "c")]
+    assert trials.wait_until(lambda: events.are_more_than(len(expected) - 1), timeout_s=30)
+    assert [(kind, path.name) for kind, path in events.seen] == expected
+
+
+def test_processes_are_found_and_killed() -> None:
+    shell = "sleep 600 & exec sleep 600"
+    with subprocess.Popen(["sh", "-c", shell], stdin=subprocess.DEVNULL) as parent:
+        assert trials.wait_until(lambda: faults.titled_below(parent.pid, "sleep 600"), parent, timeout_s=30)
+        below = faults.descendants(parent.pid)
+        faults.kill([parent.pid, *below])
+        parent.wait()
+    assert parent.returncode == -signal.SIGKILL
+    assert trials.wait_until(lambda: faults.are_gone(below), timeout_s=30)
+
+
+def test_a_trial_sees_what_is_not_as_it_should_be(tmp_path: Path) -> None:
+    """Without this, a scenario could pass because nothing is compared."""
+    stage = trials.Stage(tmp_path / "stage", trials.SIZES["small"])
+    trial = trials.Trial(stage, "one")
+    (trial.out / "_work/parts").mkdir(parents=True)
+    (trial.out / "run.json").write_text('{"lineage": ')
+    (trial.out / "_work/parts/key-0123456789abcdef.parquet").write_bytes(b"PAR1")
+    (trial.out / "_work/parts/.tmp-1-key").write_bytes(b"half")
+    trial.require_nothing_torn()
+    assert [problem.partition(":")[0] for problem in trial.problems] == [
+        "_work/parts/key-0123456789abcdef.parquet is torn",
+        "_work/parts/key-0123456789abcdef.parquet is not what its name says",
+        "run.json is torn",
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_the_job_prints_a_table_and_writes_it(tmp_path: Path) -> None:
+    usage = subprocess.run(
+        [sys.executable, str(JOB), "--out", str(tmp_path), "--scenarios", "rain"], capture_output=True
+    )
+    assert usage.returncode == 2 and b"invalid choice: 'rain'" in usage.stderr
+    outcome = chaos.Outcome(
+        scenario="rain", did="it rained", exit_codes=(-9, 0), frames=1_000, rejected=2, redone="0+0", same="no",
+        seconds=1.5, problems=("wet",),
+    )  # fmt: skip
+    assert chaos.table([outcome]).splitlines() == [
+        "scenario  exit codes  frames  rejected  redone  same  s  verdict  what was done",
+        "rain      -9 0        1,000   2         0+0     no    2  FAIL     it rained",
+        "rain: wet",
+    ]
+    assert json.loads(json.dumps(chaos.as_json([outcome])))[0]["verdict"] == "FAIL"
