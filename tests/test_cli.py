@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import unet_ray
-from unet_ray import cli, config
+from unet_ray import cli, options
 
 TRAIN = ["--images", "i", "--masks", "m", "--classes", "camvid", "--out", "o"]
 
@@ -66,10 +66,10 @@ def test_precedence_is_recipe_then_file_then_options(tmp_path):
 def test_a_run_can_be_repeated_from_the_configuration_it_wrote(tmp_path):
     told = cli.parse("train", [*TRAIN, "--scale", "0.3", "1.0", "--val-images", "v", "--val-masks", "w"])
     file = tmp_path / "config.yaml"
-    file.write_text(config.to_yaml(told))
+    file.write_text(options.to_yaml(told))
     assert cli.parse("train", ["--config", str(file)]) == told
     told = cli.parse("segment", ["--model", "m", "--frames", "a", "b", "--out", "o", "--actors", "1:3"])
-    file.write_text(config.to_yaml(told))
+    file.write_text(options.to_yaml(told))
     assert cli.parse("segment", ["--config", str(file)]) == told
 
 

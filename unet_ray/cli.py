@@ -22,7 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tyro
 
 import unet_ray
-from unet_ray import config, storage
+from unet_ray import config, options, storage
 
 EXIT_FAILED, EXIT_USAGE, EXIT_TRY_AGAIN = 1, 2, 75
 
@@ -161,17 +161,21 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     if command.has_recipes:
         files.add_argument("--recipe")
     chosen, rest = files.parse_known_args(arguments)
-    options: list[str] = []
+    from_files: list[str] = []
     if getattr(chosen, "recipe", None):
-        options += config.option_arguments(
-            config.read_recipe(chosen.recipe), command.config_type, f"recipe {chosen.recipe}"
+        from_files += options.option_arguments(
+            options.read_recipe(chosen.recipe), command.config_type, f"recipe {chosen.recipe}"
         )
     if chosen.config:
-        options += config.option_arguments(config.read_yaml(chosen.config), command.config_type, chosen.config)
+        from_files += options.option_arguments(options.read_yaml(chosen.config), command.config_type, chosen.config)
     # The parser would put a ValueError of the configuration into a box of its own, so it fills an unchecked twin.
     twin = type(command.config_type.__name__, (command.config_type,), {"__post_init__": lambda self: None})
     told: Any = tyro.cli(
-        twin, args=[*options, *rest], prog=f"unet-ray {name}", description=_description(command), use_underscores=False
+        twin,
+        args=[*from_files, *rest],
+        prog=f"unet-ray {name}",
+        description=_description(command),
+        use_underscores=False,
     )
     return command.config_type(**{field.name: getattr(told, field.name) for field in dataclasses.fields(twin)})
 
@@ -180,7 +184,7 @@ def _description(command: Command) -> str:
     text = (command.config_type.__doc__ or "").strip()
     text += "\n\nAlso: --config FILE.yaml reads options from a file (`name: value`)."
     if command.has_recipes:
-        text += f" --recipe NAME starts from one of {', '.join(config.recipe_names())}."
+        text += f" --recipe NAME starts from one of {', '.join(options.recipe_names())}."
         text += " An option given here wins over the file, the file over the recipe."
     return text
 

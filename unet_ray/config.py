@@ -1,36 +1,23 @@
-"""What a job is told: frozen dataclasses, validated on construction; YAML files and recipes.
+"""What a job is told: frozen dataclasses, validated on construction.
 
 The fields are the command line's options (`image_size` is `--image-size`); the text under a field is its help.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Literal
 
-import yaml
 from tyro.conf import Positional
 
 from unet_ray import storage
 from unet_ray.classes import PRESETS, ClassSet
+from unet_ray.options import read_yaml
 
 Device = Literal["auto", "gpu", "cpu"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MaskFormat = Literal["auto", "channel-max", "ids", "colors"]
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML without its whole numbers to base 60: `workers: 1:4` is the text that it looks like, not 64."""
-
-    def construct_whole_number(self, node: yaml.ScalarNode) -> int | str:
-        return node.value if ":" in node.value else self.construct_yaml_int(node)
-
-
-_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_whole_number)
 
 
 class JobFailed(RuntimeError):
@@ -451,63 +438,3 @@ def load_class_set(name_or_uri: str) -> ClassSet:
         raise ValueError(f"--classes is {name_or_uri!r}; give one of {', '.join(PRESETS)} or the path of a .yaml file")
     content = read_yaml(name_or_uri)
     return ClassSet.from_dict({"name": storage.name(name_or_uri).rpartition(".")[0], **content})
-
-
-def read_yaml(uri: str) -> dict[str, Any]:
-    """Returns the mapping in a YAML file. Raises ValueError where there is no such file or no mapping in it."""
-    try:
-        content = yaml.load(storage.read_bytes(storage.resolve(uri)), _YamlLoader)
-    except FileNotFoundError as error:
-        raise ValueError(f"{uri}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{uri} is not YAML: {' '.join(str(error).split())}") from error
-    _require(isinstance(content, dict), f"{uri} holds no options; write one `name: value` a line")
-    return content
-
-
-def recipe_names() -> list[str]:
-    """Returns the names of the recipes that come with the package."""
-    folder = resources.files("unet_ray") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Returns the options of a recipe of the package. Raises ValueError for an unknown name."""
-    _require(name in recipe_names(), f"--recipe is {name!r}; the recipes are {', '.join(recipe_names())}")
-    return yaml.load((resources.files("unet_ray") / "recipes" / f"{name}.yaml").read_bytes(), _YamlLoader)
-
-
-def option_arguments(options: Mapping[str, Any], config_type: type[Any], source: str) -> list[str]:
-    """Returns the options of a file as command-line arguments, so that one parser checks the values of both.
-
-    Args:
-        options: option names (`-` and `_` are the same) and YAML values.
-        config_type: the dataclass whose fields are the options.
-        source: the file, for the message.
-
-    Raises:
-        ValueError: an option that the job does not have.
-    """
-    fields = {field.name for field in dataclasses.fields(config_type)}
-    arguments: list[str] = []
-    for option, value in options.items():
-        field = str(option).replace("-", "_")
-        _require(field in fields, f"{source}: unknown option {option!r}; the options are {', '.join(sorted(fields))}")
-        flag = field.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            arguments += [f"--{flag}", *map(str, values)]
-    return arguments
-
-
-def to_yaml(config: Any) -> str:
-    """Returns a configuration as the YAML file that is written beside every run and that `--config` reads."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -11,7 +11,8 @@ import yaml
 
 from unet_ray import checkpoints, storage
 from unet_ray.classes import ClassSet
-from unet_ray.config import TrainConfig, to_yaml
+from unet_ray.config import TrainConfig
+from unet_ray.options import to_yaml
 from unet_ray.splits import Split
 from unet_ray.tracking import MLFLOW_FILE
 

@@ -22,10 +22,11 @@ from ray.util import metrics
 from unet_ray import cluster, images, ledger, publish, storage
 from unet_ray.bundle import Bundle, read_bundle
 from unet_ray.cluster import say
-from unet_ray.config import JobFailed, SegmentConfig, to_yaml
+from unet_ray.config import JobFailed, SegmentConfig
 from unet_ray.decoding import DecodeOptions
 from unet_ray.devices import has_bfloat16
 from unet_ray.frames import FrameGone, Listing, list_archives, read_frames
+from unet_ray.options import to_yaml
 from unet_ray.preview import write_preview
 from unet_ray.progress import Progress
 from unet_ray.results import RESULT_VERSION

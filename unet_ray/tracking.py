@@ -17,7 +17,8 @@ import yaml
 
 from unet_ray import storage
 from unet_ray.cluster import say
-from unet_ray.config import TrainConfig, to_yaml
+from unet_ray.config import TrainConfig
+from unet_ray.options import to_yaml
 
 MLFLOW_FILE = "mlflow.json"
 """In a run's folder: the id of its MLflow run."""

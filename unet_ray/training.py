@@ -28,9 +28,10 @@ from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
 from unet_ray.cluster import connect, resolve_device, say, wait_for_resources
-from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig, load_class_set, read_yaml
+from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig, load_class_set
 from unet_ray.ingest import FrameSource, IngestPlan, ingest
 from unet_ray.monitor import Mailbox, Monitor, write_history
+from unet_ray.options import read_yaml
 from unet_ray.pairs import ImagePair, count, detect_mask_format, find_pairs, load_pair, require_complete
 from unet_ray.splits import Split, leak_rate, leak_warning, split_pairs
 from unet_ray.tracking import MlflowRecord
