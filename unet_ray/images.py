@@ -203,7 +203,7 @@ def _decode(data: bytes, max_pixels: int) -> tuple[ImageHeader, ImageFile.ImageF
 
 def _check_png_sums(data: bytes) -> None:
     """Raises ValueError where pixels are damaged: Pillow 13 does not check their sums, and gives other pixels instead
-    for one flipped byte in eight. 0.2 ms for 300 KB."""
+    for one flipped byte in eight. 0.09 ms for 300 KB."""
     place = 8
     while place + 12 <= len(data):
         (length,), kind = struct.unpack_from(">I", data, place), data[place + 4 : place + 8]
