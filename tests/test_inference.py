@@ -86,6 +86,25 @@ def test_native_size_equals_resized_logits(bundle: Bundle, size: tuple[int, int]
         assert_equals_naive(labels, index, logits[index])
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_flip_is_the_mean_with_the_mirrored_frames_logits(bundle: Bundle, device: str) -> None:
+    images, network = frames(3), bundle.build_model()
+    labeler = Labeler(bundle, precision="float32", batch_size=4, tta="flip", device=device)
+    labels = labeler.label(images, [(50, 70)] * 3)
+    logits = (network(images).numpy() + network(images[:, :, ::-1]).numpy()[:, :, ::-1]) / 2
+    for index, resized in enumerate(tf.image.resize(logits, (50, 70), "bilinear").numpy()):
+        assert_equals_naive(labels, index, resized)
+
+
+def test_flip_labels_a_mirrored_frame_with_the_mirrored_mask(bundle: Bundle) -> None:
+    images = frames(2)
+    images[1] = images[0, :, ::-1]
+    masks = Labeler(bundle, precision="float32", batch_size=2, tta="flip", mask_size="model").label(
+        images, [(24, 32)] * 2
+    )
+    np.testing.assert_array_equal(masks.masks[1], masks.masks[0][:, ::-1])
+
+
 def test_native_sizes_may_differ_in_a_batch(bundle: Bundle) -> None:
     images, sizes = frames(3), [(48, 66), (33, 31), (48, 66)]
     labeler = Labeler(bundle, precision="float32", batch_size=4)

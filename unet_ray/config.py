@@ -284,6 +284,8 @@ class SegmentConfig(ClusterConfig):
     """Height and width of a window of `slide` in pixels; by default the network's input."""
     stride: tuple[int, int] | None = None
     """Steps from window to window in pixels, down and across; by default half a window."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: the mean of what the network says of a frame and of its mirror image; twice the time."""
     mask_encoding: Literal["png", "raw"] = "png"
     """8-bit palette PNG (any viewer shows it) or the bare uint8 rows (faster)."""
     precision: Precision = "auto"

@@ -149,6 +149,7 @@ def _plan(
         "path_pattern": config.path_pattern,
         "precision": precision,
         "stride": list(tiling.stride) if tiling else None,
+        "tta": config.tta,
         "window": list(tiling.window) if tiling else None,
     }
     plan = ledger.plan(
@@ -230,6 +231,7 @@ def _wave_job(
             "batch_size": config.batch_size,
             "mask_size": config.mask_size,
             "tiling": tiling,
+            "tta": config.tta,
             "device": device,
             "n_threads": allocation.threads,
         },
