@@ -253,7 +253,10 @@ def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejec
     """Labels the chunks; returns frames a second. What is left without a record is tried once more, carefully."""
     other = ledger.other_job(plan.out, job.writer)
     if other:
-        say(f"warning: another job, {other}, works on this output; both may go on, the result is the same")
+        say(
+            f"warning: another job, {other}, worked on this output within the last minute; if it was killed, nothing is"
+            " lost, and if it still works, both may go on: the result is the same"
+        )
     started_s = time.monotonic()
     todo = sum(chunk.n_rows for chunk in chunks)
     tally = _Tally(plan.n_frames, max_rejected)
