@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
-from unet_ray import checkpoints, config, runs, training
+from unet_ray import checkpoints, config, options, runs, training
 from unet_ray.bundle import read_bundle
 from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig
 from unet_ray.metrics import confusion_matrix
@@ -244,6 +244,7 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
     assert found["val/mean_iou"] == pytest.approx(result.metrics["val/mean_iou"], abs=1e-3)
     assert found["val/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-3)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+    assert 0 < found["val/boundary_f1/car"] <= 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "samples.png", "confusion.png"}
     assert f"mean IoU {found['val/mean_iou']:.3f} over 3 of 3 classes" in capsys.readouterr().out
 
@@ -301,6 +302,51 @@ def test_a_worker_that_dies_or_stops_costs_one_interval(undisturbed, data, tmp_p
     assert_same_end(tmp_path / "run", told.out, 12)
 
 
+class StuckOnce:
+    """Frames whose reading never comes back, for the first worker that asks for the 30th; its process lives on."""
+
+    def __init__(self, frames, marker: Path):
+        self.frames, self.marker, self.n_reads = frames, marker, 0
+
+    @property
+    def names(self):
+        return self.frames.names
+
+    def open(self):
+        self.reader = self.frames.open()
+        return self
+
+    def read(self, index: int):
+        self.n_reads += 1
+        if self.n_reads == 30:
+            try:
+                self.marker.touch(exist_ok=False)
+                threading.Event().wait()
+            except FileExistsError:
+                pass
+        return self.reader.read(index)
+
+
+@pytest.mark.timeout(240)
+def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys, monkeypatch):
+    told, _ = undisturbed
+    prepare = training._prepare
+
+    def prepare_stuck(*arguments):
+        task, hashes = prepare(*arguments)
+        return dataclasses.replace(task, train=StuckOnce(task.train, tmp_path / "stuck")), hashes
+
+    monkeypatch.setattr(training, "_prepare", prepare_stuck)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        train(make_config(data, tmp_path / "run", collective_timeout_s=15))
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert (tmp_path / "stuck").exists()
+    assert capsys.readouterr().out.count("a worker was lost; the group has started again") == 1
+    assert_same_end(tmp_path / "run", told.out, 12)
+
+
 DRIVER = """
 import sys, yaml
 from unet_ray.config import TrainConfig
@@ -314,7 +360,7 @@ train(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in optio
 def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(undisturbed, data, tmp_path):
     told, _ = undisturbed
     run = tmp_path / "run"
-    (tmp_path / "told.yaml").write_text(config.to_yaml(make_config(data, run)))
+    (tmp_path / "told.yaml").write_text(options.to_yaml(make_config(data, run)))
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "told.yaml")]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_epoch(run, 4)

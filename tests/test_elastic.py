@@ -1,0 +1,66 @@
+"""`--workers MIN:MAX` on a cluster of real nodes: one is killed, another comes, and the result is the same training."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from test_training import final_weights, make_config, write_data
+
+from unet_ray import training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_data(root)
+    return root
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head where no worker has room, and two nodes with a CPU each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def norm_of_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    return max(float(np.linalg.norm(one[name] - other[name]) / np.linalg.norm(one[name])) for name in one)
+
+
+@pytest.mark.timeout(400)
+def test_a_group_shrinks_when_a_node_is_killed_and_grows_when_one_comes(cluster, data, tmp_path, monkeypatch, capsys):
+    """The batch is that of all workers together, so their number changes neither it nor the learning rate."""
+    cluster, nodes = cluster
+    monkeypatch.setattr(training, "RESIZE_INTERVAL_S", 1.0)
+    options = {"dropout": 0.0, "epochs": 120, "checkpoint_every_epochs": 5, "learning_rate": 1e-3}
+
+    training.connect()
+    heard: list[str] = []
+
+    def wait_for_line(line: str, timeout_s: float = 180) -> None:
+        deadline = time.monotonic() + timeout_s
+        while line not in "".join(heard):
+            assert time.monotonic() < deadline and not training_run.done(), "".join(heard)
+            heard.append(capsys.readouterr().out)
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(1) as pool:  # Ray starts a node in the main thread only
+        training_run = pool.submit(training.train, make_config(data, tmp_path / "run", workers="1:2", **options))
+        wait_for_line("epoch   2/120")
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        wait_for_line("a worker was lost; the group has started again with 1")
+        cluster.add_node(num_cpus=1)
+        wait_for_line("there is room for more workers; the group has started again with 2")
+        training_run.result()
+    assert "1 to 2 workers x 1 CPU" in "".join(heard)
+    training.train(make_config(data, tmp_path / "fixed", workers=1, **options))
+    assert norm_of_difference(final_weights(tmp_path / "fixed"), final_weights(tmp_path / "run")) < 1e-4
