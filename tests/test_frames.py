@@ -380,7 +380,7 @@ def test_a_frame_of_too_many_bytes_is_not_read(tmp_path):
 def test_an_answer_that_is_cut_short_is_trouble_with_storage_and_no_row(tmp_path, monkeypatch):
     rows = list_archives([write_folder(tmp_path / "log")]).table
     whole = storage.read_many
-    monkeypatch.setattr(storage, "read_many", lambda spans: [data[:-1] for data in whole(spans)])
+    monkeypatch.setattr(storage, "read_many", lambda *spans: [data[:-1] for data in whole(*spans)])
     with pytest.raises(storage.StorageError, match="2 of 3 bytes came; trying again may help"):
         read_frames(rows)
 

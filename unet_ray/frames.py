@@ -387,10 +387,10 @@ def _ranks(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def read_frames(rows: pa.Table) -> list[bytes | FrameGone]:
-    """Reads the frames of manifest rows, many requests in flight, each file looked at once more after it was read.
+    """Reads the frames of manifest rows, many requests in flight, and never what is not as it was listed.
 
-    A file whose version is the listed one *after* it was read had it before, too: the look costs one request a file
-    (a tar with a thousand frames is one file).
+    On S3 the request names the version. Elsewhere a file is looked at once more after it was read: if its version is
+    the listed one then, it was so before, too. The look costs one request a file (a tar with a thousand frames is one).
 
     Returns:
         In the order of the rows: the frame's file, or why its bytes are not those that were listed.
@@ -401,8 +401,8 @@ def read_frames(rows: pa.Table) -> list[bytes | FrameGone]:
     columns = rows.select(["uri", "kind", "offset_bytes", "size_bytes", "column", "row", "version"])
     refs = [_Reference(*row) for row in zip(*(column.to_pylist() for column in columns.columns), strict=True)]
     contents = _read_contents(refs)
-    versions = storage.versions({ref.uri for ref in refs})
-    return [_checked(ref, content, versions[ref.uri]) for ref, content in zip(refs, contents, strict=True)]
+    seen = storage.versions({ref.uri for ref in refs if not ref.is_read_by_version})
+    return [_checked(ref, content, seen.get(ref.uri, ref.version)) for ref, content in zip(refs, contents, strict=True)]
 
 
 class _Reference(NamedTuple):
@@ -416,6 +416,15 @@ class _Reference(NamedTuple):
     row: int | None
     version: str
 
+    @property
+    def is_read_by_version(self) -> bool:
+        return self.is_span and bool(self.version) and storage.can_read_versions(self.uri)
+
+    @property
+    def is_span(self) -> bool:
+        """Whether its bytes are read as they lie in the file; of an empty or too large one none are."""
+        return self.row is None and 0 < (self.size_bytes or 0) <= archives.MAX_FRAME_BYTES
+
 
 def _read_contents(refs: Sequence[_Reference]) -> list[bytes | OSError]:
     """Reads what is stored of each frame, or the error of that; of what is too large, nothing."""
@@ -425,11 +434,12 @@ def _read_contents(refs: Sequence[_Reference]) -> list[bytes | OSError]:
     for place, ref in enumerate(refs):
         if ref.column is not None and ref.row is not None:
             of_parquet.setdefault((ref.uri, ref.column), {})[ref.row] = place
-        elif ref.size_bytes and ref.size_bytes <= archives.MAX_FRAME_BYTES:
+        elif ref.is_span and ref.size_bytes:
             span = archives.zip_span(ref.offset_bytes, ref.size_bytes)
             spans[place] = (ref.uri, *(span if ref.kind == "zip" else (ref.offset_bytes, ref.size_bytes)))
     if spans:
-        contents_of_spans = storage.read_many(list(spans.values()))
+        versions = [refs[place].version if refs[place].is_read_by_version else None for place in spans]
+        contents_of_spans = storage.read_many(list(spans.values()), versions)
         for place, content in zip(spans, contents_of_spans, strict=True):
             contents[place] = content
     for (uri, column), places in of_parquet.items():
@@ -452,7 +462,7 @@ def _checked(ref: _Reference, content: bytes | OSError, version_now: str | None)
     uri, size = ref.uri, ref.size_bytes
     if version_now is None or isinstance(content, FileNotFoundError):
         return FrameGone("missing", f"{uri} is gone since it was listed" if ref.version else f"{uri} is not there")
-    if version_now != ref.version:
+    if version_now != ref.version or isinstance(content, storage.FileChanged):
         return FrameGone("changed", f"{uri} has changed since it was listed")
     if isinstance(content, OSError):
         raise content

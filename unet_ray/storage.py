@@ -15,6 +15,7 @@ import hashlib
 import os
 import posixpath
 import re
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import fsspec
+import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -33,8 +35,16 @@ TEMPORARY_PREFIX = ".tmp-"
 READ_CONCURRENCY = 32
 """Requests in flight of one process on a filesystem that is not local."""
 
+
+class FileChanged(OSError):
+    """A file is no longer the version that was asked for."""
+
+
 # A link to another folder or an unusable disk is not mended by trying again, everything else may be.
-_NOT_TRANSIENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FileExistsError)
+_NOT_TRANSIENT = (
+    *(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FileExistsError),
+    FileChanged,
+)
 
 
 class StorageError(OSError):
@@ -66,6 +76,16 @@ def _naming(uri: str) -> Iterator[None]:
         raise StorageError(
             error.errno or errno.EIO, f"{error.strerror or error}; trying again may help", uri
         ) from error
+    except _client_errors() as error:
+        if "Credentials" in type(error).__name__:
+            raise PermissionError(errno.EACCES, f"{error}; set them in the environment or a profile", uri) from error
+        raise StorageError(errno.EIO, f"{error}; trying again may help", uri) from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the clients of object stores raise that is no OSError; of those that are loaded."""
+    known = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
+    return tuple(getattr(sys.modules[module], name) for module, name in known if module in sys.modules)
 
 
 def resolve(uri: str) -> str:
@@ -260,23 +280,50 @@ def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
         return fs.cat_file(path, start=offset or None, end=None if size is None else offset + size)
 
 
-def read_many(ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | OSError]:
+def read_many(
+    ranges: Sequence[tuple[str, int, int | None]], versions: Sequence[str | None] | None = None
+) -> list[bytes | OSError]:
     """Reads many `(uri, offset, size)` with many requests in flight where the store is not local.
 
+    Args:
+        ranges: what to read.
+        versions: the version that each must be, where `can_read_versions`; None for one that may be any.
+
     Returns:
-        The content of each, in order, or the error that reading it gave (`FileNotFoundError`, `StorageError`, …).
+        The content of each, in order, or the error that reading it gave (`FileNotFoundError`, `FileChanged`,
+        `StorageError`, …).
     """
 
-    def read(span: tuple[str, int, int | None]) -> bytes | OSError:
+    def read(span: tuple[str, int, int | None], version: str | None) -> bytes | OSError:
         try:
-            return read_bytes(*span)
+            return read_bytes(*span) if version is None else _read_version(*span, version)
         except OSError as error:
             return error
 
+    versions = versions or [None] * len(ranges)
     if all(is_local(uri) for uri, _, _ in ranges):
-        return [read(span) for span in ranges]
+        return list(map(read, ranges, versions))
     with ThreadPoolExecutor(min(READ_CONCURRENCY, len(ranges))) as pool:
-        return list(pool.map(read, ranges))
+        return list(pool.map(read, ranges, versions))
+
+
+def can_read_versions(uri: str) -> bool:
+    """Whether a given version of a file, or an error, comes in one request: on S3, by If-Match."""
+    return uri.startswith(("s3://", "s3a://"))
+
+
+def _read_version(uri: str, offset: int, size: int | None, version: str) -> bytes:
+    fs, path = _filesystem(uri)
+    bucket, key, _ = fs.split_path(path)
+    span = f"bytes={offset}-" if size is None else f"bytes={offset}-{offset + size - 1}"
+    with _naming(uri):
+        try:
+            answer = fs.call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{version}"', Range=span)
+        except OSError as error:
+            if "PreconditionFailed" in str(error.__cause__):  # s3fs makes an EINVAL of it
+                raise FileChanged(errno.ESTALE, "another version than the one asked for", uri) from error
+            raise
+        return fsspec.asyn.sync(fs.loop, answer["Body"].read)
 
 
 def open_read(uri: str) -> BinaryIO:

@@ -1,0 +1,146 @@
+"""Object storage as it is: s3fs against a server of its own on loopback."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from unet_ray import storage
+from unet_ray.frames import FrameGone, list_archives, read_frames
+
+boto = pytest.importorskip("moto.server")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    server = boto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path) -> Iterator[str]:
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "FSSPEC_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3 = fsspec.get_filesystem_class("s3")
+    s3.clear_instance_cache()
+    ask(server, "reset")
+    fsspec.filesystem("s3").mkdir("drives")
+    yield "s3://drives"
+    s3.clear_instance_cache()
+
+
+def ask(server: str, what: str) -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(f"{server}/moto-api/{what}", method="POST")) as answer:
+        return answer.read()
+
+
+class Recorded:
+    """Counts the requests by method while the block runs."""
+
+    def __init__(self, server: str):
+        self._server, self.by_method = server, Counter[str]()
+
+    def __enter__(self) -> Recorded:
+        ask(self._server, "recorder/reset-recording")
+        ask(self._server, "recorder/start-recording")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ask(self._server, "recorder/stop-recording")
+        with urllib.request.urlopen(f"{self._server}/moto-api/recorder/download-recording") as answer:
+            self.by_method.update(json.loads(line)["method"] for line in answer.read().splitlines())
+
+
+def write_log(bucket: str, n_frames: int = 6) -> dict[str, bytes]:
+    frames = {f"cam0/{index:04d}.png": bytes([index]) * (100 + index) for index in range(n_frames)}
+    for path, content in frames.items():
+        storage.write_whole(f"{bucket}/log/{path}", content)
+    return frames
+
+
+def test_files_are_written_listed_read_and_deleted(bucket):
+    storage.write_whole(f"{bucket}/a/b.bin", b"0123456789")
+    assert storage.read_bytes(f"{bucket}/a/b.bin", 2, 3) == b"234"
+    (file,) = storage.list_files(f"{bucket}/a")
+    assert (file.path, file.uri, file.size_bytes) == ("b.bin", f"{bucket}/a/b.bin", 10)
+    assert storage.versions([file.uri, f"{bucket}/gone"]) == {file.uri: file.version, f"{bucket}/gone": None}
+    storage.delete(file.uri)
+    assert not storage.exists(file.uri)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(file.uri)
+
+
+def test_only_the_first_is_put(bucket):
+    uri = f"{bucket}/records/1.json"
+    assert storage.put_if_absent(uri, b"first")
+    assert not storage.put_if_absent(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+
+
+def test_a_version_is_read_in_one_request_or_not_at_all(bucket, server):
+    frames = write_log(bucket)
+    rows = list_archives([f"{bucket}/log"]).table
+    with Recorded(server) as requests:
+        assert read_frames(rows) == list(frames.values())
+    assert requests.by_method == {"GET": len(frames)}  # no look after it: the version is in the request
+    storage.write_whole(f"{bucket}/log/cam0/0001.png", b"other content")
+    storage.delete(f"{bucket}/log/cam0/0002.png")
+    found = read_frames(rows)
+    assert [item.reason if isinstance(item, FrameGone) else item for item in found] == [
+        frames["cam0/0000.png"],
+        "changed",
+        "missing",
+        *list(frames.values())[3:],
+    ]
+
+
+def test_frames_in_a_tar_are_read_by_range(bucket, server):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for index in range(4):
+            member = tarfile.TarInfo(f"{index}.png")
+            member.size = 1000
+            tar.addfile(member, io.BytesIO(bytes([index]) * 1000))
+    storage.write_whole(f"{bucket}/log.tar", file.getvalue())
+    rows = list_archives([f"{bucket}/log.tar"]).table
+    with Recorded(server) as requests:
+        assert read_frames(rows.slice(1, 2)) == [b"\1" * 1000, b"\2" * 1000]
+    assert requests.by_method == {"GET": 2}
+    storage.write_whole(f"{bucket}/log.tar", file.getvalue() + b"\0")
+    assert all(isinstance(item, FrameGone) and item.reason == "changed" for item in read_frames(rows))
+
+
+def test_missing_credentials_are_said_in_one_line(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(PermissionError, match="Unable to locate credentials; set them in the environment or a profile"):
+        storage.read_bytes(f"{bucket}/a")
+
+
+def test_a_server_that_is_gone_is_trouble_that_may_pass(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("FSSPEC_S3", "{}")
+    s3 = fsspec.get_filesystem_class("s3")
+    s3.clear_instance_cache()
+    monkeypatch.setattr(s3, "retries", 1)
+    with pytest.raises(storage.StorageError, match="trying again may help"):
+        storage.read_bytes(f"{bucket}/a")
