@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
+import yaml
 
 from unet_ray import cluster
 
@@ -79,3 +81,17 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"^RAY_ADDRESS is 127\.0\.0\.1:1; no cluster lets us in there: ") as caught:
         cluster.connect()
     assert "\n" not in str(caught.value)
+
+
+def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    file = Path(__file__).parent.parent / "cluster.yaml"
+    told = prepare_config(yaml.safe_load(file.read_text()))
+    validate_config(told)
+    assert told["available_node_types"][told["head_node_type"]]["resources"]["CPU"] == 0
+    workers = {name: kind for name, kind in told["available_node_types"].items() if name != told["head_node_type"]}
+    assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in workers.values())
+    starts = [line for key in ("head", "worker") for line in told[f"{key}_start_ray_commands"] if "ray start" in line]
+    assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line and "keepalive_time_ms" in line for line in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
