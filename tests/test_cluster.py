@@ -9,7 +9,7 @@ import pytest
 import ray
 import yaml
 
-from unet_ray import cluster
+from unet_ray import cli, cluster
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -95,3 +95,17 @@ def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():
     starts = [line for key in ("head", "worker") for line in told[f"{key}_start_ray_commands"] if "ray start" in line]
     assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line and "keepalive_time_ms" in line for line in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
+
+
+def test_the_kubernetes_job_gives_options_that_the_job_takes():
+    jobs = Path(__file__).parent.parent / "jobs"
+    told = yaml.safe_load((jobs / "rayjob.yaml").read_text())
+    python, script, *arguments = told["spec"]["entrypoint"].split()
+    assert python == "python" and (jobs / Path(script).name).is_file()
+    assert cli.parse("segment", arguments).out == "s3://bucket/labels"
+    groups = [told["spec"]["rayClusterSpec"]["headGroupSpec"], *told["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
+    assert len(images) == 1 and f"-t {images.pop()} " in (jobs / "Dockerfile").read_text()
+    version = told["spec"]["rayClusterSpec"]["rayVersion"]
+    assert version.split(".")[:2] == ray.__version__.split(".")[:2]
+    assert f"rayproject/ray:{version}-" in (jobs / "Dockerfile").read_text()
