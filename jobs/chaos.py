@@ -11,7 +11,6 @@ scenarios of a full disk need `unshare` to be allowed to mount.
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -26,9 +25,6 @@ def main() -> int:
     parser.add_argument("--scenarios", nargs="+", choices=list(chaos.SCENARIOS), default=list(chaos.SCENARIOS))
     parser.add_argument("--size", choices=list(trials.SIZES), default="small")
     told = parser.parse_args()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # in the background of a shell, jobs would inherit deafness
     stage = trials.Stage(told.out.resolve() / "stage", trials.SIZES[told.size], told.seed)
     outcomes = []
     for name in told.scenarios:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -210,6 +211,8 @@ class Trial:
         with self.log.open("ab") as log:
             log.write(f"--- {self.name}, job {len(self.exit_codes) + 1}\n".encode())
             log.flush()
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, which a job would inherit
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             job = subprocess.Popen(
                 self.command(*options), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
