@@ -1,6 +1,6 @@
 """Plays faults against real labelling jobs on a real Ray, and says which of them the outputs survived.
 
-    python jobs/chaos.py --out /tmp/chaos                          # all, small: 10 to 20 minutes on two cores
+    python jobs/chaos.py --out /tmp/chaos                          # all, small: 24 minutes on two busy cores
     python jobs/chaos.py --out /tmp/chaos --scenarios node_lost disk_full_working --seed 7
     python jobs/chaos.py --out /tmp/chaos --size large             # 2,000 frames, 20 kills
 

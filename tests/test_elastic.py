@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from test_training import final_weights, make_config, write_data
+from test_training import HeldFrames, final_weights, held_up, make_config, write_data
 
 from unet_ray import training
 
@@ -35,25 +32,12 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-class Gated:
-    """Frames of which each worker reads 28, two epochs alone or four with another, until the gate is opened."""
+class Gated(HeldFrames):
+    """Each worker reads 28 frames, two epochs alone or four with another, until the marker opens the gate."""
 
-    def __init__(self, frames, gate: Path):
-        self.frames, self.gate, self.n_reads = frames, gate, 0
-
-    @property
-    def names(self):
-        return self.frames.names
-
-    def open(self):
-        self.reader = self.frames.open()
-        return self
-
-    def read(self, index: int):
-        self.n_reads += 1
-        while self.n_reads > 28 and not self.gate.exists():
+    def hold(self) -> None:
+        while self.n_reads > 28 and not self.marker.exists():
             time.sleep(0.01)
-        return self.reader.read(index)
 
 
 def norm_of_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
@@ -75,16 +59,8 @@ def test_a_group_shrinks_when_a_node_is_killed_and_grows_when_one_comes(cluster,
             time.sleep(0.01)
 
     training.connect()
-    prepare = training._prepare
-
-    def prepare_gated(*arguments):
-        task, hashes = prepare(*arguments)
-        return dataclasses.replace(task, train=Gated(task.train, tmp_path / "gate")), hashes
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:  # Ray starts a node in the main thread only
-        patch.setattr(training, "RESIZE_INTERVAL_S", 1.0)
-        patch.setattr(training, "_prepare", prepare_gated)
+    monkeypatch.setattr(training, "RESIZE_INTERVAL_S", 1.0)
+    with ThreadPoolExecutor(1) as pool, held_up(Gated, tmp_path / "gate"):  # Ray starts a node in the main thread only
         run = pool.submit(training.train, make_config(data, tmp_path / "run", workers="1:2", **options))
         wait_for_line("epoch  2/20")
         cluster.remove_node(nodes[1], allow_graceful=False)
@@ -93,7 +69,6 @@ def test_a_group_shrinks_when_a_node_is_killed_and_grows_when_one_comes(cluster,
         wait_for_line("there is room for more workers; the group has started again with 2")
         (tmp_path / "gate").touch()
         run.result()
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert "1 to 2 workers x 1 CPU" in "".join(heard)
     training.train(make_config(data, tmp_path / "fixed", workers=1, **options))
     assert norm_of_difference(final_weights(tmp_path / "fixed"), final_weights(tmp_path / "run")) < 1e-4

@@ -179,18 +179,27 @@ def test_a_tar_gives_the_rows_of_its_folder(cluster, labelled: Path, model: str,
     "options",
     [
         {"mask_size": "model", "mask_encoding": "raw", "precision": "bfloat16"},
+        {"mask_size": "model", "tta": "flip"},
         {"inference": "slide", "window": (16, 24), "stride": (12, 20)},
     ],
 )
 def test_other_masks(cluster, model: str, archive: Path, tmp_path: Path, options) -> None:
     run(model, archive, tmp_path / "out", **options)
+    network, n_unlike = read_bundle(model).build_model(), 0
     for row in rows_of(tmp_path / "out").to_pylist():
         if options.get("mask_encoding") == "raw":
             mask = np.frombuffer(row["mask"], np.uint8).reshape(24, 32)
         else:
             mask = images.decode_mask(row["mask"])
-            assert mask.shape == (row["height_px"], row["width_px"])
+            assert mask.shape == (row["mask_height_px"], row["mask_width_px"])
+        if "tta" in options:
+            image = images.decode_frame((archive / row["frame_id"]).read_bytes())
+            small = images.resize_nearest(image, 24, 32)
+            whole, mirrored = network(np.stack([small, small[:, ::-1]]), training=False).numpy()
+            assert (mask != (whole + mirrored[:, ::-1]).argmax(-1)).mean() < 0.002
+            n_unlike += (mask != whole.argmax(-1)).sum()
         assert np.bincount(mask.ravel(), minlength=K).tolist() == [row[f"pixels_c{k}"] for k in range(K)]
+    assert "tta" not in options or n_unlike > 0  # else nobody could tell whether it was done
     assert publish.verify(str(tmp_path / "out")) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -21,7 +22,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
-from unet_ray import checkpoints, config, options, runs, training
+from unet_ray import checkpoints, config, faults, options, runs, training
 from unet_ray.bundle import read_bundle
 from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig
 from unet_ray.metrics import confusion_matrix
@@ -259,27 +260,6 @@ def wait_for_epoch(run: str | Path, epoch: int, timeout_s: float = 90) -> None:
         time.sleep(0.01)
 
 
-def processes_below(ancestor: int, name: str = "") -> list[int]:
-    """Processes that a process started, itself or by others; other Ray clusters of this machine are not among them."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            names[int(folder.name)] = (folder / "cmdline").read_text()
-        except OSError:
-            continue  # it has just ended
-
-    def is_below(pid: int) -> bool:
-        while pid in parents:
-            if pid == ancestor:
-                return True
-            pid = parents[pid]
-        return False
-
-    return [pid for pid, command in names.items() if pid != ancestor and name in command and is_below(pid)]
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_stops_costs_one_interval(undisturbed, data, tmp_path, capsys, how):
@@ -288,7 +268,7 @@ def test_a_worker_that_dies_or_stops_costs_one_interval(undisturbed, data, tmp_p
 
     def kill() -> None:
         wait_for_epoch(tmp_path / "run", 3)
-        victim.append(max(processes_below(os.getpid(), "RayTrainWorker")))
+        victim.append(max(faults.titled_below(os.getpid(), "ray::RayTrainWorker")))
         os.kill(victim[0], how)
 
     thread = threading.Thread(target=kill)
@@ -302,8 +282,8 @@ def test_a_worker_that_dies_or_stops_costs_one_interval(undisturbed, data, tmp_p
     assert_same_end(tmp_path / "run", told.out, 12)
 
 
-class StuckOnce:
-    """Frames whose reading never comes back, for the first worker that asks for the 30th; its process lives on."""
+class HeldFrames:
+    """Training frames whose reading `hold` may hold up; the worker's process lives on meanwhile."""
 
     def __init__(self, frames, marker: Path):
         self.frames, self.marker, self.n_reads = frames, marker, 0
@@ -318,30 +298,47 @@ class StuckOnce:
 
     def read(self, index: int):
         self.n_reads += 1
+        self.hold()
+        return self.reader.read(index)
+
+    def hold(self) -> None:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def held_up(kind: type[HeldFrames], marker: Path):
+    """While the block runs, training reads its frames through `kind`, which the workers get by value."""
+    prepare = training._prepare
+
+    def prepare_held(*arguments):
+        task, hashes = prepare(*arguments)
+        return dataclasses.replace(task, train=kind(task.train, marker)), hashes
+
+    modules = {sys.modules[HeldFrames.__module__], sys.modules[kind.__module__]}
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_prepare", prepare_held)
+        yield
+    for module in modules:
+        ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+class StuckOnce(HeldFrames):
+    """The first worker that asks for its 30th frame never gets it."""
+
+    def hold(self) -> None:
         if self.n_reads == 30:
-            try:
+            with contextlib.suppress(FileExistsError):
                 self.marker.touch(exist_ok=False)
                 threading.Event().wait()
-            except FileExistsError:
-                pass
-        return self.reader.read(index)
 
 
 @pytest.mark.timeout(240)
-def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys, monkeypatch):
+def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
     told, _ = undisturbed
-    prepare = training._prepare
-
-    def prepare_stuck(*arguments):
-        task, hashes = prepare(*arguments)
-        return dataclasses.replace(task, train=StuckOnce(task.train, tmp_path / "stuck")), hashes
-
-    monkeypatch.setattr(training, "_prepare", prepare_stuck)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
+    with held_up(StuckOnce, tmp_path / "stuck"):
         train(make_config(data, tmp_path / "run", collective_timeout_s=15))
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert (tmp_path / "stuck").exists()
     assert capsys.readouterr().out.count("a worker was lost; the group has started again") == 1
     assert_same_end(tmp_path / "run", told.out, 12)
@@ -365,8 +362,7 @@ def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(un
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_epoch(run, 4)
     # With all that it started: Ray would end them too, some seconds later, when so small a run has finished.
-    for pid in (driver.pid, *processes_below(driver.pid)):
-        os.kill(pid, signal.SIGKILL)
+    faults.kill([driver.pid, *faults.descendants(driver.pid)])
     driver.wait()
     epoch = checkpoints.list_epochs(str(run))[0]
     assert epoch < 12, "it finished before it was killed"
@@ -501,7 +497,11 @@ def test_class_weights_from_a_file(data, tmp_path):
 
 
 @pytest.mark.timeout(180)
-def test_everything_switched_on(data, cluster, tmp_path):
+def test_everything_switched_on(data, cluster, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     told = make_config(
         data,
         tmp_path / "run",
@@ -517,16 +517,20 @@ def test_everything_switched_on(data, cluster, tmp_path):
         early_stopping_epochs=3,
         checkpoint_every_epochs=2,
         precision="bfloat16",
+        mlflow=True,
     )
     result = train(told)
     best = result.metrics["best_epoch"]
     assert result.metrics["epochs"] == len(result.history) == min(40, best + 3)
     assert result.history[0]["learning_rate"] == pytest.approx(1e-2)  # the warm-up is over
+    recorded = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
+    points = MlflowClient().get_metric_history(recorded, "loss")
+    assert [point.step for point in points] == [row["epoch"] for row in result.history]
 
 
 @pytest.mark.timeout(120)
 def test_all_frames_can_train(data, cluster, tmp_path):
-    result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, val_fraction=0))
+    result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, val_fraction=0, loss="focal"))
     assert "val/mean_iou" not in result.metrics and result.metrics["best_epoch"] == 2
     assert not (tmp_path / "run" / "samples.png").exists()
     assert (tmp_path / "run" / "curves.png").exists()

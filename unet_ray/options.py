@@ -76,7 +76,12 @@ def option_arguments(options: Mapping[str, Any], config_type: type[Any], source:
 
 def to_yaml(config: Any) -> str:
     """Returns a configuration as the YAML file that is written beside every run and that `--config` reads."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Returns a configuration as that file's content: option names with numbers, texts, lists and None."""
+    return _plain(dataclasses.asdict(config))
 
 
 def _plain(value: Any) -> Any:

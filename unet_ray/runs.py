@@ -12,7 +12,7 @@ import yaml
 from unet_ray import checkpoints, storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import TrainConfig
-from unet_ray.options import to_yaml
+from unet_ray.options import to_plain, to_yaml
 from unet_ray.splits import Split
 from unet_ray.tracking import MLFLOW_FILE
 
@@ -75,7 +75,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _require_same_options(config: TrainConfig, before: Any) -> None:
-    now = yaml.safe_load(to_yaml(config))
+    now = to_plain(config)
     before = before if isinstance(before, dict) else {}
     different = [key for key in now if key not in _MAY_DIFFER and now[key] != before.get(key)]
     if different:

@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import yaml
-
 from unet_ray import storage
 from unet_ray.cluster import say
 from unet_ray.config import TrainConfig
-from unet_ray.options import to_yaml
+from unet_ray.options import to_plain
 
 MLFLOW_FILE = "mlflow.json"
 """In a run's folder: the id of its MLflow run."""
@@ -64,7 +62,7 @@ class MlflowRecord:
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
         run_id = self._client.create_run(experiment, run_name=storage.name(config.out)).info.run_id
-        for key, value in yaml.safe_load(to_yaml(config)).items():
+        for key, value in to_plain(config).items():
             self._client.log_param(run_id, key, value)
         storage.write_whole(storage.join(config.out, MLFLOW_FILE), json.dumps({"run_id": run_id}).encode())
         return run_id
