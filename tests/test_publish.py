@@ -185,6 +185,82 @@ def test_killed_between_any_two_steps_the_next_run_gives_the_same_bytes(where, m
     assert place > 20  # 3 files of the plan, 2 a chunk, 3 shards, statistics, summary
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_while_publishing_a_rerun_labels_nothing(moment, tmp_path, root, monkeypatch):
+    run(root, str(tmp_path / "undisturbed"))
+    expected, place, killed = published(str(tmp_path / "undisturbed")), 0, True
+    while killed:
+        place += 1
+        out = str(tmp_path / f"{place}")
+        plan = make_plan(root, out)
+        for chunk in plan.chunks:
+            ledger.commit(out, chunk, label(chunk), writer="test")
+        killed = killed_at(monkeypatch, place, moment, lambda plan=plan: publish.publish(plan, max_rejected=0))
+        if killed and ledger.read_summary(out) is None:
+            assert publish.verify(out)[0].endswith(" 0 of 6 chunks are to be done; run segment again")
+        seen: list[str] = []
+        run(root, out, seen=seen)
+        assert (seen, published(out)) == ([], expected), f"killed {moment} change {place}"
+    assert place > 20  # a file, a note and a mark for each of 3 shards, 6 records, 6 parts, statistics, summary, work
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_retry_killed_anywhere_ends_as_one_that_was_not(moment, tmp_path, root, monkeypatch):
+    run(root, str(tmp_path / "clean"))
+    expected, place, killed = published(str(tmp_path / "clean")), 0, True
+
+    def retry(out: str) -> list[str]:
+        publish.retry_rejected(make_plan(root, out), "truncated")
+        seen: list[str] = []
+        run(root, out, seen=seen)
+        return seen
+
+    while killed:
+        place += 1
+        out = str(tmp_path / f"{place}")
+        run(root, out, reject=("b/4.png",))
+        killed = killed_at(monkeypatch, place, moment, lambda out=out: retry(out))
+        if killed:
+            publish.verify(out)  # which marks what it takes for damage
+        assert set(retry(out)) <= {"000-000003"}
+        assert published(out) == expected, f"killed {moment} change {place}"
+        assert publish.verify(out) == []
+    assert place > 10
+
+
+def test_parts_go_as_their_shards_are_published(root, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    plan = make_plan(root, str(out))
+    for chunk in plan.chunks:
+        ledger.commit(str(out), chunk, label(chunk), writer="test")
+    left = []
+
+    def one_after_another(act, tasks):
+        for task in tasks:
+            yield act(task)
+            left.append([len(list((out / "_work" / name).iterdir())) for name in ("parts", "records")])
+
+    publish.publish(plan, max_rejected=0, map_shards=one_after_another)
+    assert left == [[4, 4], [2, 2], [0, 0]]  # of 6 chunks, 2 a shard
+    assert not (out / "_work").exists()
+
+
+def test_a_job_that_finds_the_parts_gone_takes_the_file_that_another_published(root, tmp_path):
+    run(root, str(tmp_path / "one"))
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    for chunk in plan.chunks:
+        ledger.commit(out, chunk, label(chunk), writer="test")
+
+    def after_another(act, tasks):
+        other = [act(task) for task in tasks]
+        assert [act(task) for task in tasks] == other
+        return other
+
+    publish.publish(plan, max_rejected=0, map_shards=after_another)
+    assert published(out) == published(str(tmp_path / "one"))
+
+
 def test_a_rerun_labels_only_chunks_without_a_record(root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
@@ -299,7 +375,7 @@ def test_a_deleted_record_or_part_costs_its_chunk_and_no_other(root, tmp_path):
     assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000001"]
     ledger.commit(out, plan.chunks[1], label(plan.chunks[1]), writer="test")
     storage.delete(ledger.part_uri(out, receipts[3].part))
-    with pytest.raises(storage.StorageError, match="is gone; run the same command again: its frames are done anew"):
+    with pytest.raises(storage.StorageError, match="are gone; run the same command again: their frames are done anew"):
         publish.publish(plan, max_rejected=0)
     assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000003"]
 

@@ -5,6 +5,7 @@
     OUT/manifest/_g000.json        a generation of the plan is whole; frames found later are a new generation
     OUT/_work/parts/*.parquet      rows of a finished chunk, named by its key and their digest
     OUT/_work/records/KEY.json     the chunk is done: its part, digest, counts
+    OUT/_work/shards/FILE.json     a file of frames/ is whole, though others are not yet: stands for its chunks
     OUT/_work/damaged/FILE         what `verify` found to be damaged
 
 A chunk's key is a digest of its frames with their versions and of the lineage. A chunk is **done** when the record of
@@ -268,16 +269,39 @@ def pending(plan: Plan) -> list[Chunk]:
 
 
 def published_shards(out: str) -> dict[int, dict[str, Any]]:
-    """Returns what summary.json says of each published file that is there in its size and not known to be damaged."""
+    """Returns what its note, or else summary.json, says of each file of frames/ that is there in its size and not known
+    to be damaged."""
+    # Notes before summary.json: they go after it was written. The files after both, which are written after the files.
+    notes = read_notes(out)
+    files = [*(read_summary(out) or {}).get("files", []), *notes]
     there = {file.path: file.size_bytes for file in manifest.list_folder(storage.join(out, "frames"))}
     damaged = {file.path for file in manifest.list_folder(storage.join(out, "_work", "damaged"))}
-    files = (read_summary(out) or {}).get("files", [])
-    shards = {}
+    shards: dict[int, dict[str, Any]] = {}
     for file in files:
         folder, _, name = file["path"].partition("/")
-        if folder == "frames" and there.get(name) == file["bytes"] and name not in damaged:
-            shards[int(name.removeprefix("part-").removesuffix(".parquet"))] = file
+        if folder == "frames":
+            shard = int(name.removeprefix("part-").removesuffix(".parquet"))
+            shards.pop(shard, None)
+            if there.get(name) == file["bytes"] and name not in damaged:
+                shards[shard] = file
     return shards
+
+
+def read_notes(out: str) -> list[dict[str, Any]]:
+    """Returns the notes of the files that a job has published and that summary.json may not know yet."""
+    listed = manifest.list_folder(storage.join(out, "_work", "shards"))
+    contents = storage.read_many([(file.uri, 0, None) for file in listed]) if listed else []
+    return [json.loads(content) for content in contents if isinstance(content, bytes)]
+
+
+def let_work_go(out: str, file: Mapping[str, Any], receipts: Sequence[Receipt]) -> None:
+    """Notes that a file of frames/ is whole, and deletes the records and parts that it was made of."""
+    name = storage.name(file["path"])
+    storage.write_whole(storage.join(out, "_work", "shards", f"{name}.json"), json_bytes(file))
+    storage.delete(storage.join(out, "_work", "damaged", name))
+    # Records first: while one counts its part is needed.
+    storage.delete_many([record_uri(out, receipt.key) for receipt in receipts])
+    storage.delete_many([part_uri(out, receipt.part) for receipt in receipts])
 
 
 def read_summary(out: str) -> dict[str, Any] | None:

@@ -1,8 +1,10 @@
 """Finished chunks become the published output, and a published output is proved whole.
 
-Steps, after each of which a kill does no harm and the same command goes on: (1) each shard's parts become one file of
-`frames/`, a pure function of the records; (2) class_statistics.parquet; (3) summary.json, which says what is whole;
-(4) `_work/` goes. Without (3) nothing counts as published, and (1) and (2) write the same bytes again.
+Steps, after each of which a kill does no harm and the same command goes on. Of each shard: (1) its parts become a file
+of `frames/`, a pure function of the records; (2) the file is noted, and stands for its chunks from now on; (3) their
+records and parts go, so that the masks do not lie there twice. Of all: (4) class_statistics.parquet; (5) summary.json,
+which says what is whole; (6) `_work/` goes. Until (2), (1) is done again and writes the same bytes; so does (4) until
+(5).
 """
 
 from __future__ import annotations
@@ -78,16 +80,9 @@ def publish(
     """
     done = finished_summary(plan)
     if done is not None:
-        storage.delete_tree(storage.join(plan.out, "_work"))  # left by a kill after step 3
+        storage.delete_tree(storage.join(plan.out, "_work"))  # left by a kill after step 5
         return done
-    published = ledger.published_shards(plan.out)
-    of_shard: dict[int, list[Chunk]] = {}
-    for chunk in plan.chunks:
-        if chunk.shard not in published:
-            of_shard.setdefault(chunk.shard, []).append(chunk)
-    receipts = {
-        shard: ledger.read_receipts(plan.out, [chunk.key for chunk in chunks]) for shard, chunks in of_shard.items()
-    }
+    published, receipts = _published_and_not(plan)
     _require_share(plan, published, receipts, max_rejected)
     tasks = [
         ShardTask(
@@ -110,16 +105,48 @@ def publish(
     return summary
 
 
+def _published_and_not(plan: Plan) -> tuple[dict[int, dict[str, Any]], dict[int, list[Receipt]]]:
+    """Returns what is said of each published file, and the records of each one that is to be written."""
+    published = ledger.published_shards(plan.out)
+    of_shard: dict[int, list[Chunk]] = {}
+    for chunk in plan.chunks:
+        if chunk.shard not in published:
+            of_shard.setdefault(chunk.shard, []).append(chunk)
+    receipts = {}
+    for shard, chunks in of_shard.items():
+        try:
+            receipts[shard] = ledger.read_receipts(plan.out, [chunk.key for chunk in chunks])
+        except FileNotFoundError:
+            published[shard] = _published_by_another(plan.out, shard)
+    return published, receipts
+
+
+def _published_by_another(out: str, shard: int) -> dict[str, Any]:
+    """Returns what is said of a file whose records or parts went just now: another job was faster, or it is damage."""
+    try:
+        return ledger.published_shards(out)[shard]
+    except KeyError:
+        raise storage.StorageError(
+            f"{out}: parts of {shard_name(shard)} are gone; run the same command again: their frames are done anew"
+        ) from None
+
+
 def finished_summary(plan: Plan) -> dict[str, Any] | None:
     """Returns summary.json where it speaks of all of the plan and nothing of it is known to be damaged."""
     summary = ledger.read_summary(plan.out)
     if summary is None or summary.get("listed") != plan.n_frames:
         return None
-    if set(ledger.published_shards(plan.out)) != {chunk.shard for chunk in plan.chunks}:
+    published = ledger.published_shards(plan.out)
+    if set(published) != {chunk.shard for chunk in plan.chunks} or _not_in(summary, published.values()):
         return None
     statistics = storage.join(plan.out, "class_statistics.parquet")
     damaged = storage.exists(storage.join(plan.out, "_work", "damaged", "class_statistics.parquet"))
     return None if damaged or not storage.exists(statistics) else summary
+
+
+def _not_in(summary: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns the paths of files that summary.json does not know as they are now: it is still to be written."""
+    return [file["path"] for file in files if file not in summary["files"]]
 
 
 def _require_share(
@@ -157,11 +184,32 @@ def require_share(rejected: Mapping[str, int], n_done: int, n_frames: int, max_r
 
 
 def write_shard(task: ShardTask) -> dict[str, Any]:
-    """Writes one file of `frames/` from its parts, and returns what summary.json says of it.
+    """Writes one file of `frames/` from its parts, lets these go, and returns what summary.json says of it.
 
     Raises:
         StorageError: a part is missing or damaged; its record is taken back, so that it is done again.
     """
+    try:
+        data = _shard_bytes(task)
+    except FileNotFoundError:
+        return _published_by_another(task.out, task.shard)
+    path = f"frames/{shard_name(task.shard)}"
+    storage.write_whole(storage.join(task.out, path), data)
+    rejected: Counter[str] = Counter()
+    for receipt in task.receipts:
+        rejected.update(receipt.rejected)
+    file = {
+        "path": path,
+        "rows": sum(receipt.n_rows for receipt in task.receipts),
+        "bytes": len(data),
+        "sha256": storage.sha256(data),
+        "rejected": dict(sorted(rejected.items())),
+    }
+    ledger.let_work_go(task.out, file, task.receipts)
+    return file
+
+
+def _shard_bytes(task: ShardTask) -> bytes:
     schema = results.frames_schema(task.lineage.class_set, task.carried).with_metadata(_footer(task.lineage))
     buffer = io.BytesIO()
     statistics = [name for name in schema.names if name not in _WITHOUT_STATISTICS]
@@ -174,31 +222,20 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     ) as writer:
         for rows in _in_groups(_read_part(task.out, receipt) for receipt in task.receipts):
             writer.write_table(rows.cast(schema), row_group_size=_GROUP_ROWS)
-    data = buffer.getvalue()
-    path = f"frames/{shard_name(task.shard)}"
-    storage.write_whole(storage.join(task.out, path), data)
-    rejected: Counter[str] = Counter()
-    for receipt in task.receipts:
-        rejected.update(receipt.rejected)
-    return {
-        "path": path,
-        "rows": sum(receipt.n_rows for receipt in task.receipts),
-        "bytes": len(data),
-        "sha256": storage.sha256(data),
-        "rejected": dict(sorted(rejected.items())),
-    }
+    return buffer.getvalue()
 
 
 def _read_part(out: str, receipt: Receipt) -> pa.Table:
+    """Raises FileNotFoundError where the part is gone, StorageError where it is damaged; its record counts no more."""
     uri = ledger.part_uri(out, receipt.part)
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError:
-        data = b""
+        storage.delete(ledger.record_uri(out, receipt.key))
+        raise
     if storage.sha256(data) != receipt.sha256:
         storage.delete(ledger.record_uri(out, receipt.key))
-        what = "damaged" if data else "gone"
-        raise storage.StorageError(f"{uri} is {what}; run the same command again: its frames are done anew")
+        raise storage.StorageError(f"{uri} is damaged; run the same command again: its frames are done anew")
     return pq.read_table(io.BytesIO(data))
 
 
@@ -330,6 +367,8 @@ def verify(out: str) -> list[str]:
             f"{out}/summary.json: missing or damaged: the output is not finished, {missing:,} of {len(plan.chunks):,} "
             "chunks are to be done; run segment again"
         ]
+    if newer := _not_in(summary, ledger.read_notes(out)):
+        return [f"{path}: published by a job that did not finish; run segment again" for path in newer]
     problems = [problem for file in summary["files"] for problem in _verify_file(out, file)]
     problems += _strangers(out, summary)
     chunks_of = {shard: [c for c in plan.chunks if c.shard == shard] for shard in {c.shard for c in plan.chunks}}

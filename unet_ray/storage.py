@@ -450,6 +450,16 @@ def delete(uri: str) -> None:
             return
 
 
+def delete_many(uris: Sequence[str]) -> None:
+    """As `delete` for many, with many requests in flight where the store is not local."""
+    if all(is_local(uri) for uri in uris):
+        for uri in uris:
+            delete(uri)
+        return
+    with ThreadPoolExecutor(min(READ_CONCURRENCY, len(uris))) as pool:
+        list(pool.map(delete, uris))
+
+
 def delete_tree(uri: str) -> None:
     """Deletes a folder and all below it; one that is gone already is no error."""
     fs, path = _filesystem(uri)
