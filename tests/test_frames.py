@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet_ray import archives, frames, storage
-from unet_ray.frames import FrameGone, PathFields, list_archives, natural_key, parse_path, read_frames
+from unet_ray.contents import FrameGone, read_frames
+from unet_ray.frames import PathFields, list_archives, natural_key, parse_path
 
 FILES = {
     "drive2/cam/frame10.png": b"ten",
@@ -59,7 +60,7 @@ def test_an_archive_lists_its_frames_in_order_and_reads_them_back(kind, tmp_path
     listing = list_archives([write()])
     assert listing.table.schema == frames.MANIFEST_SCHEMA
     assert listing.table["frame_id"].to_pylist() == [prefix + path for path in IN_ORDER]
-    assert read_frames(listing.table) == [FILES[path] for path in IN_ORDER]
+    assert list(read_frames(listing.table)) == [FILES[path] for path in IN_ORDER]
     assert listing.table["frame_index"].to_pylist() == [2, 10, None]
     assert listing.ignored == {".json": 1, "no extension": 1}
     assert listing.unlistable == ()
@@ -222,7 +223,7 @@ def test_archives_are_read_at_any_uri(tmp_path):
         storage.write_whole(f"memory://bucket/log/{path}", data)
     rows = list_archives(["memory://bucket/log"]).table
     assert rows["frame_id"].to_pylist() == IN_ORDER
-    assert read_frames(rows) == [FILES[path] for path in IN_ORDER]
+    assert list(read_frames(rows)) == [FILES[path] for path in IN_ORDER]
     assert list_archives(["memory://bucket/lo*"]).table["uri"].equals(rows["uri"])
     pq.write_table(pa.table({"image": [FILES[path] for path in IN_ORDER]}), tmp_path / "log.parquet")
     for archive in (write_tar(tmp_path / "log.tar"), write_zip(tmp_path / "log.zip"), str(tmp_path / "log.parquet")):
@@ -230,7 +231,7 @@ def test_archives_are_read_at_any_uri(tmp_path):
         storage.write_whole(uri, Path(archive).read_bytes())
         inside = list_archives([uri])
         assert inside.unlistable == ()
-        assert read_frames(inside.table) == [FILES[path] for path in IN_ORDER]
+        assert list(read_frames(inside.table)) == [FILES[path] for path in IN_ORDER]
 
 
 def test_the_archive_of_a_chunk_is_looked_at_once(tmp_path, monkeypatch):
@@ -240,7 +241,7 @@ def test_the_archive_of_a_chunk_is_looked_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "versions", lambda uris: looks.append(sorted(uris)) or look(uris))
     os.utime(tmp_path / "log.tar", ns=(0, 0))
     message = f"{tmp_path}/log.tar has changed since it was listed"
-    assert read_frames(rows) == [FrameGone("changed", message)] * 3
+    assert list(read_frames(rows)) == [FrameGone("changed", message)] * 3
     assert looks == [[str(tmp_path / "log.tar")]]
     (tmp_path / "log.tar").unlink()
     assert {gone.reason for gone in read_frames(rows)} == {"missing"}
@@ -349,7 +350,7 @@ def test_a_member_with_a_long_extra_field_is_read_whole(tmp_path):
     info.extra = struct.pack("<HH", 0x9999, 3000) + bytes(3000)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(info, b"content of the frame")
-    assert read_frames(list_archives([str(path)]).table) == [b"content of the frame"]
+    assert list(read_frames(list_archives([str(path)]).table)) == [b"content of the frame"]
 
 
 def test_a_damaged_member_of_a_zip_is_a_frame_cut_short(tmp_path):
@@ -372,7 +373,7 @@ def test_a_damaged_member_of_a_zip_is_a_frame_cut_short(tmp_path):
 def test_a_frame_of_too_many_bytes_is_not_read(tmp_path):
     with open(tmp_path / "1.png", "wb") as file:
         file.truncate(archives.MAX_FRAME_BYTES + 1)
-    assert read_frames(list_archives([str(tmp_path)]).table) == [
+    assert list(read_frames(list_archives([str(tmp_path)]).table)) == [
         FrameGone("too_large", "the frame has 268,435,457 bytes; at most 268,435,456 are read")
     ]
 
@@ -382,7 +383,7 @@ def test_an_answer_that_is_cut_short_is_trouble_with_storage_and_no_row(tmp_path
     whole = storage.read_many
     monkeypatch.setattr(storage, "read_many", lambda *spans: [data[:-1] for data in whole(*spans)])
     with pytest.raises(storage.StorageError, match="2 of 3 bytes came; trying again may help"):
-        read_frames(rows)
+        list(read_frames(rows))
 
 
 # --- Parquet and catalogues ---
@@ -400,10 +401,10 @@ def test_images_in_parquet_are_listed_by_row_or_path_and_read_by_row_group(tmp_p
         f"b.parquet!cam0/{n}.png" for n in range(23)
     ]
     assert listing.table["sequence"].to_pylist() == ["a.parquet"] * 23 + ["b.parquet!cam0"] * 23
-    assert read_frames(listing.table) == images * 2
-    assert read_frames(listing.table.take([45, 3, 22, 0])) == [images[22], images[3], images[22], images[0]]
+    assert list(read_frames(listing.table)) == images * 2
+    assert list(read_frames(listing.table.take([45, 3, 22, 0]))) == [images[22], images[3], images[22], images[0]]
     named = list_archives([str(tmp_path / "c.parquet")], image_column="mask").table
-    assert read_frames(named) == images
+    assert list(read_frames(named)) == images
 
 
 def test_rows_without_an_image_and_paths_that_repeat(tmp_path):
@@ -411,7 +412,7 @@ def test_rows_without_an_image_and_paths_that_repeat(tmp_path):
     pq.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
     table = list_archives([str(tmp_path / "a.parquet")]).table
     assert table["frame_id"].to_pylist() == ["a.parquet!000000", "a.parquet!000001"]
-    assert read_frames(table) == [b"one", b""]
+    assert list(read_frames(table)) == [b"one", b""]
 
 
 def test_a_parquet_file_of_neither_kind_or_none_at_all(tmp_path):
@@ -451,9 +452,11 @@ def test_a_catalogue_gives_ids_drives_and_columns_of_its_own(kind, tmp_path):
         ("log/drive10/a.jpg", "07", 1700000000123456789, None, "rain"),
         ("log/gone.png", "07", None, None, None),
     ]
-    assert read_frames(table) == [b"ten", b"jpeg", FrameGone("missing", f"{tmp_path}/log/gone.png is not there")]
+    assert list(read_frames(table)) == [b"ten", b"jpeg", FrameGone("missing", f"{tmp_path}/log/gone.png is not there")]
     (tmp_path / "log/gone.png").write_bytes(b"there again")
-    assert read_frames(table)[2] == FrameGone("changed", f"{tmp_path}/log/gone.png has changed since it was listed")
+    assert list(read_frames(table))[2] == FrameGone(
+        "changed", f"{tmp_path}/log/gone.png has changed since it was listed"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import fsspec
 import pytest
 
 from unet_ray import storage
-from unet_ray.frames import FrameGone, list_archives, read_frames
+from unet_ray.contents import FrameGone, read_frames
+from unet_ray.frames import list_archives
 
 boto = pytest.importorskip("moto.server")
 
@@ -103,11 +104,11 @@ def test_a_version_is_read_in_one_request_or_not_at_all(bucket, server):
     frames = write_log(bucket)
     rows = list_archives([f"{bucket}/log"]).table
     with Recorded(server) as requests:
-        assert read_frames(rows) == list(frames.values())
+        assert list(read_frames(rows)) == list(frames.values())
     assert requests.by_method == {"GET": len(frames)}  # no look after it: the version is in the request
     storage.write_whole(f"{bucket}/log/cam0/0001.png", b"other content")
     storage.delete(f"{bucket}/log/cam0/0002.png")
-    found = read_frames(rows)
+    found = list(read_frames(rows))
     assert [item.reason if isinstance(item, FrameGone) else item for item in found] == [
         frames["cam0/0000.png"],
         "changed",
@@ -126,7 +127,7 @@ def test_frames_in_a_tar_are_read_by_range(bucket, server):
     storage.write_whole(f"{bucket}/log.tar", file.getvalue())
     rows = list_archives([f"{bucket}/log.tar"]).table
     with Recorded(server) as requests:
-        assert read_frames(rows.slice(1, 2)) == [b"\1" * 1000, b"\2" * 1000]
+        assert list(read_frames(rows.slice(1, 2))) == [b"\1" * 1000, b"\2" * 1000]
     assert requests.by_method == {"GET": 2}
     storage.write_whole(f"{bucket}/log.tar", file.getvalue() + b"\0")
     assert all(isinstance(item, FrameGone) and item.reason == "changed" for item in read_frames(rows))

@@ -14,10 +14,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
@@ -39,6 +41,9 @@ _MAX_READ_BYTES = 100 * 2**20  # of one header or a zip's directory, which is 1,
 _READ_AHEAD_BYTES = 128 * 2**10  # one request a tar header where frames are larger, several headers where smaller
 _ZIP_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # magic, method, sizes of name and extra field (APPNOTE.TXT 4.3.7)
 _ZIP_NAMES_BYTES = 1024  # read along with a member, so that name and extra field seldom cost a second request
+_MOST_UNPACKED = 100  # bytes out of one; encoded images hardly pack at all, blank ones of BMP reach this
+_PIECE_BYTES = 64 * 2**20  # of a Parquet file's images, unpacked at once
+_NAMES_AT_ONCE = 256
 _LEAVES = "a name that leaves the archive"
 _NO_FILE = "a link, device or sparse file"
 
@@ -350,7 +355,11 @@ def _list_parquet(file: storage.FileInfo, findings: Findings, image_column: str 
 
 
 def _paths(parquet: pq.ParquetFile, column: str) -> Iterator[Any]:
-    for batch in parquet.iter_batches(10_000, columns=[column]):
+    for group in range(parquet.num_row_groups):
+        _, n_bytes = _column_bytes(parquet, group, column)
+        if n_bytes > _MAX_READ_BYTES:
+            raise _Broken(f"names of {n_bytes:,} bytes in a row group; at most {_MAX_READ_BYTES:,} are read")
+    for batch in parquet.iter_batches(_NAMES_AT_ONCE, columns=[column]):
         yield from batch.column(0).field("path").to_pylist()
 
 
@@ -363,25 +372,55 @@ def _all_differ(paths: Iterable[Any]) -> bool:
     return True
 
 
-def read_parquet_rows(uri: str, column: str, rows: Sequence[int]) -> dict[int, bytes | None]:
-    """Returns the images of some rows of a Parquet file; each row group that holds one is read once, piece by piece."""
-    found: dict[int, bytes | None] = {}
-    wanted = set(rows)
-    with open_parquet(uri) as parquet:
-        first = 0
-        for group in range(parquet.num_row_groups):
-            n_rows = parquet.metadata.row_group(group).num_rows
-            here = [row for row in wanted if first <= row < first + n_rows]
-            last = max(here, default=-1)
-            row = first
-            for batch in parquet.iter_batches(16, row_groups=[group], columns=[column]) if here else ():
+class ParquetImages:
+    """The column of encoded images of an open Parquet file."""
+
+    def __init__(self, parquet: pq.ParquetFile, column: str) -> None:
+        self._parquet, self._column = parquet, column
+        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        self._ends = list(accumulate(sizes))
+
+    def _group(self, row: int) -> int:
+        return bisect_right(self._ends, row)
+
+    def row_bytes(self, row: int) -> int:
+        """Returns the size of an image, by the mean of its row group; 0 for one that is not read."""
+        group = self._group(row)
+        n_rows = self._parquet.metadata.row_group(group).num_rows
+        return 0 if self._bomb(group) else _column_bytes(self._parquet, group, self._column)[1] // n_rows
+
+    def _bomb(self, group: int) -> BadMember | None:
+        """Why a row group is not unpacked: to so much more than lies in the file that no images can be in it."""
+        packed, unpacked = _column_bytes(self._parquet, group, self._column)
+        if unpacked <= max(MAX_FRAME_BYTES, _MOST_UNPACKED * packed):
+            return None
+        return BadMember("too_large", f"its row group unpacks from {packed:,} to {unpacked:,} bytes")
+
+    def read(self, rows: Sequence[int]) -> dict[int, bytes | BadMember | None]:
+        """Returns the images of some rows; each row group that holds one is read once, piece by piece."""
+        found: dict[int, bytes | BadMember | None] = {}
+        of_group: dict[int, set[int]] = {}
+        for row in rows:
+            of_group.setdefault(self._group(row), set()).add(row)
+        for group, wanted in of_group.items():
+            if (bomb := self._bomb(group)) is not None:
+                found |= dict.fromkeys(wanted, bomb)
+                continue
+            row = self._ends[group] - self._parquet.metadata.row_group(group).num_rows
+            n_rows = max(1, min(16, _PIECE_BYTES // max(1, self.row_bytes(row))))
+            for batch in self._parquet.iter_batches(n_rows, row_groups=[group], columns=[self._column]):
                 values = batch.column(0)
                 values = values.field("bytes") if pa.types.is_struct(values.type) else values
-                for place in range(len(values)):
-                    if row + place in wanted:
-                        found[row + place] = values[place].as_py()
+                found |= {row + place: values[place].as_py() for place in range(len(values)) if row + place in wanted}
                 row += len(values)
-                if row > last:
+                if row > max(wanted):
                     break
-            first += n_rows
-    return found
+        return found
+
+
+def _column_bytes(parquet: pq.ParquetFile, group: int, column: str) -> tuple[int, int]:
+    """Returns the bytes of a column in a row group, as they lie in the file and unpacked."""
+    about = parquet.metadata.row_group(group)
+    columns = [about.column(place) for place in range(about.num_columns)]
+    of_column = [one for one in columns if one.path_in_schema == column]
+    return sum(one.total_compressed_size for one in of_column), sum(one.total_uncompressed_size for one in of_column)

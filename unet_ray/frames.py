@@ -1,8 +1,7 @@
-"""Archives of frames (folder, tar, zip, Parquet, catalogue) to frame references, references to bytes: no pixels.
+"""Archives of frames (folder, tar, zip, Parquet, catalogue) to frame references: no bytes, no pixels.
 
 >>> listing = list_archives(["drives/", "more.tar"])
 >>> listing.table.slice(0, 96)            # MANIFEST_SCHEMA, in the order of the output
->>> for data in read_frames(rows): ...    # bytes, or FrameGone
 
 Everything below a root is accounted for: listed (a row of the table), ignored (counted by extension: what has no
 image extension), or unlistable (an unreadable folder, a tar that ends early), which fails the job.
@@ -10,7 +9,6 @@ image extension), or unlistable (an unreadable folder, a tar that ends early), w
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +44,6 @@ MANIFEST_SCHEMA = pa.schema(
 
 _ARCHIVES_AT_ONCE = 8
 _ROWS_A_BATCH = 50_000
-_WINDOW_BYTES = 256 * 2**20
 
 RunEach = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """What `map` is, perhaps over many processes: the answers come in order."""
@@ -72,15 +69,6 @@ class Listing:
     """Files with other extensions, counted by extension."""
     unlistable: tuple[tuple[str, str], ...] = ()
     """URI and reason of what could not be listed."""
-
-
-@dataclass(frozen=True, slots=True)
-class FrameGone:
-    """A frame whose bytes are not those that were listed."""
-
-    reason: str
-    """`missing`, `changed`, `truncated` or `too_large`."""
-    error: str
 
 
 # --- names ---
@@ -381,100 +369,3 @@ def _ranks(column: pa.ChunkedArray) -> pa.ChunkedArray:
     ranks = np.empty(len(texts), np.int64)
     ranks[sorted(range(len(texts)), key=lambda place: natural_key(texts[place]))] = np.arange(len(texts))
     return pc.take(pa.array(ranks), pc.index_in(column, value_set=values))
-
-
-# --- reading ---
-
-
-def read_frames(rows: pa.Table) -> list[bytes | FrameGone]:
-    """Reads the frames of manifest rows, many requests in flight, and never what is not as it was listed.
-
-    On S3 the request names the version. Elsewhere a file is looked at once more after it was read: if its version is
-    the listed one then, it was so before, too. The look costs one request a file (a tar with a thousand frames is one).
-
-    Returns:
-        In the order of the rows: the frame's file, or why its bytes are not those that were listed.
-
-    Raises:
-        StorageError: the store did not answer; never a row.
-    """
-    columns = rows.select(["uri", "kind", "offset_bytes", "size_bytes", "column", "row", "version"])
-    refs = [_Reference(*row) for row in zip(*(column.to_pylist() for column in columns.columns), strict=True)]
-    contents = _read_contents(refs)
-    seen = storage.versions({ref.uri for ref in refs if not ref.is_read_by_version})
-    return [_checked(ref, content, seen.get(ref.uri, ref.version)) for ref, content in zip(refs, contents, strict=True)]
-
-
-class _Reference(NamedTuple):
-    """Where a frame's bytes are."""
-
-    uri: str
-    kind: str
-    offset_bytes: int
-    size_bytes: int | None
-    column: str | None
-    row: int | None
-    version: str
-
-    @property
-    def is_read_by_version(self) -> bool:
-        return self.is_span and bool(self.version) and storage.can_read_versions(self.uri)
-
-    @property
-    def is_span(self) -> bool:
-        """Whether its bytes are read as they lie in the file; of an empty or too large one none are."""
-        return self.row is None and 0 < (self.size_bytes or 0) <= archives.MAX_FRAME_BYTES
-
-
-def _read_contents(refs: Sequence[_Reference]) -> list[bytes | OSError]:
-    """Reads what is stored of each frame, or the error of that; of what is too large, nothing."""
-    contents: list[bytes | OSError] = [b""] * len(refs)
-    spans: dict[int, tuple[str, int, int]] = {}
-    of_parquet: dict[tuple[str, str], dict[int, int]] = {}
-    for place, ref in enumerate(refs):
-        if ref.column is not None and ref.row is not None:
-            of_parquet.setdefault((ref.uri, ref.column), {})[ref.row] = place
-        elif ref.is_span and ref.size_bytes:
-            span = archives.zip_span(ref.offset_bytes, ref.size_bytes)
-            spans[place] = (ref.uri, *(span if ref.kind == "zip" else (ref.offset_bytes, ref.size_bytes)))
-    if spans:
-        versions = [refs[place].version if refs[place].is_read_by_version else None for place in spans]
-        contents_of_spans = storage.read_many(list(spans.values()), versions)
-        for place, content in zip(spans, contents_of_spans, strict=True):
-            contents[place] = content
-    for (uri, column), places in of_parquet.items():
-        for row, content in _read_parquet(uri, column, list(places)).items():
-            contents[places[row]] = content
-    return contents
-
-
-def _read_parquet(uri: str, column: str, rows: list[int]) -> dict[int, bytes | OSError]:
-    try:
-        return {row: content or b"" for row, content in archives.read_parquet_rows(uri, column, rows).items()}
-    except OSError as error:
-        return dict.fromkeys(rows, error)
-    except pa.ArrowException as error:  # it was readable when it was listed: changed (which the look says), or trouble
-        why = " ".join(str(error).split())
-        return dict.fromkeys(rows, storage.StorageError(errno.EIO, f"{why}; trying again may help", uri))
-
-
-def _checked(ref: _Reference, content: bytes | OSError, version_now: str | None) -> bytes | FrameGone:
-    uri, size = ref.uri, ref.size_bytes
-    if version_now is None or isinstance(content, FileNotFoundError):
-        return FrameGone("missing", f"{uri} is gone since it was listed" if ref.version else f"{uri} is not there")
-    if version_now != ref.version or isinstance(content, storage.FileChanged):
-        return FrameGone("changed", f"{uri} has changed since it was listed")
-    if isinstance(content, OSError):
-        raise content
-    size = len(content) if size is None else size
-    if size > archives.MAX_FRAME_BYTES:
-        return FrameGone("too_large", f"the frame has {size:,} bytes; at most {archives.MAX_FRAME_BYTES:,} are read")
-    if len(content) < size:
-        # The file is the listed one, so it was the answer that was cut short.
-        raise storage.StorageError(errno.EIO, f"{len(content):,} of {size:,} bytes came; trying again may help", uri)
-    if ref.kind != "zip" or not size:
-        return content
-    try:
-        return archives.unpack_zip_member(uri, content, ref.offset_bytes, size)
-    except archives.BadMember as error:
-        return FrameGone(error.reason, str(error))

@@ -41,7 +41,7 @@ class Cutting:
     shard_rows: int
     """Rows from which on a published file is full."""
     frame_pixels: Callable[[], int] = int
-    """Finds out the pixels of the archive's first frame, 0 where unknown; asked only where there are frames to cut."""
+    """Finds out the pixels of a frame, 0 where unknown; asked only where there are frames to cut."""
     max_chunk_pixels: int = 200_000_000
     """Bound on the decoded pixels of a chunk (600 MB)."""
 

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_ray import frames, images, ledger, masks, pictures, storage
+from unet_ray import images, ledger, masks, pictures, storage
+from unet_ray.contents import FrameGone, read_frames
 from unet_ray.ledger import Plan
 
 N_FRAMES = 12
@@ -74,8 +75,8 @@ def _shown(plan: Plan, places: list[int]) -> Iterator[tuple[np.ndarray, np.ndarr
     for place in places:
         number = int(np.searchsorted(starts, place, side="right")) - 1
         row = ledger.read_rows(plan.chunks[number]).slice(place - int(starts[number]), 1)
-        content = frames.read_frames(row)[0]
-        if isinstance(content, frames.FrameGone):
+        content = next(read_frames(row))
+        if isinstance(content, FrameGone):
             continue
         label = _read_row(plan, place)
         frame_HWC = images.decode_frame(content, max_pixels=10**9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -15,6 +16,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray.util import metrics
@@ -23,9 +26,10 @@ from unet_ray import cluster, images, ledger, publish, storage
 from unet_ray.bundle import Bundle, read_bundle
 from unet_ray.cluster import say
 from unet_ray.config import JobFailed, SegmentConfig
+from unet_ray.contents import read_frames
 from unet_ray.decoding import DecodeOptions
 from unet_ray.devices import has_bfloat16
-from unet_ray.frames import FrameGone, Listing, list_archives, read_frames
+from unet_ray.frames import Listing, list_archives
 from unet_ray.options import to_yaml
 from unet_ray.preview import write_preview
 from unet_ray.progress import Progress
@@ -35,6 +39,9 @@ from unet_ray.waves import TASK_RETRIES, Allocation, WaveJob, allocate, map_on_c
 
 WAVE_CHUNKS = 2000
 """Chunks that Ray Data gets at once. 16,000 read tasks delay the first block by 18 s, 500 by 4 s (Ray 2.60)."""
+
+SIZES_LOOKED_AT = 64
+"""Frames that are read before the archive is cut into chunks: the first of so many drives and cameras."""
 
 HEARTBEAT_S = 15.0
 
@@ -161,7 +168,7 @@ def _plan(
         ledger.Cutting(
             chunk_frames=config.chunk_frames,
             shard_rows=config.shard_rows,
-            frame_pixels=partial(_first_frame_pixels, listing),
+            frame_pixels=partial(_frame_pixels, listing),
         ),
         config_yaml=to_yaml(config),
         recorded={
@@ -186,16 +193,17 @@ def _say_changes(plan: ledger.Plan) -> None:
         )
 
 
-def _first_frame_pixels(listing: Listing) -> int:
-    """Pixels of the first frame, by which chunks are cut; 0 where it does not say."""
-    content = next(iter(read_frames(listing.table.slice(0, 1))), None)
-    if content is None or isinstance(content, FrameGone):
-        return 0
-    try:
-        height_px, width_px = images.frame_size(content)
-    except images.ImageRefused:
-        return 0
-    return height_px * width_px
+def _frame_pixels(listing: Listing) -> int:
+    """Pixels of the largest first frame of a drive's camera, by which chunks are cut; 0 where none says its size."""
+    numbered = listing.table.select(["sequence", "camera"]).append_column("row", pa.array(range(len(listing.table))))
+    firsts = numbered.group_by(["sequence", "camera"]).aggregate([("row", "min")])["row_min"].sort()
+    looked_at = firsts.take(np.unique(np.linspace(0, len(firsts) - 1, SIZES_LOOKED_AT, dtype=np.int64)))
+    pixels = [0]
+    for content in read_frames(listing.table.take(looked_at)):
+        if isinstance(content, bytes):
+            with contextlib.suppress(images.ImageRefused):
+                pixels.append(math.prod(images.frame_size(content)))
+    return max(pixels)
 
 
 def _arithmetic(

@@ -30,8 +30,8 @@ import pyarrow as pa
 
 from unet_ray import decoding, images, ledger, results
 from unet_ray.classes import ClassSet
+from unet_ray.contents import FrameGone, read_frames
 from unet_ray.decoding import DecodedFrame, DecodeOptions
-from unet_ray.frames import FrameGone, read_frames
 from unet_ray.storage import StorageError
 
 if TYPE_CHECKING:

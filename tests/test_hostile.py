@@ -1,0 +1,93 @@
+"""Archives made to fill the memory: listed and read in under 1 GB, and each frame that is refused has a reason."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+MB = 2**20
+
+READ = """
+import json, sys
+from collections import Counter
+from unet_ray.contents import FrameGone, read_frames
+from unet_ray.frames import list_archives
+
+listing = list_archives(sys.argv[1:])
+found = Counter()
+for content in read_frames(listing.table):
+    found[f"{content.reason}: {content.error}" if isinstance(content, FrameGone) else f"{len(content) >> 20} MB"] += 1
+# ru_maxrss would be that of the process that started this one, if it was larger.
+peak_mb = next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([found, [why for _, why in listing.unlistable], peak_mb]))
+"""
+
+
+def read(path: Path) -> tuple[dict[str, int], list[str]]:
+    """Lists and reads an archive in a process of its own, which stays under 1 GB."""
+    done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)
+    found, unlistable, peak_mb = json.loads(done.stdout)
+    assert peak_mb < 1000
+    return found, unlistable
+
+
+def write_parquet(path: Path, schema: pa.Schema, rows: int, row: dict[str, object]) -> Path:
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        table = pa.Table.from_pylist([row], schema)
+        for _ in range(rows):
+            writer.write_table(table)
+    return path
+
+
+def test_a_zip_whose_members_inflate_a_thousand_times(tmp_path: Path) -> None:
+    path = tmp_path / "bombs.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for index in range(6):
+            with archive.open(f"{index}.png", "w") as member:
+                for _ in range(260 if index == 0 else 200):
+                    member.write(bytes(MB))
+    assert path.stat().st_size < 10 * MB
+    message = "too_large: the zip's member inflates to more than 268,435,456 bytes"
+    assert read(path) == ({message: 1, "200 MB": 5}, [])
+
+
+def test_a_tar_of_many_large_frames(tmp_path: Path) -> None:
+    path = tmp_path / "large.tar"
+    with path.open("wb") as file:
+        for index in range(20):
+            member = tarfile.TarInfo(f"{index}.bmp")
+            member.size = 100 * MB
+            file.write(member.tobuf())
+            file.seek(member.size, 1)  # a hole, which costs no disk
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+    assert read(path) == ({"100 MB": 20}, [])
+
+
+@pytest.mark.parametrize("size_mb", [20, 300])
+def test_a_parquet_file_whose_images_unpack_ten_thousand_times(size_mb: int, tmp_path: Path) -> None:
+    schema = pa.schema([("image", pa.large_binary())])
+    path = write_parquet(tmp_path / "bombs.parquet", schema, 1200 // size_mb, {"image": bytes(size_mb * MB)})
+    assert path.stat().st_size < MB
+    found, unlistable = read(path)
+    assert unlistable == []
+    if size_mb == 20:
+        assert found == {"20 MB": 60}
+    else:
+        (reason,) = found
+        assert reason.startswith("too_large: its row group unpacks from ") and found[reason] == 4
+
+
+def test_a_parquet_file_whose_names_unpack_ten_thousand_times(tmp_path: Path) -> None:
+    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
+    path = write_parquet(tmp_path / "names.parquet", schema, 1, {"image": {"bytes": b"x", "path": "a" * 1200 * MB}})
+    found, unlistable = read(path)
+    assert found == {} and len(unlistable) == 1
+    assert unlistable[0].endswith(" bytes in a row group; at most 104,857,600 are read")
