@@ -21,6 +21,7 @@ from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster import Gauges
 from unet_ray.config import JobFailed, ModelConfig, SegmentConfig
+from unet_ray.frames import list_archives
 from unet_ray.segmentation import SegmentResult, segment
 
 pytestmark = pytest.mark.timeout(300)
@@ -107,6 +108,23 @@ def digests(out: Path) -> dict[str, str]:
         for file in sorted(out.rglob("*"))
         if file.is_file() and file.name not in ("summary.json", "config.yaml", "preview.png")
     }
+
+
+def test_chunks_are_cut_by_the_largest_camera(tmp_path: Path) -> None:
+    """The frames of one camera are small, those of another large, and one drive begins with no image."""
+    for path, content in {
+        "a/0.png": png(0, 24, 32),
+        "b/0.png": b"no image",
+        "b/1.png": png(1, 240, 320),
+        "c/0.png": png(2, 48, 66),
+        "c/1.png": png(3, 96, 132),
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    assert segmentation._frame_pixels(list_archives([str(tmp_path)])) == 48 * 66
+    (tmp_path / "c/0.png").unlink()
+    assert segmentation._frame_pixels(list_archives([str(tmp_path)])) == 96 * 132
+    assert segmentation._frame_pixels(list_archives([str(tmp_path / "b/0.png")])) == 0
 
 
 @pytest.fixture(scope="module")
