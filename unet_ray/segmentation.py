@@ -31,7 +31,6 @@ from unet_ray.decoding import DecodeOptions
 from unet_ray.devices import has_bfloat16
 from unet_ray.frames import Listing, list_archives
 from unet_ray.options import to_yaml
-from unet_ray.preview import write_preview
 from unet_ray.progress import Progress
 from unet_ray.results import RESULT_VERSION
 from unet_ray.tiling import Tiling, choose_tiling
@@ -408,6 +407,8 @@ def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) 
 
 
 def _show_preview(plan: ledger.Plan) -> None:
+    from unet_ray.preview import write_preview  # loads matplotlib, 0.5 s that the first frame need not wait for
+
     uri: str | None = storage.join(plan.out, "preview.png")
     if not storage.exists(storage.join(plan.out, "preview.png")):
         uri = write_preview(plan)
