@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -78,7 +79,12 @@ class Proxy:
         self.weather, self._random, self._number = weather, random.Random(weather.seed), 0
         self._dark_until = 0.0
         self.seen, self.methods, self.most_in_flight = Counter[str](), Counter[str](), 0
+        self.signers = Counter[str]()
         self._enough = asyncio.Event()
+
+    def clear_up(self) -> None:
+        """Fair weather from now on; the counts stay."""
+        self.weather, self._dark_until = Weather(), 0.0
 
     def __enter__(self) -> Proxy:
         self._thread.start()
@@ -138,6 +144,8 @@ class Proxy:
         outcome = self._outcome()
         self.seen[outcome] += 1
         self.methods[request.method] += 1
+        signed = re.search(r"Credential=([^/]+)/", request.headers.get("authorization", ""))
+        self.signers[signed[1] if signed else "nobody"] += 1
         if self.weather.hold_until:
             if self.most_in_flight >= self.weather.hold_until:
                 self._enough.set()

@@ -38,6 +38,9 @@ WAVE_CHUNKS = 2000
 
 HEARTBEAT_S = 15.0
 
+HEARTBEAT_END_S = 5.0
+"""For which the job waits until its sign of life is gone: a store that does not answer must not hold up its end."""
+
 COUNTERS: Mapping[str, tuple[Any, ...]] = {
     "unet_ray_segment_frames_labelled": ("Frames labelled",),
     "unet_ray_segment_frames_rejected": ("Frames rejected", ("reason",)),
@@ -367,7 +370,9 @@ def _heartbeat(out: str, writer: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # it only serves to warn; the work itself will say what storage has
                 ledger.heartbeat(out, writer)
             if over.wait(HEARTBEAT_S):
-                return
+                break
+        with contextlib.suppress(OSError):
+            ledger.end_heartbeat(out, writer)
 
     beating = threading.Thread(target=beat, daemon=True)
     beating.start()
@@ -375,9 +380,7 @@ def _heartbeat(out: str, writer: str) -> Iterator[None]:
         yield
     finally:
         over.set()
-        beating.join()
-        with contextlib.suppress(OSError):
-            ledger.end_heartbeat(out, writer)
+        beating.join(HEARTBEAT_END_S)
 
 
 # --- after ---
