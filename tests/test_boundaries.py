@@ -13,7 +13,7 @@ import unet_ray
 
 PACKAGE = Path(unet_ray.__file__).parent
 MAY_IMPORT_RAY = {"chaos", "cluster", "ingest", "monitor", "worker", "training", "waves", "segmentation"}
-MAY_IMPORT_FSSPEC = {"storage"}
+MAY_IMPORT_FSSPEC = {"filesystems", "storage"}
 MAY_IMPORT_MATPLOTLIB = {"pictures"}
 
 
@@ -60,7 +60,20 @@ def test_no_module_imports_one_that_imports_it():
 
 @pytest.mark.parametrize(
     "module",
-    ["classes", "config", "storage", "images", "pairs", "frames", "bundle", "ledger", "results", "masks", "cli"],
+    [
+        "classes",
+        "config",
+        "filesystems",
+        "storage",
+        "images",
+        "pairs",
+        "frames",
+        "bundle",
+        "ledger",
+        "results",
+        "masks",
+        "cli",
+    ],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):
     heavy = ("tensorflow", "keras", "ray", "matplotlib")

@@ -11,50 +11,23 @@ from collections.abc import Iterator
 
 import fsspec
 import pytest
+from object_store import ask, make_bucket, reach, run_server
 
 from unet_ray import storage
 from unet_ray.contents import FrameGone, read_frames
 from unet_ray.frames import list_archives
 
-boto = pytest.importorskip("moto.server")
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOTO_RECORDER_FILEPATH", str(tmp_path_factory.mktemp("moto") / "recording"))
-        yield from run_server()
-
-
-def run_server() -> Iterator[str]:
-    server = boto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with run_server(str(tmp_path_factory.mktemp("moto") / "recording")) as url:
+        yield url
 
 
 @pytest.fixture
-def bucket(server, monkeypatch, tmp_path) -> Iterator[str]:
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "FSSPEC_S3"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    s3 = fsspec.get_filesystem_class("s3")
-    s3.clear_instance_cache()
-    ask(server, "reset")
-    fsspec.filesystem("s3").mkdir("drives")
-    yield "s3://drives"
-    s3.clear_instance_cache()
-
-
-def ask(server: str, what: str) -> bytes:
-    with urllib.request.urlopen(urllib.request.Request(f"{server}/moto-api/{what}", method="POST")) as answer:
-        return answer.read()
+def bucket(server, monkeypatch) -> Iterator[str]:
+    with reach(server, monkeypatch):
+        yield make_bucket(server)
 
 
 class Recorded:
@@ -144,10 +117,7 @@ def test_missing_credentials_are_said_in_one_line(bucket, monkeypatch):
 
 def test_a_server_that_is_gone_is_trouble_that_may_pass(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setenv("FSSPEC_S3", "{}")
-    s3 = fsspec.get_filesystem_class("s3")
-    s3.clear_instance_cache()
-    monkeypatch.setattr(s3, "retries", 1)
+    monkeypatch.setenv("UNET_RAY_STORAGE_RETRY_S", "1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(storage.StorageError, match="trying again may help"):
         storage.read_bytes(f"{bucket}/a")

@@ -75,7 +75,7 @@ def read_catalogue(uri: str) -> Iterator[tuple[pa.Table, list[storage.FileInfo]]
             table = table.append_column("frame_id", table["uri"])
         n_rows += table.num_rows
         whole = [entry if "://" in entry or entry.startswith("/") else storage.join(folder, entry) for entry in uris]
-        with ThreadPoolExecutor(storage.READ_CONCURRENCY) as pool:
+        with ThreadPoolExecutor(storage.REQUESTS_IN_FLIGHT) as pool:
             yield table, list(pool.map(_look, [storage.resolve(entry) for entry in whole]))
     if not n_rows:
         raise ValueError(f"{uri} holds no frame: it has no rows")

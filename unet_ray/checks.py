@@ -249,7 +249,8 @@ def _inspect_all(
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[_PairFacts]:
     at_once = 256  # so that a million pairs are not a million futures
-    with ThreadPoolExecutor(min(storage.READ_CONCURRENCY, (os.cpu_count() or 1) + 4)) as pool:
+    local = all(storage.is_local(pair.image_uri) for pair in pairs)
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 4 if local else storage.REQUESTS_IN_FLIGHT) as pool:
         for start in range(0, len(pairs), at_once):
             some = pairs[start : start + at_once]
             yield from pool.map(lambda pair: _inspect(pair, class_set, mask_format), some)

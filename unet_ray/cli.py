@@ -135,7 +135,10 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     """Runs one command with its options; the entry of `jobs/train.py` and `jobs/segment.py`, too."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        return COMMANDS[name].run(parse(name, arguments))
+        told = parse(name, arguments)
+        if isinstance(told, config.StorageConfig):
+            told.configure_storage()
+        return COMMANDS[name].run(told)
     except ValueError as error:
         return _fail(str(error), EXIT_USAGE)
     except config.JobFailed as error:

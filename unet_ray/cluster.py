@@ -15,9 +15,14 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.util.metrics import Gauge
 
+from unet_ray import filesystems
+
 WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
 }
+
+_handed: dict[str, str] | None = None
+"""What the workers of the Ray that was started here know of storage."""
 
 GAUGES_EVERY_S = 5.0
 """Ray 2.60 forgets a gauge 20 s after it was set (twice its `metrics_report_interval_ms`)."""
@@ -26,20 +31,24 @@ GAUGES_EVERY_S = 5.0
 def connect() -> None:
     """Joins the cluster of `RAY_ADDRESS` (set inside a submitted job), or starts a Ray of this machine alone.
 
-    Filesystem options in the environment (`FSSPEC_…`) are handed to the workers; credentials are not: on a cluster
-    its nodes have their own.
+    What says how storage is reached (`--storage-options`, `FSSPEC_…`, endpoint and region) is handed to the workers;
+    credentials are not: on a cluster its nodes have their own.
 
     Raises:
-        ValueError: `RAY_ADDRESS` names a cluster that does not answer.
+        ValueError: `RAY_ADDRESS` names a cluster that does not answer, or Ray runs already with other storage options.
     """
+    global _handed
+    storage_variables = filesystems.worker_environment(inherited=_is_local())
     if ray.is_initialized():
+        if _handed not in (None, storage_variables):
+            raise ValueError("Ray runs already, and its workers have other storage options; call ray.shutdown() first")
         return
+    _handed = storage_variables
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns of this change of default
     # Ray Data makes Ray call every actor that it can restart an error, on the terminal (Ray 2.60).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    options = {key: value for key, value in os.environ.items() if key.startswith("FSSPEC_")}
     arguments: dict[str, Any] = {
-        "runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **options}},
+        "runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}},
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }

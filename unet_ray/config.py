@@ -6,14 +6,15 @@ The fields are the command line's options (`image_size` is `--image-size`); the 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from unet_ray import storage
+from unet_ray import filesystems, storage
 from unet_ray.classes import PRESETS, ClassSet
-from unet_ray.options import read_yaml
+from unet_ray.options import MAPPING_TEXT, read_mapping, read_yaml
 
 Device = Literal["auto", "gpu", "cpu"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -68,7 +69,38 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class StorageConfig:
+    """How files are read and written that are not of this machine; shared by all commands."""
+
+    storage_options: Annotated[Mapping[str, Any] | str | None, MAPPING_TEXT] = None
+    """What fsspec's filesystem takes, as JSON or YAML: {"endpoint_url": "https://…"}, {"profile": "logs"} or
+    {"anon": true}; by protocol, {"s3": {…}, "gs": {…}}, where there are several. Never written down; credentials are
+    refused, they come from the environment or a profile."""
+    storage_retry_s: float = 60.0
+    """Seconds for which a store that does not answer is asked again, before the job ends with exit code 75."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "storage_retry_s")
+        for uri in self.uris():
+            _require(uri is None or bool(storage.resolve(uri)), "")
+        self._storage_options()
+
+    def _storage_options(self) -> dict[str, dict[str, Any]]:
+        options = self.storage_options
+        told = read_mapping(options, "--storage-options") if isinstance(options, str) else options
+        return filesystems.options_by_protocol(told, self.uris())
+
+    def uris(self) -> tuple[str | None, ...]:
+        """Returns all URIs of the job; None for one that was not given."""
+        raise NotImplementedError
+
+    def configure_storage(self) -> None:
+        """Makes these options count in this process and in those that it starts."""
+        filesystems.configure(self._storage_options(), self.storage_retry_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(StorageConfig):
     """Where a job runs; shared by all jobs."""
 
     device: Device = "auto"
@@ -77,11 +109,12 @@ class ClusterConfig:
     """Seconds to wait for CPUs or GPUs that the cluster does not have yet, before the job ends with the reason."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_at_least(self, 0, "wait_for_resources_s")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig:
+class PairsConfig(StorageConfig):
     """Which frames and masks belong together, and what the masks mean; shared by all jobs that read pairs."""
 
     images: str
@@ -212,8 +245,12 @@ class TrainConfig(ClusterConfig, PairsConfig):
         _require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
         check_path_pattern(self.path_pattern)
         self.model_config(n_classes=1)
-        for uri in (self.images, self.masks, self.out, self.val_images, self.val_masks, self.split_manifest):
-            _require(uri is None or bool(storage.resolve(uri)), "")
+
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        files = (name for name in (self.classes, self.class_weights) if name.endswith((".yaml", ".yml")))
+        folders = (self.images, self.masks, self.out, self.val_images, self.val_masks)
+        return (*folders, self.split_manifest, *files)
 
     def worker_range(self) -> tuple[int, int]:
         """Returns the smallest and largest number of workers."""
@@ -247,8 +284,10 @@ class EvaluateConfig(ClusterConfig, PairsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_at_least(self, 1, "batch_size")
-        for uri in (self.model, self.images, self.masks, self.out):
-            _require(uri is None or bool(storage.resolve(uri)), "")
+
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.model, self.images, self.masks, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,8 +349,10 @@ class SegmentConfig(ClusterConfig):
         _require(self.frame_timeout_s > 0, "--frame-timeout-s must be above 0")
         self.actor_range()
         check_path_pattern(self.path_pattern)
-        for uri in (self.model, self.out, *self.frames):
-            storage.resolve(uri)
+
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.model, self.out, *self.frames)
 
     def actor_range(self) -> tuple[int, int] | None:
         """Returns the smallest and largest number of actors, or None for `auto`."""
@@ -330,39 +371,44 @@ class CheckConfig(PairsConfig):
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_path_pattern(self.path_pattern)
-        for uri in (self.images, self.masks):
-            storage.resolve(uri)
+
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.images, self.masks, *([self.classes] if self.classes.endswith((".yaml", ".yml")) else []))
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(StorageConfig):
     """Checks an output of `segment` against its own records: every file, every digest, every row."""
 
     out: Positional[str]
     """URI of the output's folder."""
 
-    def __post_init__(self) -> None:
-        storage.resolve(self.out)
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.out,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportModelConfig:
+class ExportModelConfig(StorageConfig):
     """Writes a trained model for use without Ray."""
 
     model: str
     """URI of a run's folder or of its model/."""
     out: str
-    """Path to write to: model.keras, a folder (savedmodel) or model.onnx."""
+    """URI to write to: model.keras, a folder (savedmodel) or model.onnx."""
     format: Literal["keras", "savedmodel", "onnx"] = "keras"
     """Format of the exported model; each takes frames of the network's size, 0 to 255, and gives logits."""
 
-    def __post_init__(self) -> None:
-        storage.resolve(self.model)
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.model, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportMasksConfig:
+class ExportMasksConfig(StorageConfig):
     """Writes the masks of an output of `segment` as PNG files, or as one file of COCO annotations."""
 
     labels: Positional[str]
@@ -374,7 +420,12 @@ class ExportMasksConfig:
     sequence: tuple[str, ...] = ()
     """Only the frames of these drives."""
 
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.labels, self.out)
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         labels, out = storage.resolve(self.labels), storage.resolve(self.out)
         _require(
             not f"{out}/".startswith(f"{labels}/"),

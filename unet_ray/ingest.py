@@ -36,7 +36,7 @@ import ray.data
 from unet_ray.classes import IGNORED_ID, ClassSet
 from unet_ray.cluster import say
 from unet_ray.images import ImageRefused, frame_size, resize_nearest
-from unet_ray.pairs import ImagePair, PairProblem, count, load_pair
+from unet_ray.pairs import ImagePair, PairContent, PairProblem, count, load_pair, read_pairs
 from unet_ray.splits import difference_hash
 from unet_ray.storage import read_many
 
@@ -101,8 +101,9 @@ class FrameReader(Protocol):
 
 def read_block(batch: dict[str, np.ndarray], plan: IngestPlan) -> pa.Table:
     """Reads the pairs of a batch of rows (`index`, `image_uri`, `mask_uri`) into a block."""
-    columns = zip(batch["index"], batch["image_uri"], batch["mask_uri"], strict=True)
-    rows = [read_row(int(index), _pair(str(image), str(mask)), plan) for index, image, mask in columns]
+    pairs = [_pair(str(image), str(mask)) for image, mask in zip(batch["image_uri"], batch["mask_uri"], strict=True)]
+    read = zip(batch["index"], pairs, read_pairs(pairs), strict=True)
+    rows = [read_row(int(index), pair, plan, content) for index, pair, content in read]
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
@@ -128,13 +129,13 @@ def _pair(image_uri: str, mask_uri: str) -> ImagePair:
     return ImagePair(pair_id="", image_uri=image_uri, mask_uri=mask_uri, sequence="", camera="", frame_index=None)
 
 
-def read_row(index: int, pair: ImagePair, plan: IngestPlan) -> dict[str, Any]:
-    """Reads one pair into a block's row; a pair that cannot be used becomes a row that says why."""
+def read_row(index: int, pair: ImagePair, plan: IngestPlan, content: PairContent | None = None) -> dict[str, Any]:
+    """Turns one pair into a block's row; a pair that cannot be used becomes a row that says why."""
     row: dict[str, Any] = {"index": index, "problem_uri": "", "problem": ""}
     row |= {"image": b"", "mask": b"", "full_mask": b"", "pixels": [], "image_hash": 0}
     row |= dict.fromkeys(("height_px", "width_px", "full_height_px", "full_width_px"), 0)
     try:
-        image_HWC, full_mask_HW = load_pair(pair, plan.class_set, plan.mask_format)
+        image_HWC, full_mask_HW = load_pair(pair, plan.class_set, plan.mask_format, content)
     except PairProblem as problem:
         return row | {"problem_uri": problem.uri, "problem": problem.problem}
     image, mask = _at_size(image_HWC, full_mask_HW, plan.image_size)

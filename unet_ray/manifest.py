@@ -217,7 +217,10 @@ def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
 
 def list_folder(folder: str) -> list[storage.FileInfo]:
     """Returns the files below a folder; none where it is not there."""
-    return list(storage.list_files(folder)) if storage.is_folder(folder) else []
+    try:
+        return list(storage.list_files(folder))
+    except FileNotFoundError:
+        return []
 
 
 def parquet_bytes(table: pa.Table, *, row_group_size: int | None = None) -> bytes:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 import yaml
+from tyro.constructors import PrimitiveConstructorSpec
 
 from unet_ray import storage
+
+MAPPING_TEXT = PrimitiveConstructorSpec[Any](
+    nargs=1,
+    metavar="MAPPING",
+    instance_from_str=lambda texts: texts[0],  # read by `read_mapping`, whose errors are one line
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [str(value)],
+)
+"""How tyro takes an option that is a mapping."""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -25,13 +36,19 @@ _YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_whole
 def read_yaml(uri: str) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises ValueError where there is no such file or no mapping in it."""
     try:
-        content = yaml.load(storage.read_bytes(storage.resolve(uri)), _YamlLoader)
+        return read_mapping(storage.read_bytes(storage.resolve(uri)), uri)
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such file") from error
+
+
+def read_mapping(text: str | bytes, source: str) -> dict[str, Any]:
+    """Returns the mapping in a text of YAML or JSON. Raises ValueError, which names the source, where there is none."""
+    try:
+        content = yaml.load(text, _YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{uri} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{uri} holds no options; write one `name: value` a line")
+        raise ValueError(f"{source} holds no options; write one `name: value` a line")
     return content
 
 
@@ -70,7 +87,7 @@ def option_arguments(options: Mapping[str, Any], config_type: type[Any], source:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             values = value if isinstance(value, list) else [value]
-            arguments += [f"--{flag}", *map(str, values)]
+            arguments += [f"--{flag}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
     return arguments
 
 
@@ -80,8 +97,14 @@ def to_yaml(config: Any) -> str:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Returns a configuration as that file's content: option names with numbers, texts, lists and None."""
-    return _plain(dataclasses.asdict(config))
+    """Returns a configuration as that file's content: option names with numbers, texts, lists and None.
+
+    Options of the filesystem say how to reach the files, from here and now, and nothing of the result: they are left
+    out.
+    """
+    options = dataclasses.asdict(config)
+    options.pop("storage_options", None)
+    return _plain(options)
 
 
 def _plain(value: Any) -> Any:

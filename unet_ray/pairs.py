@@ -12,7 +12,8 @@ or `IGNORED_ID`. Pixels are read by `load_pair` and `detect_mask_format` only; a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,8 +312,37 @@ def encode_mask(raw: np.ndarray, class_set: ClassSet, mask_format: str) -> np.nd
     return class_set.encode_ids(np.ascontiguousarray(raw[..., 0]))
 
 
-def load_pair(pair: ImagePair, class_set: ClassSet, mask_format: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads and checks a pair.
+PairContent = tuple[bytes | OSError, bytes | OSError]
+"""A frame's file and its mask's, or what reading it gave."""
+
+
+def read_pairs(pairs: Sequence[ImagePair]) -> Iterator[PairContent]:
+    """Yields the files of each pair, in order, with many requests in flight where the store is not local."""
+
+    def read(some: Sequence[ImagePair]) -> list[PairContent]:
+        uris = [uri for pair in some for uri in (pair.image_uri, pair.mask_uri)]
+        contents = storage.read_many([(uri, 0, None) for uri in uris])
+        return list(zip(contents[::2], contents[1::2], strict=True))
+
+    if all(storage.is_local(pair.image_uri) for pair in pairs):
+        for pair in pairs:
+            yield from read([pair])
+        return
+    at_once = storage.REQUESTS_IN_FLIGHT // 2
+    groups = [pairs[start : start + at_once] for start in range(0, len(pairs), at_once)]
+    with ThreadPoolExecutor(1) as ahead:  # the next ones come while the caller decodes these
+        soon = [ahead.submit(read, group) for group in groups[:2]]
+        for group in groups[2:]:
+            yield from soon.pop(0).result()
+            soon.append(ahead.submit(read, group))
+        for last in soon:
+            yield from last.result()
+
+
+def load_pair(
+    pair: ImagePair, class_set: ClassSet, mask_format: str, content: PairContent | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads and checks a pair; its files are read here where `read_pairs` has not read them.
 
     Returns:
         The frame, uint8 [H, W, C], and its encoded mask, uint8 [H, W], both of the files' own size.
@@ -321,14 +351,8 @@ def load_pair(pair: ImagePair, class_set: ClassSet, mask_format: str) -> tuple[n
         PairProblem: a file that is missing or no image, two sizes, or values that the class set does not know.
         StorageError: the store did not answer.
     """
-    frame_bytes, mask_bytes = (
-        _content(uri, content)
-        for uri, content in zip(
-            (pair.image_uri, pair.mask_uri),
-            storage.read_many([(pair.image_uri, 0, None), (pair.mask_uri, 0, None)]),
-            strict=True,
-        )
-    )
+    frame, mask = content or next(read_pairs([pair]))
+    frame_bytes, mask_bytes = _content(pair.image_uri, frame), _content(pair.mask_uri, mask)
     image_HWC = _decoded(pair.image_uri, decode_frame, frame_bytes)
     raw = decode_raw_mask(pair.mask_uri, mask_bytes, mask_format)
     if raw.shape[:2] != image_HWC.shape[:2]:

@@ -21,7 +21,9 @@ CONFIG_FILE, ABOUT_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.json
 _FILES = (METRICS_FILE, ABOUT_FILE, MLFLOW_FILE, "history.csv", "curves.png", "samples.png", "confusion.png")
 _FOLDERS = (checkpoints.FOLDER, "model", "tensorboard")
 
-_MAY_DIFFER = frozenset({"out", "overwrite", "max_failures", "collective_timeout_s", "wait_for_resources_s", "mlflow"})
+_MAY_DIFFER = frozenset(
+    {"out", "overwrite", "max_failures", "collective_timeout_s", "wait_for_resources_s", "storage_retry_s", "mlflow"}
+)
 """Options that change nothing in the result: a run may go on with others."""
 
 _DATA_KEYS = ("train_frames", "validation_frames", "frames_sha256", "classes_sha256", "mask_format")

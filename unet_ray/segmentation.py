@@ -44,6 +44,9 @@ SIZES_LOOKED_AT = 64
 
 HEARTBEAT_S = 15.0
 
+HEARTBEAT_END_S = 5.0
+"""For which the job waits until its sign of life is gone: a store that does not answer must not hold up its end."""
+
 COUNTERS: Mapping[str, tuple[Any, ...]] = {
     "unet_ray_segment_frames_labelled": ("Frames labelled",),
     "unet_ray_segment_frames_rejected": ("Frames rejected", ("reason",)),
@@ -55,9 +58,9 @@ GAUGES = {
     "frames_left": "Frames that are neither labelled nor rejected",
 }
 
-UNSTORED_IN_A_ROW = 8
-"""Labelled chunks that could not be written, one after another and each after `stages.STORAGE_WAITS_S`, after which the
-job ends: the output's disk is full or its store is gone, and labelling the rest would be for nothing."""
+TROUBLED_IN_A_ROW = 8
+"""Chunks that could not be read or written, one after another and each after `--storage-retry-s`, after which the job
+ends: the store is gone or the output's disk is full, and going on with the rest would be for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
         StorageError: storage did not answer; the same command goes on later.
     """
     os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
+    config.configure_storage()
     bundle = read_bundle(config.model)
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
     with ThreadPoolExecutor(1) as background:  # Ray's start takes 3 s
@@ -297,20 +301,19 @@ def _label(
 ) -> None:
     """Sends chunks through the cluster, wave after wave, and counts their receipts."""
     for start in range(0, len(chunks), WAVE_CHUNKS):
-        finished = troubled = unstored = 0
+        finished = troubled = in_a_row = 0
         for receipt in run_wave(job, chunks[start : start + WAVE_CHUNKS], carefully=carefully):
             if receipt["trouble"] is not None:
-                tally.trouble, troubled = receipt["trouble"], troubled + 1
-                unstored += receipt["labelled"]
-                if unstored == UNSTORED_IN_A_ROW:
+                tally.trouble, troubled, in_a_row = receipt["trouble"], troubled + 1, in_a_row + 1
+                if in_a_row == TROUBLED_IN_A_ROW:
                     break
                 continue
-            finished, unstored = finished + 1, 0
+            finished, in_a_row = finished + 1, 0
             rejected: dict[str, int] = json.loads(receipt["rejected"])
             meters.add(rejected, receipt["n_rows"])
             tally.add(rejected, receipt["n_rows"])
             progress.advance(receipt["n_rows"], tally.note())
-        if unstored == UNSTORED_IN_A_ROW or (troubled and not finished):
+        if in_a_row == TROUBLED_IN_A_ROW or (troubled and not finished):
             raise storage.StorageError(f"storage does not answer: {tally.trouble}; the same command goes on")
 
 
@@ -374,7 +377,9 @@ def _heartbeat(out: str, writer: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # it only serves to warn; the work itself will say what storage has
                 ledger.heartbeat(out, writer)
             if over.wait(HEARTBEAT_S):
-                return
+                break
+        with contextlib.suppress(OSError):
+            ledger.end_heartbeat(out, writer)
 
     beating = threading.Thread(target=beat, daemon=True)
     beating.start()
@@ -382,9 +387,7 @@ def _heartbeat(out: str, writer: str) -> Iterator[None]:
         yield
     finally:
         over.set()
-        beating.join()
-        with contextlib.suppress(OSError):
-            ledger.end_heartbeat(out, writer)
+        beating.join(HEARTBEAT_END_S)
 
 
 # --- after ---

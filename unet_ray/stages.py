@@ -32,13 +32,13 @@ from unet_ray import decoding, images, ledger, results
 from unet_ray.classes import ClassSet
 from unet_ray.contents import FrameGone, read_frames
 from unet_ray.decoding import DecodedFrame, DecodeOptions
-from unet_ray.storage import StorageError
+from unet_ray.storage import StorageError, is_local
 
 if TYPE_CHECKING:
     from unet_ray.inference import Labeler
 
 STORAGE_WAITS_S = (1.0, 5.0)
-"""Pauses before storage is asked again; a filesystem's own retries come on top."""
+"""Pauses before a disk of this machine is asked again; a store was asked until `--storage-retry-s` were over."""
 
 T = TypeVar("T")
 
@@ -68,11 +68,13 @@ def _gone_or_bytes(content: bytes | FrameGone) -> bytes | DecodedFrame:
 
 
 def _patiently(act: Callable[[], T]) -> T:
-    """Does it again after a pause where storage says that this may help."""
+    """Does it again after a pause where this may help, and where `storage` has not done that itself."""
     for wait_s in STORAGE_WAITS_S:
         try:
             return act()
-        except StorageError:
+        except StorageError as error:
+            if not is_local(str(error.filename or "")):
+                raise
             time.sleep(wait_s)
     return act()
 
@@ -155,14 +157,12 @@ def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: s
     """Writes a labelled chunk's part and then its record, and returns one row for the driver.
 
     Returns:
-        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null), `labelled`
-        (whether there was something to write: if so, `trouble` is of the output's storage).
+        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null).
     """
     chunk = ledger.Chunk(**json.loads(table["_chunk"][0].as_py()))
     trouble = table["_trouble"][0].as_py()
-    labelled = trouble is None
     rejected = "{}"
-    if labelled:
+    if trouble is None:
         rows = table.select([name for name in table.column_names if not name.startswith("_")])
         result = results.result_table(rows, chunk_labels(table, class_set, mask_encoding), class_set)
         try:
@@ -176,7 +176,6 @@ def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: s
             "n_rows": pa.array([chunk.n_rows], pa.int64()),
             "rejected": pa.array([rejected], pa.string()),
             "trouble": pa.array([trouble], pa.string()),
-            "labelled": pa.array([labelled], pa.bool_()),
         }
     )
 

@@ -1,21 +1,23 @@
-"""List, read and write files at any URI, whole or not at all: the only module that knows fsspec.
+"""List, read and write files at any URI, whole or not at all.
 
-A URI is a local path or anything that fsspec opens (`s3://bucket/log`, `gs://…`, `memory://…`). Options of a
-filesystem (endpoint, profile, anonymous access) come from fsspec's own configuration, `FSSPEC_S3='{"anon": true}'` in
-the environment, so that they reach every worker process without passing through our code.
+A URI is a local path or anything that fsspec opens (`s3://bucket/log`, `gs://…`, `memory://…`); `filesystems` says
+with which options, and how often a store is asked again.
 
-Errors: `FileNotFoundError` for what is not there; `ValueError` for a URI that cannot be used; `StorageError` for
-trouble that may be over when one tries again.
+What counts on a store that has no rename: an object is there when its upload is complete, with all of its bytes; of
+many writers one creates it (`put_if_absent`); and nothing depends on the order in which files are listed or were
+written. An answer with fewer bytes than it announced is asked for again, and never taken for the file.
+
+Errors: `FileNotFoundError` for what is not there; `ValueError` for a URI that cannot be used; `StorageRefused` for what
+the store does not allow; `StorageError` for trouble that may be over when one tries again.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import posixpath
-import re
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,32 +25,36 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
 
-import fsspec
 import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
+
+from unet_ray.filesystems import (
+    REQUESTS_IN_FLIGHT,
+    FileChanged,
+    StorageError,
+    StorageRefused,
+    filesystem,
+    is_local,
+    is_s3,
+    naming,
+    persistently,
+    resolve,
+)
+
+__all__ = [
+    "REQUESTS_IN_FLIGHT",
+    "FileChanged",
+    "StorageError",
+    "StorageRefused",
+    "is_local",
+    "resolve",
+]  # what goes with all below
 
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the name of a file that is not yet whole. The dot hides it from every Parquet reader."""
 
-READ_CONCURRENCY = 32
-"""Requests in flight of one process on a filesystem that is not local."""
-
-
-class FileChanged(OSError):
-    """A file is no longer the version that was asked for."""
-
-
-# A link to another folder or an unusable disk is not mended by trying again, everything else may be.
-_NOT_TRANSIENT = (
-    *(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FileExistsError),
-    FileChanged,
-)
-
-
-class StorageError(OSError):
-    """Trouble with storage that may be over when one tries again (exit code 75)."""
+_READ_AHEAD_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,75 +71,6 @@ class FileInfo:
     """The entity tag where the store has one, else modification time (ns) and size: changes when the content does."""
 
 
-@contextmanager
-def _naming(uri: str) -> Iterator[None]:
-    """Turns an I/O error without a remedy in our hands into a `StorageError` that names the URI."""
-    try:
-        yield
-    except (StorageError, *_NOT_TRANSIENT):
-        raise
-    except OSError as error:
-        raise StorageError(
-            error.errno or errno.EIO, f"{error.strerror or error}; trying again may help", uri
-        ) from error
-    except _client_errors() as error:
-        if "Credentials" in type(error).__name__:
-            raise PermissionError(errno.EACCES, f"{error}; set them in the environment or a profile", uri) from error
-        raise StorageError(errno.EIO, f"{error}; trying again may help", uri) from error
-
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    """What the clients of object stores raise that is no OSError; of those that are loaded."""
-    known = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
-    return tuple(getattr(sys.modules[module], name) for module, name in known if module in sys.modules)
-
-
-def resolve(uri: str) -> str:
-    """Returns the URI in the form that means the same on every process: an absolute path, or a URL without end slash.
-
-    Raises:
-        ValueError: empty, an unknown protocol, or with credentials in it (which would end up in logs and outputs).
-    """
-    if not uri.strip():
-        raise ValueError("an empty path was given; give a local path or a URI such as s3://bucket/folder")
-    protocol, separator, rest = uri.partition("://")
-    if not separator or protocol in ("file", "local"):
-        return os.path.abspath(os.path.expanduser(rest if separator else uri))
-    _refuse_credentials(uri)
-    if protocol.split("::")[0] not in fsspec.available_protocols():
-        raise ValueError(
-            f"{uri}: unknown protocol {protocol!r}; use a local path, s3://, gs://, abfs:// or another of fsspec's"
-        )
-    return uri.rstrip("/") if rest.strip("/") else uri
-
-
-def _refuse_credentials(uri: str) -> None:
-    parts = urlsplit(uri)
-    has_password = "@" in parts.netloc and ":" in parts.netloc.rpartition("@")[0]
-    if has_password or re.search(
-        r"(?i)(^|[?&])[^=&]*(sig|signature|token|secret|password|credential|key)=", "?" + parts.query
-    ):
-        raise ValueError(
-            f"{parts.scheme}://…: the URI holds credentials; give them by environment variables or a profile instead"
-        )
-
-
-def _filesystem(uri: str) -> tuple[Any, str]:
-    """Returns the fsspec filesystem of a URI and the path within it."""
-    try:
-        return fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
-        hint = extra.get(uri.partition("://")[0])
-        remedy = f"pip install 'unet-ray[{hint}]'" if hint else str(error)
-        raise ValueError(f"{uri}: the package that reads it is not installed; {remedy}") from error
-
-
-def is_local(uri: str) -> bool:
-    """Whether the URI is a path of this machine's own file tree."""
-    return "://" not in uri or uri.startswith(("file://", "local://"))
-
-
 def join(uri: str, *names: str) -> str:
     """Returns the URI of something below `uri`."""
     return posixpath.join(uri.rstrip("/") or "/", *names)
@@ -146,26 +83,23 @@ def name(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        return fs.exists(path)
+    fs, path = filesystem(uri)
+    return persistently(uri, lambda: fs.exists(path))
 
 
 def is_folder(uri: str) -> bool:
     """Whether a folder (on an object store: a prefix that something lies under) is there."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        return fs.isdir(path)
+    fs, path = filesystem(uri)
+    return persistently(uri, lambda: fs.isdir(path))
 
 
 def info(uri: str) -> FileInfo:
     """Returns size and version of one file, by a fresh look at the store. Raises FileNotFoundError."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        if isinstance(fs, LocalFileSystem):
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with naming(uri):
             return _local_info(path, os.path.basename(path))
-        fs.invalidate_cache(fs._parent(path))
-        return _remote_info(fs, fs.info(path), name(path))
+    return _remote_info(fs, persistently(uri, lambda: fs.info(path)), name(path))
 
 
 def _local_info(path: str, relative: str) -> FileInfo:
@@ -199,21 +133,29 @@ def list_files(root: str, *, on_unreadable: Callable[[str, OSError], None] | Non
         NotADirectoryError: it is a file.
         StorageError: the store did not answer.
     """
-    fs, path = _filesystem(root)
-    with _naming(root):
+    fs, path = filesystem(root)
+    if not isinstance(fs, LocalFileSystem):
+        yield from _list_remote(root, fs, path)
+        return
+    with naming(root):
         if not fs.exists(path):
             raise FileNotFoundError(errno.ENOENT, "no such folder", root)
         if not fs.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
-        if isinstance(fs, LocalFileSystem):
-            yield from _list_local(path, "", on_unreadable, frozenset())
-        else:
-            fs.invalidate_cache(path)
-            base = fs._strip_protocol(path).rstrip("/") + "/"
-            entries = fs.find(path, detail=True)
-            for key in sorted(entries):
-                if entries[key]["type"] == "file" and key != base:
-                    yield _remote_info(fs, entries[key], key.removeprefix(base))
+        yield from _list_local(path, "", on_unreadable, frozenset())
+
+
+def _list_remote(root: str, fs: Any, path: str) -> Iterator[FileInfo]:
+    """Yields what is below a folder of a store: one listing, and a look at the folder only where that is empty."""
+    base = fs._strip_protocol(path).rstrip("/")
+    entries = persistently(root, lambda: fs.find(path, detail=True))
+    if base in entries and entries[base]["type"] == "file" and len(entries) == 1:
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
+    if not entries and not is_folder(root):
+        raise FileNotFoundError(errno.ENOENT, "no such folder", root)
+    for key in sorted(entries):
+        if entries[key]["type"] == "file" and key not in (base, f"{base}/"):  # the folder's own mark
+            yield _remote_info(fs, entries[key], key.removeprefix(f"{base}/"))
 
 
 def _list_local(
@@ -247,10 +189,9 @@ def _list_local(
 
 def glob(pattern: str) -> list[str]:
     """Returns the URIs of the files and folders that match `*`, `?`, `[…]` and `**`, sorted."""
-    fs, path = _filesystem(pattern)
-    with _naming(pattern):
-        local = isinstance(fs, LocalFileSystem)
-        return sorted(match if local else fs.unstrip_protocol(match) for match in fs.glob(path))
+    fs, path = filesystem(pattern)
+    matches = persistently(pattern, lambda: fs.glob(path))
+    return sorted(match if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(match) for match in matches)
 
 
 def versions(uris: Iterable[str]) -> dict[str, str | None]:
@@ -265,19 +206,53 @@ def versions(uris: Iterable[str]) -> dict[str, str | None]:
     uris = list(uris)
     if all(is_local(uri) for uri in uris):
         return dict(map(look, uris))
-    with ThreadPoolExecutor(min(READ_CONCURRENCY, len(uris))) as pool:
+    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(uris))) as pool:
         return dict(pool.map(look, uris))
 
 
 def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
     """Returns a file's content, or `size` bytes from `offset` (fewer where it ends). Raises FileNotFoundError."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        if isinstance(fs, LocalFileSystem):  # without fsspec's wrapper: 20 µs less a frame
-            with open(path, "rb") as file:
-                file.seek(offset)
-                return file.read(-1 if size is None else size)
-        return fs.cat_file(path, start=offset or None, end=None if size is None else offset + size)
+    return _read(uri, offset, size, None)
+
+
+def _read(uri: str, offset: int, size: int | None, version: str | None) -> bytes:
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):  # without fsspec's wrapper: 20 µs less a frame
+        with naming(uri), open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(-1 if size is None else size)
+    if is_s3(uri):
+        return persistently(uri, lambda: _read_s3(fs, uri, path, (offset, size), version))
+    end = None if size is None else offset + size
+    return persistently(uri, lambda: fs.cat_file(path, start=offset or None, end=end))
+
+
+def _read_s3(fs: Any, uri: str, path: str, span: tuple[int, int | None], version: str | None) -> bytes:
+    """Reads in one request, which s3fs's own `cat_file` precedes by another for the size."""
+    offset, size = span
+    if size == 0:
+        return b""
+    bucket, key, _ = fs.split_path(path)
+    asked = {"Bucket": bucket, "Key": key} | ({"IfMatch": f'"{version}"'} if version else {})
+    if offset or size is not None:
+        asked["Range"] = f"bytes={offset}-" if size is None else f"bytes={offset}-{offset + size - 1}"
+
+    async def fetch() -> tuple[int, bytes]:
+        answer = await fs._call_s3("get_object", **asked)
+        async with answer["Body"] as body:
+            return answer["ContentLength"], await body.read()
+
+    try:
+        announced, data = fsspec.asyn.sync(fs.loop, fetch)
+    except OSError as error:
+        if "PreconditionFailed" in str(error.__cause__):  # s3fs makes an EINVAL of it
+            raise FileChanged(errno.ESTALE, "another version than the one asked for", uri) from error
+        if "InvalidRange" in str(error.__cause__):
+            return b""  # it ends before
+        raise
+    if len(data) != announced:
+        raise StorageError(errno.EIO, f"{len(data):,} of {announced:,} bytes came; trying again may help", uri)
+    return data
 
 
 def read_many(
@@ -296,52 +271,87 @@ def read_many(
 
     def read(span: tuple[str, int, int | None], version: str | None) -> bytes | OSError:
         try:
-            return read_bytes(*span) if version is None else _read_version(*span, version)
+            return _read(*span, version)
         except OSError as error:
             return error
 
     versions = versions or [None] * len(ranges)
     if all(is_local(uri) for uri, _, _ in ranges):
         return list(map(read, ranges, versions))
-    with ThreadPoolExecutor(min(READ_CONCURRENCY, len(ranges))) as pool:
+    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(ranges))) as pool:
         return list(pool.map(read, ranges, versions))
 
 
 def can_read_versions(uri: str) -> bool:
     """Whether a given version of a file, or an error, comes in one request: on S3, by If-Match."""
-    return uri.startswith(("s3://", "s3a://"))
-
-
-def _read_version(uri: str, offset: int, size: int | None, version: str) -> bytes:
-    fs, path = _filesystem(uri)
-    bucket, key, _ = fs.split_path(path)
-    span = f"bytes={offset}-" if size is None else f"bytes={offset}-{offset + size - 1}"
-    with _naming(uri):
-        try:
-            answer = fs.call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{version}"', Range=span)
-        except OSError as error:
-            if "PreconditionFailed" in str(error.__cause__):  # s3fs makes an EINVAL of it
-                raise FileChanged(errno.ESTALE, "another version than the one asked for", uri) from error
-            raise
-        return fsspec.asyn.sync(fs.loop, answer["Body"].read)
+    return is_s3(uri)
 
 
 def open_read(uri: str) -> BinaryIO:
-    """Opens a file for reading at any place; read by ranges, never fetched whole. Raises FileNotFoundError."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        return cast(BinaryIO, fs.open(path, "rb"))
+    """Opens a file for reading at any place; read by ranges, never fetched whole. Raises FileNotFoundError.
+
+    On S3 a file that changes while it is open raises `FileChanged`.
+    """
+    if is_local(uri):
+        fs, path = filesystem(uri)
+        with naming(uri):
+            return cast(BinaryIO, fs.open(path, "rb"))
+    return cast(BinaryIO, _RemoteFile(info(uri)))
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of a store as Arrow reads it: by ranges, with a little read-ahead, each as patiently as `read_bytes`.
+
+    A filesystem's own file reads ahead 5 to 50 MB at every place that is read, and gives up after its own retries.
+    """
+
+    def __init__(self, file: FileInfo):
+        self._file, self._at = file, 0
+        self._version = file.version if can_read_versions(file.uri) else None
+        self._window, self._window_at = b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._file.size_bytes)[whence])
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._file.size_bytes - self._at)
+        n_bytes = left if size is None or size < 0 else min(left, size)
+        begin = self._at - self._window_at
+        if not 0 <= begin <= begin + n_bytes <= len(self._window):
+            length = min(max(n_bytes, _READ_AHEAD_BYTES), left)
+            self._window = _read(self._file.uri, self._at, length, self._version)
+            self._window_at, begin = self._at, 0
+        data = self._window[begin : begin + n_bytes]
+        self._at += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def write_whole(uri: str, data: bytes) -> None:
     """Writes a file, replacing what was there: a reader sees the old content, none, or all of the new, never a part."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        if isinstance(fs, LocalFileSystem):
-            temporary = _write_temporary(path, data)
-            os.replace(temporary, path)
-        else:
-            fs.pipe_file(path, data)  # an object appears when its upload is complete
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with naming(uri):
+            os.replace(_write_temporary(path, data), path)
+    else:
+        persistently(uri, lambda: fs.pipe_file(path, data))  # an object appears when its upload is complete
 
 
 def write_many(files: Sequence[tuple[str, bytes]]) -> None:
@@ -350,7 +360,7 @@ def write_many(files: Sequence[tuple[str, bytes]]) -> None:
         for uri, data in files:
             write_whole(uri, data)
         return
-    with ThreadPoolExecutor(min(READ_CONCURRENCY, len(files))) as pool:
+    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(files))) as pool:
         list(pool.map(lambda file: write_whole(*file), files))
 
 
@@ -361,17 +371,17 @@ def write_pieces(uri: str) -> Iterator[BinaryIO]:
     Where the store is not local, the pieces wait in a temporary file of this machine until then. A block that fails
     leaves nothing.
     """
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        if isinstance(fs, LocalFileSystem):
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with naming(uri):
             with _temporary_beside(path) as file:
                 yield file
             os.replace(file.name, path)
-        else:
-            with tempfile.NamedTemporaryFile(prefix="unet_ray-") as waiting:
-                yield cast(BinaryIO, waiting)
-                waiting.flush()
-                fs.put_file(waiting.name, path)
+    else:
+        with tempfile.NamedTemporaryFile(prefix="unet_ray-") as waiting:
+            yield cast(BinaryIO, waiting)
+            waiting.flush()
+            persistently(uri, lambda: fs.put_file(waiting.name, path))
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
@@ -389,17 +399,17 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         True where the file now holds `data`, False where it holds something else.
     """
     assert data, "an empty file cannot be put exclusively"
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        try:
-            if isinstance(fs, LocalFileSystem):
+    fs, path = filesystem(uri)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            with naming(uri):
                 _link_if_absent(path, data)
-            else:
-                fs.pipe_file(path, data, mode="create")
-            return True
-        except FileExistsError:
-            # After a lost answer the filesystem tries again and meets its own first success.
-            return read_bytes(uri) == data
+        else:
+            persistently(uri, lambda: fs.pipe_file(path, data, mode="create"))
+        return True
+    except FileExistsError:
+        # After a lost answer the request is sent again and meets its own first success.
+        return read_bytes(uri) == data
 
 
 def _write_temporary(path: str, data: bytes) -> str:
@@ -442,12 +452,11 @@ def _link_if_absent(path: str, data: bytes) -> None:
 
 def delete(uri: str) -> None:
     """Deletes a file; one that is gone already is no error."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        try:
-            fs.rm_file(path)
-        except FileNotFoundError:
-            return
+    fs, path = filesystem(uri)
+    try:
+        persistently(uri, lambda: fs.rm_file(path))
+    except FileNotFoundError:
+        return
 
 
 def delete_many(uris: Sequence[str]) -> None:
@@ -456,19 +465,17 @@ def delete_many(uris: Sequence[str]) -> None:
         for uri in uris:
             delete(uri)
         return
-    with ThreadPoolExecutor(min(READ_CONCURRENCY, len(uris))) as pool:
+    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(uris))) as pool:
         list(pool.map(delete, uris))
 
 
 def delete_tree(uri: str) -> None:
     """Deletes a folder and all below it; one that is gone already is no error."""
-    fs, path = _filesystem(uri)
-    with _naming(uri):
-        try:
-            fs.invalidate_cache()
-            fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            return
+    fs, path = filesystem(uri)
+    try:
+        persistently(uri, lambda: fs.rm(path, recursive=True))
+    except FileNotFoundError:
+        return
 
 
 def sha256(data: bytes) -> str:

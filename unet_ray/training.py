@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> TrainResult:
         JobFailed: the loss became infinite, or workers were lost again and again.
         StorageError: trouble with storage that may be over when one tries again.
     """
+    config.configure_storage()
     config = runs.resolved(config)
     if finished := runs.finished(config):
         say(f"{config.out} is finished already; --overwrite trains it anew")
@@ -425,6 +426,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: something that the user can mend.
         StorageError: trouble with storage that may be over when one tries again.
     """
+    config.configure_storage()
     model = bundle.read_bundle(config.model)
     class_set = model.class_set
     pairs = _complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
