@@ -272,8 +272,9 @@ def naming(uri: str) -> Iterator[None]:
         raise
     except _NOT_TRANSIENT as error:
         if error.filename is None and not is_local(uri):
-            text = error.strerror or str(error) or "not there"
-            raise type(error)(error.errno or errno.ENOENT, text, uri) from error
+            code = errno.EACCES if isinstance(error, PermissionError) else errno.ENOENT
+            text = error.strerror or str(error) or os.strerror(code)
+            raise type(error)(error.errno or code, text, uri) from error
         raise
     except OSError as error:
         text = error.strerror or str(error)

@@ -168,6 +168,7 @@ def ingest(pairs: Sequence[ImagePair], plan: IngestPlan) -> Ingested:
 
     Raises:
         ValueError: pairs that cannot be used: how many, and the first of them.
+        StorageError: the store did not answer.
     """
     names = tuple(pair.pair_id for pair in pairs)
     if not pairs:
@@ -224,7 +225,11 @@ def _run(pairs: Sequence[ImagePair], plan: IngestPlan, row_bytes: int) -> list[r
     dataset = ray.data.from_arrow(parts).map_batches(
         partial(read_block, plan=plan), batch_size=None, batch_format="numpy"
     )
-    return dataset.to_arrow_refs()
+    ray.data.DataContext.get_current().raise_original_map_exception = True
+    try:
+        return dataset.to_arrow_refs()
+    except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
+        raise error.cause from error
 
 
 @ray.remote

@@ -440,7 +440,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     plan = IngestPlan(class_set=class_set, mask_format=mask_format, image_size=size, keep_full_mask=True)
     frames = ingest(pairs, plan).frames
     run = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_evaluate)
-    found, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
+    try:
+        found, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
+    except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
+        raise error.cause from error
     say(metrics.class_table(own_KK, class_set.names))
     say(f"boundary F1 {found['val/boundary_f1'] or 0:.3f} within {metrics.BOUNDARY_TOLERANCE:.2%} of the diagonal")
     if config.out is not None:
