@@ -1,8 +1,10 @@
-"""Archives made to fill the memory: listed and read in under 1 GB, and each frame that is refused has a reason."""
+"""Archives made to fill the memory or to run code: read in under 1 GB, nothing runs, and a reason is given."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -12,6 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from unet_ray.frames import list_archives
 
 MB = 2**20
 
@@ -91,3 +95,34 @@ def test_a_parquet_file_whose_names_unpack_ten_thousand_times(tmp_path: Path) ->
     found, unlistable = read(path)
     assert found == {} and len(unlistable) == 1
     assert unlistable[0].endswith(" bytes in a row group; at most 104,857,600 are read")
+
+
+class Payload:
+    """Touches a file where it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("place", ["image", "image.bytes", "image.path", "weather", "weather.of_the_day"])
+def test_a_parquet_file_with_pickled_objects_runs_nothing(place: str, tmp_path: Path) -> None:
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType  # which every Ray Data process knows
+
+    kind = ArrowPythonObjectType()
+    payload = pa.array([pickle.dumps(Payload(tmp_path / "ran"))], kind.storage_type)
+    evil = pa.ExtensionArray.from_storage(kind, payload)
+    name, _, field = place.partition(".")
+    plain = {"bytes": pa.array([b"x"]), "path": pa.array(["1.png"])} if name == "image" else {}
+    fields = {**plain, field: evil}
+    column = pa.StructArray.from_arrays(list(fields.values()), list(fields)) if field else evil
+    pq.write_table(pa.table({name: column, "uri": ["1.png"]}), tmp_path / "evil.parquet")
+    try:
+        listing = list_archives([str(tmp_path / "evil.parquet")])
+        carried = listing.table.to_pylist()[0]
+        assert carried.get("weather") in (None, payload[0].as_py())  # the bytes, as which they lie in the file
+    except ValueError as error:
+        assert field and "only Arrow's own types are carried" in str(error)
+    assert not (tmp_path / "ran").exists()

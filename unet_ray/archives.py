@@ -307,6 +307,8 @@ def find_image_column(schema: pa.Schema, name: str | None) -> str | None:
     """
 
     def path(column: pa.Field) -> str | None:
+        if not is_plain(column.type):
+            return None
         if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
             return column.name
         if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
@@ -318,6 +320,18 @@ def find_image_column(schema: pa.Schema, name: str | None) -> str | None:
         return path(schema.field(wanted)) if wanted in schema.names else None
     structs = [found for column in schema if pa.types.is_struct(column.type) and (found := path(column))]
     return structs[0] if len(structs) == 1 else None
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether a type is Arrow's own down to its last field.
+
+    An extension type makes its values when they are read, and may run what the file says (Ray Data's pickled objects).
+    """
+    if isinstance(kind, pa.BaseExtensionType):
+        return False
+    if pa.types.is_dictionary(kind):
+        return is_plain(kind.value_type)
+    return all(is_plain(kind.field(place).type) for place in range(kind.num_fields))
 
 
 @contextmanager

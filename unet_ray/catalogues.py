@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from unet_ray import storage
-from unet_ray.archives import extension, find_image_column, open_parquet
+from unet_ray.archives import extension, find_image_column, is_plain, open_parquet
 
 _TYPES = {
     "uri": pa.string(),
@@ -112,6 +112,8 @@ def _typed(batch: pa.RecordBatch, uri: str) -> pa.Table:
         values = batch[column.name]
         values = values.storage if isinstance(values, pa.ExtensionArray) else values
         values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        if not is_plain(values.type):
+            raise ValueError(f"{uri}: column {column.name!r} is {column.type}; only Arrow's own types are carried")
         wanted = _TYPES.get(column.name, values.type)
         try:
             columns.append(values.cast(wanted))
