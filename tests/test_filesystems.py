@@ -67,6 +67,14 @@ def test_no_way_of_writing_credentials_into_a_uri_is_taken(uri):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    ["https://host:8080/a@b/log", "s3://bucket/a:b@c/log", "https://host/log?versionId=3&monkeys=2", "s3://b/key=1"],
+)
+def test_what_only_looks_like_credentials_is_a_name(uri):
+    assert filesystems.resolve(uri) == uri
+
+
 def test_an_option_is_given_as_json_or_yaml_and_never_written_down(tmp_path, capsys):
     told = cli.parse("verify", ["s3://b/labels", "--storage-options", "{anon: true}"])
     assert told._storage_options() == {"s3": {"anon": True}}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -71,6 +73,21 @@ def test_only_the_first_is_put(bucket):
     assert storage.put_if_absent(uri, b"first")
     assert not storage.put_if_absent(uri, b"second")
     assert storage.read_bytes(uri) == b"first"
+
+
+def test_of_many_writers_at_once_exactly_one_wins_and_its_content_stands(bucket):
+    keys = [f"{bucket}/records/{number}.json" for number in range(10)]
+    start = threading.Barrier(4)
+
+    def write(writer: int) -> list[str]:
+        start.wait()
+        return [uri for uri in keys if storage.put_if_absent(uri, b"writer %d" % writer)]
+
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(write, range(4)))
+    assert sorted(uri for uris in won for uri in uris) == keys
+    for writer, uris in enumerate(won):
+        assert all(storage.read_bytes(uri) == b"writer %d" % writer for uri in uris)
 
 
 def test_a_version_is_read_in_one_request_or_not_at_all(bucket, server):

@@ -45,7 +45,10 @@ class Weather:
     hold_until: int = 0
     """Requests are held until so many are in flight, or 60 s have passed."""
     dark_at: int | None = None
-    """The request with which the store goes dark: for `dark_s`, what is asked is held and then reset."""
+    """The how-many-th request, of those that `dark_on` fits, finds the store dark: for `dark_s`, what is asked is held
+    and then reset."""
+    dark_on: str = ""
+    """Regular expression for method and target, `PUT /bucket/key`."""
     dark_s: float = 0.0
     seed: int = 0
 
@@ -77,7 +80,7 @@ class Proxy:
     def reset_counts(self, weather: Weather) -> None:
         """Sets the weather and counts from 0."""
         self.weather, self._random, self._number = weather, random.Random(weather.seed), 0
-        self._dark_until = 0.0
+        self._dark_until, self._fitting = 0.0, 0
         self.seen, self.methods, self.most_in_flight = Counter[str](), Counter[str](), 0
         self.signers = Counter[str]()
         self._enough = asyncio.Event()
@@ -124,11 +127,13 @@ class Proxy:
             self._connections.discard(task)
             writer.transport.abort()
 
-    def _outcome(self) -> str:
-        weather, number = self.weather, self._number
+    def _outcome(self, request: Request) -> str:
+        weather = self.weather
         self._number += 1
-        if weather.dark_at == number:
-            self._dark_until = time.monotonic() + weather.dark_s
+        if re.search(weather.dark_on, f"{request.method} {request.target}"):
+            self._fitting += 1
+            if self._fitting == weather.dark_at:
+                self._dark_until = time.monotonic() + weather.dark_s
         if time.monotonic() < self._dark_until:
             return "dark"
         draw = self._random.random()
@@ -141,7 +146,7 @@ class Proxy:
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> bool:
         """Answers, and says whether the connection stays."""
-        outcome = self._outcome()
+        outcome = self._outcome(request)
         self.seen[outcome] += 1
         self.methods[request.method] += 1
         signed = re.search(r"Credential=([^/]+)/", request.headers.get("authorization", ""))

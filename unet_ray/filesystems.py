@@ -112,9 +112,9 @@ def _refuse_credentials(uri: str) -> None:
 
 def _has_credentials(uri: str) -> bool:
     parts = urlsplit(uri)
-    # Not parts.netloc alone: a secret may hold the slash at which it ends (s3://AKIA:wJalr/K7MD@bucket/log).
-    user, at, _ = uri.partition("://")[2].partition("@")
-    if at and ":" in user.partition("/")[0]:
+    user, at, _ = uri.rpartition("://")[2].partition("@")
+    # A secret may hold a slash, at which a URI's host ends (s3://AKIA:wJalr/K7MD@bucket/log); a port is a number.
+    if at and ":" in user and (user in parts.netloc or re.search(r"^[^/:]*:(?!\d+/)", user)):
         return True
     query = f"?{parts.query}&{parts.fragment}"
     word = "sig|signature|token|secret|password|credential|key|accesskeyid|keyid"

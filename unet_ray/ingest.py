@@ -218,14 +218,15 @@ def _run(pairs: Sequence[ImagePair], plan: IngestPlan, row_bytes: int) -> list[r
         }
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and progress are not the user's
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     borders = np.linspace(0, len(pairs), n_blocks + 1).astype(int)
     parts = [rows.slice(start, end - start) for start, end in itertools.pairwise(borders)]
     # A table a block: cutting one in Ray (`repartition`) costs a stage of its own.
     dataset = ray.data.from_arrow(parts).map_batches(
         partial(read_block, plan=plan), batch_size=None, batch_format="numpy"
     )
-    ray.data.DataContext.get_current().raise_original_map_exception = True
     try:
         return dataset.to_arrow_refs()
     except ray.exceptions.RayTaskError as error:  # whose text is a stack trace

@@ -389,7 +389,9 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
     Local files: a temporary file and a hard link, which exactly one writer wins. S3, Google Cloud Storage, Azure:
     the store's own condition (`If-None-Match`, `ifGenerationMatch=0`). A filesystem with neither looks first and then
-    writes: two writers at the same moment may both succeed there, so records must be a pure function of their key.
+    writes, and an old S3 of another maker may pass over the condition: two writers at the same moment may both succeed
+    there, and the later one's content stands. So one job at a time may work on an output there; a killed one and its
+    successor do no harm, since they write one after the other.
 
     Args:
         uri: where to.
