@@ -26,6 +26,7 @@ from unet_ray.config import JobFailed, SegmentConfig
 from unet_ray.decoding import DecodeOptions
 from unet_ray.devices import has_bfloat16
 from unet_ray.frames import FrameGone, Listing, list_archives, read_frames
+from unet_ray.machines import require_seen_by_all
 from unet_ray.options import to_yaml
 from unet_ray.preview import write_preview
 from unet_ray.progress import Progress
@@ -48,6 +49,9 @@ GAUGES = {
     "frames_listed": "Frames of the archives",
     "frames_left": "Frames that are neither labelled nor rejected",
 }
+
+FILES_LOOKED_FOR = 16
+"""Files of the archives that every other machine is asked for, where they are local."""
 
 UNSTORED_IN_A_ROW = 8
 """Labelled chunks that could not be written, one after another and each after `stages.STORAGE_WAITS_S`, after which the
@@ -92,6 +96,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     _refuse_unlistable(listing)
     device = cluster.resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
+    require_seen_by_all(_read_by_workers(config, listing), storage.resolve(config.out))
 
     plan = _plan(config, bundle, tiling, precision, device, listing)
     _say_changes(plan)
@@ -121,6 +126,13 @@ def _refuse_unlistable(listing: Listing) -> None:
         raise JobFailed(
             f"{uri} could not be listed: {why}{more}; mend it or leave it out, so that no frame is passed over"
         )
+
+
+def _read_by_workers(config: SegmentConfig, listing: Listing) -> dict[str, list[str]]:
+    """Returns the model and some files of the archives, spread over the listing."""
+    uris, n_rows = listing.table["uri"], len(listing.table)
+    shown = {uris[row].as_py() for row in range(0, n_rows, max(1, n_rows // FILES_LOOKED_FOR))}
+    return {"--model": [storage.resolve(config.model)], "--frames": sorted(shown)}
 
 
 def resolve_precision(precision: str, device: str) -> str:

@@ -30,6 +30,7 @@ from unet_ray.classes import ClassSet
 from unet_ray.cluster import connect, resolve_device, say, wait_for_resources
 from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig, load_class_set
 from unet_ray.ingest import FrameSource, IngestPlan, ingest
+from unet_ray.machines import require_seen_by_all
 from unet_ray.monitor import Mailbox, Monitor, write_history
 from unet_ray.options import read_yaml
 from unet_ray.pairs import ImagePair, count, detect_mask_format, find_pairs, load_pair, require_complete
@@ -92,6 +93,7 @@ def train(config: TrainConfig) -> TrainResult:
     launcher = _start_beside_driver(Launcher)
     device = resolve_device(config.device)
     cpus = reserve(config, device)
+    require_seen_by_all(_folders(config), config.out)
     task, hashes = _prepare(config, data, device, cpus)
     _say_plan(config, data, cpus, device, hashes)
 
@@ -103,6 +105,12 @@ def train(config: TrainConfig) -> TrainResult:
         record.finish()
     say(f"model: {storage.join(config.out, 'model')}")
     return _result(config.out, found)
+
+
+def _folders(config: TrainConfig) -> dict[str, list[str]]:
+    """Returns what the cluster's tasks read, by option; the driver alone reads classes, weights and a manifest."""
+    options = ("images", "masks", "val_images", "val_masks")
+    return {f"--{name.replace('_', '-')}": [uri] for name in options if (uri := getattr(config, name)) is not None}
 
 
 def find_data(config: TrainConfig) -> TrainingData:
@@ -430,6 +438,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     pairs = _complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
     mask_format = _mask_format(config.mask_format, pairs, class_set)
     connect()
+    require_seen_by_all({"--images": [pairs[0].image_uri], "--masks": [pairs[0].mask_uri]}, None)
     device = resolve_device(config.device)
     cpus = default_cpus(1, device)
     resources = worker_resources(cpus, device)
