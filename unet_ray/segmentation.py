@@ -95,12 +95,14 @@ def segment(config: SegmentConfig) -> SegmentResult:
         listing = listing_soon.result()
     _refuse_unlistable(listing)
     device = cluster.resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
+    precision = _precision(config, device)
     require_seen_by_all(_read_by_workers(config, listing), storage.resolve(config.out))
 
     plan = _plan(config, bundle, tiling, precision, device, listing)
     _say_changes(plan)
     chunks = ledger.pending(plan)
+    if chunks:
+        cluster.wait_for_first_node(device, config.wait_for_resources_s)
     allocation = allocate(config, device)
     say(_arithmetic(plan, chunks, config, precision, allocation))
     frames_per_s = 0.0
@@ -133,6 +135,17 @@ def _read_by_workers(config: SegmentConfig, listing: Listing) -> dict[str, list[
     uris, n_rows = listing.table["uri"], len(listing.table)
     shown = {uris[row].as_py() for row in range(0, n_rows, max(1, n_rows // FILES_LOOKED_FOR))}
     return {"--model": [storage.resolve(config.model)], "--frames": sorted(shown)}
+
+
+def _precision(config: SegmentConfig, device: str) -> str:
+    """Returns the arithmetic: `auto` is what an output that is there was begun with, whatever nodes there are now."""
+    if config.precision != "auto":
+        return config.precision
+    options = None if config.overwrite else ledger.options_of(storage.resolve(config.out))
+    if options:
+        return options["precision"]
+    cluster.wait_for_first_node(device, config.wait_for_resources_s)
+    return resolve_precision(config.precision, device)
 
 
 def resolve_precision(precision: str, device: str) -> str:

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
-from unet_ray.cluster import connect, resolve_device, say, wait_for_resources
+from unet_ray.cluster import connect, resolve_device, say, wait_for_first_node, wait_for_resources
 from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig, load_class_set
 from unet_ray.ingest import FrameSource, IngestPlan, ingest
 from unet_ray.machines import require_seen_by_all
@@ -180,6 +180,8 @@ def read_class_weights(source: str, class_set: ClassSet) -> tuple[float, ...] | 
 def reserve(config: TrainConfig, device: str) -> int:
     """Waits until the cluster has room for the workers (of a range: the fewest), and returns the CPUs of each."""
     fewest, most = config.worker_range()
+    if config.cpus_per_worker is None:
+        wait_for_first_node(device, config.wait_for_resources_s)
     cpus = config.cpus_per_worker or default_cpus(most, device)
     resources = [worker_resources(cpus, device)] * fewest
     wait_for_resources(resources, config.wait_for_resources_s, count(fewest, "training worker"))
@@ -192,7 +194,10 @@ def worker_resources(cpus: int, device: str) -> dict[str, float]:
 
 
 def default_cpus(workers: int, device: str) -> int:
-    """Returns the most CPUs that each of the workers can have at once, at least 1."""
+    """Returns the most CPUs that each of the workers can have at once, at least 1.
+
+    Where some of the nodes with GPUs are yet to come: a GPU's share of the CPUs of those that are there.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [node for node in nodes if device == "cpu" or node.get("GPU", 0) >= 1]
 
@@ -203,7 +208,9 @@ def default_cpus(workers: int, device: str) -> int:
         return int(sum(per_node))
 
     most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    return next((cpus for cpus in range(most, 1, -1) if room(cpus) >= workers), 1)
+    too_few_gpus = device == "gpu" and room(1) < workers
+    share = int(min((node.get("CPU", 0) // node["GPU"] for node in nodes), default=1)) if too_few_gpus else 1
+    return next((cpus for cpus in range(most, 1, -1) if room(cpus) >= workers), max(1, share))
 
 
 def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) -> tuple[WorkerTask, dict[str, int]]:
@@ -288,6 +295,8 @@ class Launcher:
                     elastic_resize_monitor_interval_s=resize_interval_s,
                     use_gpu=task.device == "gpu",
                     resources_per_worker=worker_resources(task.cpus, task.device),
+                    # A node's memory and its way to the storage are shared; GPUs of one node talk faster.
+                    placement_strategy="PACK" if task.device == "gpu" else "SPREAD",
                 ),
                 # The folder is for Ray Train's own notes; checkpoints lie in RUN (see `checkpoints`).
                 run_config=RunConfig(  # type: ignore[arg-type]  # Ray's annotation is of its version 1
