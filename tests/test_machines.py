@@ -65,7 +65,7 @@ def run(
     return subprocess.run([sys.executable, *command], env=told, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_path_that_another_machine_does_not_see_is_refused(nodes, folders):
     shared, own = folders
     (shared / "frames").mkdir()
@@ -97,7 +97,7 @@ def test_a_path_that_another_machine_does_not_see_is_refused(nodes, folders):
     assert {folder: os.listdir(folder) for folder in folders} == before
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log):
     shared, own = folders
     before = os.listdir(own)
@@ -116,7 +116,7 @@ def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log
     assert os.listdir(own) == before
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_machines_share_nothing_but_the_paths_that_are_given(nodes, folders, log):
     """All work is the other machine's, and what the driver's puts into temporary files it does not see."""
     shared, own = folders
