@@ -9,7 +9,7 @@ import pytest
 import ray
 import yaml
 
-from unet_ray import cli, cluster
+from unet_ray import cli, cluster, training
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -59,6 +59,23 @@ def test_a_bundle_must_fit_on_one_node(monkeypatch):
     assert cluster._fits([{"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}])
     assert not cluster._fits([{"CPU": 3.0}])
     assert not cluster._fits([{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "cpus"),
+    [
+        (1, [{"CPU": 8.0}], 8),
+        (3, [{"CPU": 8.0}, {"CPU": 4.0}], 4),
+        (4, [{"CPU": 2.0}, {"CPU": 1.0}], 1),  # more than there is room for
+        (2, [{"CPU": 16.0, "GPU": 1.0}, {"CPU": 12.0, "GPU": 1.0}, {"CPU": 64.0}], 12),
+        (4, [{"CPU": 16.0, "GPU": 1.0}], 16),  # three nodes more are to come
+        (4, [{"CPU": 64.0}, {"CPU": 48.0, "GPU": 2.0}], 24),
+    ],
+)
+def test_a_worker_gets_its_share_of_the_nodes_that_are_there(workers, nodes, cpus, monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    device = "gpu" if any("GPU" in node for node in nodes) else "cpu"
+    assert training.default_cpus(workers, device) == cpus
 
 
 def test_the_cluster_of_ray_address_is_joined(local):

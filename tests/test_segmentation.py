@@ -180,6 +180,14 @@ def test_another_option_on_a_finished_output_is_refused(labelled: Path, model: s
         run(model, archive, labelled, mask_size="model")
 
 
+def test_auto_is_the_precision_that_an_output_was_begun_with(labelled, model, archive, monkeypatch) -> None:
+    """Else nodes of another kind, on which it goes on, would make it another job."""
+    monkeypatch.setattr(segmentation, "has_bfloat16", lambda device: True)
+    assert run(model, archive, labelled, shard_rows=10, precision="auto").frames_per_s == 0
+    with pytest.raises(ValueError, match="--precision is float32 there and bfloat16 here"):
+        run(model, archive, labelled, shard_rows=10, precision="bfloat16")
+
+
 def test_a_tar_gives_the_rows_of_its_folder(cluster, labelled: Path, model: str, archive: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "log.tar", "w") as tar:
         tar.add(archive, arcname=".", filter=lambda member: None if member.name.startswith("/") else member)

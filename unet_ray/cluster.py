@@ -106,6 +106,14 @@ def resolve_device(device: str) -> str:
     return resolved
 
 
+def wait_for_first_node(device: str, wait_s: float) -> None:
+    """Returns once a node has what the device is: how to share nodes out is known only when there is one.
+
+    An autoscaling cluster that has none yet gets the request for it.
+    """
+    wait_for_resources([{device.upper(): 1.0}], wait_s, "the job")
+
+
 def wait_for_resources(bundles: list[dict[str, float]], wait_s: float, what: str) -> None:
     """Returns once the cluster has room for all bundles, each whole on one node.
 
@@ -126,7 +134,8 @@ def wait_for_resources(bundles: list[dict[str, float]], wait_s: float, what: str
         want = {key: sum(bundle[key] for bundle in bundles) for key in bundles[0]}
         have = ray.cluster_resources()
         there = _text({key: have.get(key, 0) for key in want})
-        shortage = f"{what} want {_text(want)} ({_text(bundles[0])} each); the cluster has {there}"
+        each = f"want {_text(want)} ({_text(bundles[0])} each)" if len(bundles) > 1 else f"wants {_text(want)}"
+        shortage = f"{what} {each}; the cluster has {there}"
         if time.monotonic() >= deadline:
             waited = f" after {wait_s:g} s (--wait-for-resources-s)" if wait_s else ""
             raise ValueError(f"{shortage}{waited}; ask for fewer, or add nodes")

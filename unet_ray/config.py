@@ -104,7 +104,7 @@ class ClusterConfig(StorageConfig):
     """Where a job runs; shared by all jobs."""
 
     device: Device = "auto"
-    """Where the network runs: `auto` takes a GPU where the cluster has one."""
+    """Where the network runs: `auto` takes a GPU where the cluster has one now; give gpu where they are yet to come."""
     wait_for_resources_s: float = 600.0
     """Seconds to wait for CPUs or GPUs that the cluster does not have yet, before the job ends with the reason."""
 
@@ -306,7 +306,8 @@ class SegmentConfig(ClusterConfig):
     image_column: str | None = None
     """Column of a Parquet archive that holds the encoded images; by default `image`."""
     actors: str = "auto"
-    """Model actors: N, or MIN:MAX to let Ray grow and shrink the pool; `auto` fits them to the cluster."""
+    """Model actors: N, or MIN:MAX to let Ray grow and shrink the pool, and an autoscaling cluster with it; `auto` fits
+    them to the nodes that are there."""
     cpus_per_actor: int | None = None
     """CPUs reserved for each actor, and threads it uses; by default what decoding leaves, divided."""
     batch_size: int = 32
@@ -328,7 +329,8 @@ class SegmentConfig(ClusterConfig):
     mask_encoding: Literal["png", "raw"] = "png"
     """8-bit palette PNG (any viewer shows it) or the bare uint8 rows (faster)."""
     precision: Precision = "auto"
-    """Arithmetic of the network; `auto` is bfloat16 where the device has it, else float32."""
+    """Arithmetic of the network; `auto` is that of the output where it goes on with one, else bfloat16 where the device
+    has it, else float32."""
     max_frame_megapixels: float = 64.0
     """A frame with more pixels is rejected as too_large, before it is decoded."""
     frame_timeout_s: float = 60.0

@@ -174,6 +174,13 @@ def read_plan(out: str) -> Plan:
     return _read_plan(out, _read_run(out))
 
 
+def options_of(out: str) -> dict[str, Any] | None:
+    """Returns the options with which an output was begun; None where there is none yet."""
+    if not storage.exists(storage.join(out, "run.json")):
+        return None
+    return _read_run(out)["lineage"]["options"]
+
+
 def _read_run(out: str) -> dict[str, Any]:
     try:
         run = json.loads(storage.read_bytes(storage.join(out, "run.json")))

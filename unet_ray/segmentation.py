@@ -30,6 +30,7 @@ from unet_ray.contents import read_frames
 from unet_ray.decoding import DecodeOptions
 from unet_ray.devices import has_bfloat16
 from unet_ray.frames import Listing, list_archives
+from unet_ray.machines import require_seen_by_all
 from unet_ray.options import to_yaml
 from unet_ray.progress import Progress
 from unet_ray.results import RESULT_VERSION
@@ -61,6 +62,9 @@ GAUGES = {
 TROUBLED_IN_A_ROW = 8
 """Chunks that could not be read or written, one after another and each after `--storage-retry-s`, after which the job
 ends: the store is gone or the output's disk is full, and going on with the rest would be for nothing."""
+
+FILES_LOOKED_FOR = 16
+"""Files of the archives that every other machine is asked for, where they are local."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +105,14 @@ def segment(config: SegmentConfig) -> SegmentResult:
         listing = listing_soon.result()
     _refuse_unlistable(listing)
     device = cluster.resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
+    precision = _precision(config, device)
+    require_seen_by_all(_read_by_workers(config, listing), storage.resolve(config.out))
 
     plan = _plan(config, bundle, tiling, precision, device, listing)
     _say_changes(plan)
     chunks = ledger.pending(plan)
+    if chunks:
+        cluster.wait_for_first_node(device, config.wait_for_resources_s)
     allocation = allocate(config, device)
     say(_arithmetic(plan, chunks, config, precision, allocation))
     frames_per_s = 0.0
@@ -131,6 +138,24 @@ def _refuse_unlistable(listing: Listing) -> None:
         raise JobFailed(
             f"{uri} could not be listed: {why}{more}; mend it or leave it out, so that no frame is passed over"
         )
+
+
+def _read_by_workers(config: SegmentConfig, listing: Listing) -> dict[str, list[str]]:
+    """Returns the model and some files of the archives, spread over the listing."""
+    uris, n_rows = listing.table["uri"], len(listing.table)
+    shown = {uris[row].as_py() for row in range(0, n_rows, max(1, n_rows // FILES_LOOKED_FOR))}
+    return {"--model": [storage.resolve(config.model)], "--frames": sorted(shown)}
+
+
+def _precision(config: SegmentConfig, device: str) -> str:
+    """Returns the arithmetic: `auto` is what an output that is there was begun with, whatever nodes there are now."""
+    if config.precision != "auto":
+        return config.precision
+    options = None if config.overwrite else ledger.options_of(storage.resolve(config.out))
+    if options:
+        return options["precision"]
+    cluster.wait_for_first_node(device, config.wait_for_resources_s)
+    return resolve_precision(config.precision, device)
 
 
 def resolve_precision(precision: str, device: str) -> str:

@@ -27,9 +27,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
-from unet_ray.cluster import connect, resolve_device, say, wait_for_resources
+from unet_ray.cluster import connect, resolve_device, say, wait_for_first_node, wait_for_resources
 from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig, load_class_set
 from unet_ray.ingest import FrameSource, IngestPlan, ingest
+from unet_ray.machines import require_seen_by_all
 from unet_ray.monitor import Mailbox, Monitor, write_history
 from unet_ray.options import read_yaml
 from unet_ray.pairs import ImagePair, count, detect_mask_format, find_pairs, load_pair, require_complete
@@ -93,6 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
     launcher = _start_beside_driver(Launcher)
     device = resolve_device(config.device)
     cpus = reserve(config, device)
+    require_seen_by_all(_folders(config), config.out)
     task, hashes = _prepare(config, data, device, cpus)
     _say_plan(config, data, cpus, device, hashes)
 
@@ -104,6 +106,12 @@ def train(config: TrainConfig) -> TrainResult:
         record.finish()
     say(f"model: {storage.join(config.out, 'model')}")
     return _result(config.out, found)
+
+
+def _folders(config: TrainConfig) -> dict[str, list[str]]:
+    """Returns what the cluster's tasks read, by option; the driver alone reads classes, weights and a manifest."""
+    options = ("images", "masks", "val_images", "val_masks")
+    return {f"--{name.replace('_', '-')}": [uri] for name in options if (uri := getattr(config, name)) is not None}
 
 
 def find_data(config: TrainConfig) -> TrainingData:
@@ -173,6 +181,8 @@ def read_class_weights(source: str, class_set: ClassSet) -> tuple[float, ...] | 
 def reserve(config: TrainConfig, device: str) -> int:
     """Waits until the cluster has room for the workers (of a range: the fewest), and returns the CPUs of each."""
     fewest, most = config.worker_range()
+    if config.cpus_per_worker is None:
+        wait_for_first_node(device, config.wait_for_resources_s)
     cpus = config.cpus_per_worker or default_cpus(most, device)
     resources = [worker_resources(cpus, device)] * fewest
     wait_for_resources(resources, config.wait_for_resources_s, count(fewest, "training worker"))
@@ -185,7 +195,10 @@ def worker_resources(cpus: int, device: str) -> dict[str, float]:
 
 
 def default_cpus(workers: int, device: str) -> int:
-    """Returns the most CPUs that each of the workers can have at once, at least 1."""
+    """Returns the most CPUs that each of the workers can have at once, at least 1.
+
+    Where some of the nodes with GPUs are yet to come: a GPU's share of the CPUs of those that are there.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [node for node in nodes if device == "cpu" or node.get("GPU", 0) >= 1]
 
@@ -196,7 +209,9 @@ def default_cpus(workers: int, device: str) -> int:
         return int(sum(per_node))
 
     most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    return next((cpus for cpus in range(most, 1, -1) if room(cpus) >= workers), 1)
+    too_few_gpus = device == "gpu" and room(1) < workers
+    share = int(min((node.get("CPU", 0) // node["GPU"] for node in nodes), default=1)) if too_few_gpus else 1
+    return next((cpus for cpus in range(most, 1, -1) if room(cpus) >= workers), max(1, share))
 
 
 def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) -> tuple[WorkerTask, dict[str, int]]:
@@ -281,6 +296,8 @@ class Launcher:
                     elastic_resize_monitor_interval_s=resize_interval_s,
                     use_gpu=task.device == "gpu",
                     resources_per_worker=worker_resources(task.cpus, task.device),
+                    # A node's memory and its way to the storage are shared; GPUs of one node talk faster.
+                    placement_strategy="PACK" if task.device == "gpu" else "SPREAD",
                 ),
                 # The folder is for Ray Train's own notes; checkpoints lie in RUN (see `checkpoints`).
                 run_config=RunConfig(  # type: ignore[arg-type]  # Ray's annotation is of its version 1
@@ -432,6 +449,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     pairs = _complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
     mask_format = _mask_format(config.mask_format, pairs, class_set)
     connect()
+    require_seen_by_all({"--images": [pairs[0].image_uri], "--masks": [pairs[0].mask_uri]}, None)
     device = resolve_device(config.device)
     cpus = default_cpus(1, device)
     resources = worker_resources(cpus, device)

@@ -1,0 +1,243 @@
+"""The README's `ray job submit` lines against a real head and three nodes with a token: progress, stop, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray_nodes import RayNodes
+from test_readme import blocks
+
+from unet_ray import publish, synthetic
+from unet_ray.trials import wait_until
+
+ROOT = Path(__file__).parent.parent
+PLANTED = (
+    *("venv/lib/site.py", "env/pyvenv.cfg", ".venv/bin/python", ".git/config", ".env", "data/0.png", "drives.tar"),
+    *("runs/first/model.bin", "labels/frames/part.parquet", "notes/train.py", "unet_ray/weights.bin", "jobs/out.log"),
+    *("tests/test_x.py", "unet_ray/__pycache__/cli.pyc", "build/lib/x.py", "unet_ray.egg-info/PKG-INFO", "core.1"),
+)
+"""What lies about in a checkout that is worked in."""
+
+SMALL = {
+    "train": "--cpus-per-worker 1 --epochs 40 --batch-size 4 --val-fraction 0.34 --image-size 16 32 --n-filters 4",
+    "segment": "--chunk-frames 1 --batch-size 1",
+}
+AT_WORK = (
+    "ray::RayTrainWorker",
+    "ray::_RayTrainWorker",
+    "ray::MapWorker",
+    "ray::Launcher",
+    "ray::Mailbox",
+    "ray::Read",
+)
+
+
+def readme_line(job: str) -> str:
+    """Returns the one submission of `jobs/<job>.py` that the README shows."""
+    lines = (line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines())
+    (line,) = (line for line in lines if line.startswith("ray job submit ") and f"jobs/{job}.py" in line)
+    return line
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    with RayNodes() as nodes:
+        for _ in range(3):
+            nodes.add(num_cpus=2)
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's `s3://bucket` stands for: here a folder that all nodes see."""
+    bucket = tmp_path_factory.mktemp("bucket")
+    synthetic.write_log(str(bucket / "log"), seed=3, drives=3, frames_per_drive=4, height_px=24, width_px=48)
+    synthetic.write_log(str(bucket / "new"), seed=4, drives=4, frames_per_drive=6, height_px=24, width_px=48)
+    (bucket / "new" / "CameraRGB").rename(bucket / "drives")
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this repository with all that one has in it."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in ("unet_ray", "jobs"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore", "README.md", "cluster.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout / name)
+    for name in PLANTED:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes(b"not code")
+    return checkout
+
+
+@dataclass
+class Submission:
+    """A running `ray job submit`."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def has_said(self, text: str) -> bool:
+        return text in self.said()
+
+    @property
+    def job(self) -> str:
+        match = re.search(r"Job '(\S+)' submitted successfully", self.said())
+        assert match, self.said()
+        return match[1]
+
+
+@dataclass
+class Desk:
+    """Where the submissions are made."""
+
+    nodes: RayNodes
+    checkout: Path
+    bucket: Path
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**self.nodes.environment, "RAY_ADDRESS": self.nodes.dashboard}
+
+    @contextmanager
+    def submitted(self, job: str) -> Iterator[Submission]:
+        line = readme_line(job).replace("s3://bucket", str(self.bucket))
+        log = self.folder / f"{job}-{len(list(self.folder.iterdir()))}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [*shlex.split(line), *SMALL[job].split()],
+                cwd=self.checkout, env=self.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            )  # fmt: skip
+        try:
+            yield Submission(process, log)
+        finally:
+            process.kill()
+            process.wait()
+
+    def submit(self, job: str) -> str:
+        """Submits a job, waits for its end and returns its log."""
+        with self.submitted(job) as submission:
+            submission.process.wait()
+        assert submission.process.returncode == 0, submission.said()
+        return submission.said()
+
+    def stop(self, submission: Submission, *workers: str) -> None:
+        """Stops a job in the middle of its work: its workers stand still until it is stopped."""
+        frozen = self.nodes.running(*workers)
+        assert frozen, submission.said()
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        told = subprocess.run(
+            ["ray", "job", "stop", submission.job], env=self.environment, capture_output=True, text=True
+        )
+        for pid in frozen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        assert told.returncode == 0, told.stdout + told.stderr
+        submission.process.wait()
+        assert submission.has_said("unet-ray: error: stopped; the same command goes on where this one stopped")
+        assert submission.has_said(f"Job '{submission.job}' was stopped")
+        assert wait_until(lambda: not self.nodes.running(*AT_WORK, "python jobs/"))
+
+    def nodes_of(self, kind: str, key: str, name: str) -> set[str]:
+        """Returns the nodes on which the dashboard has seen `actors` or `tasks` whose name begins so."""
+        url = f"{self.nodes.dashboard}/api/v0/{kind}?limit=10000&detail=1"
+        with urllib.request.urlopen(authorized(url, self.nodes)) as answer:
+            found = json.load(answer)["data"]["result"]["result"]
+        return {entry["node_id"] for entry in found if entry[key].startswith(name) and entry["node_id"]}
+
+
+def authorized(url: str, nodes: RayNodes) -> urllib.request.Request:
+    token = Path(nodes.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    return urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+
+
+@pytest.fixture(scope="module")
+def desk(nodes: RayNodes, checkout: Path, bucket: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return Desk(nodes, checkout, bucket, tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="module")
+def trained(desk: Desk) -> tuple[str, str]:
+    """What a training said that was stopped, and what the same line said when it was submitted again."""
+    with desk.submitted("train") as submission:
+        assert wait_until(lambda: submission.has_said("epoch  2/40"), submission.process), submission.said()
+        desk.stop(submission, "ray::RayTrainWorker")
+    return submission.said(), desk.submit("train")
+
+
+@pytest.mark.timeout(1800)
+def test_a_submitted_training_is_stopped_and_the_same_line_goes_on(trained, bucket):
+    first, second = trained
+    assert "3 workers x 1 CPU; 8 frames in 2 steps of 4 x 40 epochs = 80 steps; 4 frames validate" in first
+    assert "epoch  1/40  loss" in first and "epoch 40/40" not in first
+    assert "epoch  1/40" not in second and "epoch 40/40  loss" in second
+    assert f"model: {bucket}/runs/first/model" in second
+    assert "no authentication" not in first + second
+
+
+@pytest.fixture(scope="module")
+def labelled(trained: tuple[str, str], desk: Desk, bucket: Path) -> str:
+    """What a labelling said that was submitted again after it was stopped."""
+    records = bucket / "labels" / "_work" / "records"
+    with desk.submitted("segment") as submission:
+        assert wait_until(lambda: records.exists() and any(records.iterdir()), submission.process), submission.said()
+        desk.stop(submission, "ray::MapWorker")
+    return desk.submit("segment")
+
+
+@pytest.mark.timeout(1800)
+def test_a_submitted_labelling_is_stopped_and_the_same_line_goes_on(labelled, bucket):
+    said = labelled
+    assert "24 frames in 24 chunks, " in said and ", 24 in 24 to do" not in said
+    assert "24 of 24 frames (100%), " in said
+    assert "24 frames: 24 labelled, 0 rejected" in said
+    assert publish.verify(str(bucket / "labels")) == []
+
+
+def test_training_is_spread_and_all_nodes_decode_and_label(labelled, desk):
+    """Though two workers, or two actors, would fit on one node."""
+    assert len(desk.nodes_of("actors", "class_name", "RayTrainWorker")) == 3
+    assert len(desk.nodes_of("actors", "class_name", "MapWorker(MapBatches(_ModelActor")) == 3
+    assert len(desk.nodes_of("tasks", "name", "ReadFrames")) == 3
+
+
+def test_only_the_code_has_travelled(trained, nodes):
+    """Into the folder that Ray unpacks at each node, and in which the job runs."""
+    (arrived,) = (nodes.ray_folder / "session_latest").glob("runtime_resources/working_dir_files/_ray_pkg_*/")
+    found = {str(file.relative_to(arrived)) for file in arrived.rglob("*") if file.is_file()}
+    code = {
+        str(file.relative_to(ROOT)) for file in (*ROOT.glob("jobs/*.py"), *ROOT.glob("unet_ray/**/*.py"))
+    } | {"cluster.yaml", *(str(file.relative_to(ROOT)) for file in ROOT.glob("unet_ray/recipes/*.yaml"))}  # fmt: skip
+    assert {name for name in found if not name.endswith(".pyc")} == code
+
+
+def test_without_the_token_the_job_api_answers_no(nodes):
+    url = f"{nodes.dashboard}/api/jobs/"
+    with urllib.request.urlopen(authorized(url, nodes)) as answer:
+        assert answer.status == 200
+    guess = urllib.request.Request(url, data=b'{"entrypoint": "true"}', headers={"Authorization": "Bearer guess"})
+    for request, status in ((url, 401), (guess, 403)):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        assert caught.value.code == status
+        caught.value.close()
