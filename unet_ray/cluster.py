@@ -47,8 +47,8 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns of this change of default
     # Ray Data makes Ray call every actor that it can restart an error, on the terminal (Ray 2.60).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Of more workers than CPUs, Ray ends each that was idle for a second, and starts another for the next task: 2 s of a
-    # core each time (Ray 2.60). Decoding, labelling and writing share CPUs, and take turns by the chunk.
+    # Of more workers than CPUs, Ray ends each that was idle for a second, and starts another for the next task, which
+    # takes 2 s of a core (Ray 2.60). Decoding, labelling and writing share CPUs, and take turns by the chunk.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     arguments: dict[str, Any] = {
         "runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}},
