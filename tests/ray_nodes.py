@@ -25,6 +25,11 @@ WAITING = b"will now block forever"
 START_TIMEOUT_S = 120.0
 START_TRIES = 6
 """Ray 2.60 gives a node up whose agent, a Python process, needs more than 15 s to start: on a busy machine, often."""
+_COMMANDS = (
+    *("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands"),
+    *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
+)
+"""What Ray's autoscaler wants to find in its configuration, though these nodes need none of it."""
 STOP_TIMEOUT_S = 60.0
 
 
@@ -72,6 +77,8 @@ class RayNodes:
         file.write_text(
             json.dumps(
                 {
+                    **{key: {} for key in ("file_mounts", "auth")},
+                    **{key: [] for key in _COMMANDS},
                     "cluster_name": "fake",
                     "max_workers": 8,
                     "idle_timeout_minutes": 0.2,
