@@ -217,10 +217,7 @@ def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
 
 def list_folder(folder: str) -> list[storage.FileInfo]:
     """Returns the files below a folder; none where it is not there."""
-    try:
-        return list(storage.list_files(folder))
-    except FileNotFoundError:
-        return []
+    return list(storage.list_files(folder, must_exist=False))
 
 
 def parquet_bytes(table: pa.Table, *, row_group_size: int | None = None) -> bytes:

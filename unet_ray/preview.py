@@ -5,7 +5,7 @@ Shapes: `H` height px, `W` width px, `C` colour.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,10 @@ _QUANTILES = (0.02, 0.35, 0.65, 0.98)
 
 def write_preview(plan: Plan) -> str | None:
     """Writes `preview.png` of a published output and returns its URI; None where no chosen frame can be shown."""
-    shown = list(_shown(plan, choose_rows(*_confidences(plan))))
+    published = ledger.published_shards(plan.out)
+    uris = [storage.join(plan.out, published[shard]["path"]) for shard in sorted(published)]
+    files = [pq.ParquetFile(storage.open_read(uri)) for uri in uris]
+    shown = list(_shown(plan, files, choose_rows(*_confidences(files))))
     if not shown:
         return None
     frames_HWC, masks_HW, captions = zip(*shown, strict=True)
@@ -31,16 +34,10 @@ def write_preview(plan: Plan) -> str | None:
     return uri
 
 
-def _shard_uris(plan: Plan) -> list[str]:
-    published = ledger.published_shards(plan.out)
-    return [storage.join(plan.out, published[shard]["path"]) for shard in sorted(published)]
-
-
-def _confidences(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+def _confidences(files: Sequence[pq.ParquetFile]) -> tuple[np.ndarray, np.ndarray]:
     """Returns, for every frame in the manifest's order, a number of its drive and its confidence (NaN: rejected)."""
     columns = ["sequence", "camera", "confidence"]
-    tables = [pq.ParquetFile(storage.open_read(uri)).read(columns=columns) for uri in _shard_uris(plan)]
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables([file.read(columns=columns) for file in files]).combine_chunks()
     codes = [table[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in ("sequence", "camera")]
     drives = codes[0].astype(np.int64) * (codes[1].max(initial=0) + 1) + codes[1]
     return drives, table["confidence"].to_numpy(zero_copy_only=False).astype(np.float64)
@@ -69,7 +66,9 @@ def choose_rows(drives_N: np.ndarray, confidence_N: np.ndarray, n_frames: int = 
     return sorted(chosen)
 
 
-def _shown(plan: Plan, places: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+def _shown(
+    plan: Plan, files: Sequence[pq.ParquetFile], places: list[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
     """Yields frame, mask and caption; a frame that is no longer there is passed over."""
     starts = np.cumsum([0, *(chunk.n_rows for chunk in plan.chunks)])
     for place in places:
@@ -78,16 +77,15 @@ def _shown(plan: Plan, places: list[int]) -> Iterator[tuple[np.ndarray, np.ndarr
         content = next(read_frames(row))
         if isinstance(content, FrameGone):
             continue
-        label = _read_row(plan, place)
+        label = _read_row(files, place)
         frame_HWC = images.decode_frame(content, max_pixels=10**9)
         yield frame_HWC, masks.mask_of(label), f"{label['frame_id']}  {label['confidence']:.2f}"
 
 
-def _read_row(plan: Plan, place: int) -> dict:
+def _read_row(files: Sequence[pq.ParquetFile], place: int) -> dict:
     """Reads one row of `frames/` by its place, and of its file one row group."""
     columns = ["frame_id", "confidence", *masks.MASK_COLUMNS]
-    for uri in _shard_uris(plan):
-        file = pq.ParquetFile(storage.open_read(uri))
+    for file in files:
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows
             if place < n_rows:

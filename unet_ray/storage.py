@@ -121,12 +121,15 @@ def _remote_info(fs: Any, entry: dict[str, Any], relative: str) -> FileInfo:
     return FileInfo(path=relative, uri=uri, size_bytes=entry["size"] or 0, version=version)
 
 
-def list_files(root: str, *, on_unreadable: Callable[[str, OSError], None] | None = None) -> Iterator[FileInfo]:
+def list_files(
+    root: str, *, on_unreadable: Callable[[str, OSError], None] | None = None, must_exist: bool = True
+) -> Iterator[FileInfo]:
     """Yields every file below a folder, hidden ones too, in the order of their paths; links to folders are followed.
 
     Args:
         root: URI of the folder.
         on_unreadable: called with the URI and the error of what could not be listed; without it the error is raised.
+        must_exist: whether it is an error that there is no such folder; else there is nothing in it.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -135,9 +138,11 @@ def list_files(root: str, *, on_unreadable: Callable[[str, OSError], None] | Non
     """
     fs, path = filesystem(root)
     if not isinstance(fs, LocalFileSystem):
-        yield from _list_remote(root, fs, path)
+        yield from _list_remote(root, fs, path, must_exist)
         return
     with naming(root):
+        if not must_exist and not os.path.lexists(path):
+            return
         if not fs.exists(path):
             raise FileNotFoundError(errno.ENOENT, "no such folder", root)
         if not fs.isdir(path):
@@ -145,13 +150,18 @@ def list_files(root: str, *, on_unreadable: Callable[[str, OSError], None] | Non
         yield from _list_local(path, "", on_unreadable, frozenset())
 
 
-def _list_remote(root: str, fs: Any, path: str) -> Iterator[FileInfo]:
+def _list_remote(root: str, fs: Any, path: str, must_exist: bool) -> Iterator[FileInfo]:
     """Yields what is below a folder of a store: one listing, and a look at the folder only where that is empty."""
     base = fs._strip_protocol(path).rstrip("/")
-    entries = persistently(root, lambda: fs.find(path, detail=True))
+    parent, _, last = base.rpartition("/")
+    # s3fs itself looks twice at a folder in which it finds nothing.
+    where = (parent, {"prefix": f"{last}/"}) if is_s3(root) and parent else (path, {})
+    entries = persistently(root, lambda: fs.find(where[0], detail=True, **where[1]))
     if base in entries and entries[base]["type"] == "file" and len(entries) == 1:
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
-    if not entries and not is_folder(root):
+    if not entries and must_exist and not is_folder(root):
+        if exists(root):
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
         raise FileNotFoundError(errno.ENOENT, "no such folder", root)
     for key in sorted(entries):
         if entries[key]["type"] == "file" and key not in (base, f"{base}/"):  # the folder's own mark
