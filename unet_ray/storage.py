@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
@@ -50,6 +50,8 @@ __all__ = [
     "is_local",
     "resolve",
 ]  # what goes with all below
+
+T = TypeVar("T")
 
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the name of a file that is not yet whole. The dot hides it from every Parquet reader."""
@@ -214,10 +216,15 @@ def versions(uris: Iterable[str]) -> dict[str, str | None]:
             return uri, None
 
     uris = list(uris)
+    return dict(_many(look, uris, uris))
+
+
+def _many(act: Callable[[Any], T], items: Sequence[Any], uris: Sequence[str]) -> list[T]:
+    """As `map`, with many requests in flight where something of it is not local."""
     if all(is_local(uri) for uri in uris):
-        return dict(map(look, uris))
-    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(uris))) as pool:
-        return dict(pool.map(look, uris))
+        return list(map(act, items))
+    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(items))) as pool:
+        return list(pool.map(act, items))
 
 
 def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -279,17 +286,15 @@ def read_many(
         `StorageError`, …).
     """
 
-    def read(span: tuple[str, int, int | None], version: str | None) -> bytes | OSError:
+    def read(span: tuple[str, int, int | None, str | None]) -> bytes | OSError:
         try:
-            return _read(*span, version)
+            return _read(*span)
         except OSError as error:
             return error
 
     versions = versions or [None] * len(ranges)
-    if all(is_local(uri) for uri, _, _ in ranges):
-        return list(map(read, ranges, versions))
-    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(ranges))) as pool:
-        return list(pool.map(read, ranges, versions))
+    spans = [(*span, version) for span, version in zip(ranges, versions, strict=True)]
+    return _many(read, spans, [uri for uri, _, _ in ranges])
 
 
 def can_read_versions(uri: str) -> bool:
@@ -366,12 +371,7 @@ def write_whole(uri: str, data: bytes) -> None:
 
 def write_many(files: Sequence[tuple[str, bytes]]) -> None:
     """As `write_whole` for many `(uri, data)`, with many requests in flight where the store is not local."""
-    if all(is_local(uri) for uri, _ in files):
-        for uri, data in files:
-            write_whole(uri, data)
-        return
-    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(files))) as pool:
-        list(pool.map(lambda file: write_whole(*file), files))
+    _many(lambda file: write_whole(*file), files, [uri for uri, _ in files])
 
 
 @contextmanager
@@ -472,13 +472,15 @@ def delete(uri: str) -> None:
 
 
 def delete_many(uris: Sequence[str]) -> None:
-    """As `delete` for many, with many requests in flight where the store is not local."""
-    if all(is_local(uri) for uri in uris):
-        for uri in uris:
-            delete(uri)
+    """As `delete` for many of one filesystem; in few requests where the store takes many names in one, as S3 does."""
+    if any(map(is_local, uris)):
+        _many(delete, uris, uris)
         return
-    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(uris))) as pool:
-        list(pool.map(delete, uris))
+    fs = filesystem(uris[0])[0]
+    try:
+        persistently(uris[0], lambda: fs.rm([filesystem(uri)[1] for uri in uris]))
+    except FileNotFoundError:
+        _many(delete, uris, uris)
 
 
 def delete_tree(uri: str) -> None:
