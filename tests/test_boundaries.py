@@ -12,7 +12,9 @@ import pytest
 import unet_ray
 
 PACKAGE = Path(unet_ray.__file__).parent
-MAY_IMPORT_RAY = {"chaos", "cluster", "ingest", "monitor", "worker", "training", "waves", "segmentation"}
+MAY_IMPORT_RAY = {
+    *("chaos", "cluster", "contestants", "ingest", "monitor", "peers", "worker", "training", "waves", "segmentation"),
+}
 MAY_IMPORT_FSSPEC = {"storage"}
 MAY_IMPORT_MATPLOTLIB = {"pictures"}
 
