@@ -43,7 +43,8 @@ def main() -> int:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: told.cores])
     changed: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "device": told.device}
     if told.frames:
-        changed |= {"frames": told.frames, "large_frames": told.frames, "many_frames": told.frames}
+        large = min(told.frames, settings.large_frames)  # of 25 times the network's work
+        changed |= {"frames": told.frames, "large_frames": large, "many_frames": told.frames}
     if told.epochs:
         changed["epochs"] = told.epochs
     place = arena.Arena(told.out, dataclasses.replace(settings, **changed), told.camvid)
@@ -65,7 +66,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder for all that is made and measured")
     parser.add_argument("--only", nargs="+", choices=list(contests.ROWS), metavar="NAME", help="rows; by default all")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each contest")
-    parser.add_argument("--frames", type=int, help="frames to label, instead of the size's own numbers")
+    parser.add_argument("--frames", type=int, help="frames to label; by default 12,000, 480 and 100,000")
     parser.add_argument("--epochs", type=int, help="epochs of the whole training, instead of 40")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="cores of both sides")
     parser.add_argument("--size", choices=list(arena.SIZES), default="full")

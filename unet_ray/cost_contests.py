@@ -50,7 +50,7 @@ def _null(arena: Arena) -> Measurement:
 
 
 def _counts(arena: Arena) -> list[int]:
-    return [arena.settings.many_frames // 100, arena.settings.many_frames // 10, arena.settings.many_frames]
+    return [max(1, arena.settings.many_frames // part) for part in (100, 10, 1)]
 
 
 def _many(place: int) -> Contestant:
