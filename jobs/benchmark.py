@@ -48,7 +48,7 @@ def main() -> int:
     if told.epochs:
         changed["epochs"] = told.epochs
     place = arena.Arena(told.out, dataclasses.replace(settings, **changed), told.camvid)
-    journal = benchmark.Journal(told.out / "benchmark.json", machine(), list(contests.ROWS.values()))
+    journal = benchmark.Journal(told.out / "benchmark.json", machine(), list(contests.ROWS.values()), place.source)
     rows = [contests.ROWS[name] for name in told.only]
     went_well = True
     if not told.table and os.getloadavg()[0] > len(os.sched_getaffinity(0)) / 2:

@@ -153,7 +153,7 @@ class Race:
 
     def play(self, rows: list[Row], repeats: int, machine: str = "one") -> tuple[bool, list[benchmark.Line]]:
         """As a run of its own: with what the file says."""
-        journal = Journal(self.path, {"processor": machine}, self.rows)
+        journal = Journal(self.path, {"processor": machine}, self.rows, self.arena.source)
         self.ran.clear()
         went_well = contests.play(self.contest, rows, self.arena, journal, repeats, lambda _: None)
         return went_well, journal.lines()
@@ -190,6 +190,15 @@ def test_a_run_that_was_cut_goes_on(race: Race):
     ]
     _, lines = race.play(race.rows[:1], 1)
     assert [told.figures for told in lines] == [(3.0,)]
+
+
+def test_what_other_code_has_measured_is_shown_as_such_until_it_is_measured_again(race: Race):
+    race.play(race.rows[:1], 1)
+    race.arena.source = "changed"
+    lines = Journal(race.path, {"processor": "one"}, race.rows, "changed").lines()
+    assert [(told.figures, told.note) for told in lines] == [((3.0,), "measured with other code")]
+    assert [(told.figures, told.note) for told in race.play(race.rows[:1], 1)[1]] == [((3.0,), "")]
+    assert race.ran == ["ours", "peer"]
 
 
 def test_other_settings_and_another_machine_begin_anew(race: Race):

@@ -183,15 +183,16 @@ def source_digest(package: Path) -> str:
 class Journal:
     """All rounds of all contests, in one file that is whole at any moment."""
 
-    def __init__(self, path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    def __init__(self, path: Path, machine: Mapping[str, Any], rows: Sequence[Row], source: str) -> None:
         """Takes over what earlier runs have measured on a machine that says the same of itself.
 
         Args:
             path: the file.
             machine: what measurements depend on beside settings.
             rows: all rows that there are, in the table's order.
+            source: digest of the code; a line says so where it was measured with other code.
         """
-        self._path, self._machine, self._rows = path, dict(machine), rows
+        self._path, self._machine, self._rows, self._source = path, dict(machine), rows, source
         self._contests: dict[str, dict[str, Any]] = {}
         if path.exists():
             before = json.loads(path.read_text())
@@ -216,8 +217,14 @@ class Journal:
             if row.contest in self._contests or missing:
                 rounds = self._contests.get(row.contest, {"rounds": []})["rounds"]
                 if missing or complete(row, rounds):
-                    told.append(line(row, rounds, "; ".join(dict.fromkeys(missing))))
+                    told.append(self._with_age(line(row, rounds, "; ".join(dict.fromkeys(missing)))))
         return told
+
+    def _with_age(self, told: Line) -> Line:
+        settings = self._contests.get(told.row.contest, {"settings": {"source": self._source}})["settings"]
+        if settings["source"] == self._source:
+            return told
+        return dataclasses.replace(told, note=f"measured with other code; {told.note}".removesuffix("; "))
 
     def save(self) -> None:
         """Writes everything: the lines for a reader, the rounds for the next run."""
