@@ -12,7 +12,10 @@ import pytest
 import unet_ray
 
 PACKAGE = Path(unet_ray.__file__).parent
-MAY_IMPORT_RAY = {"chaos", "cluster", "machines", "ingest", "monitor", "worker", "training", "waves", "segmentation"}
+MAY_IMPORT_RAY = {
+    *("chaos", "cluster", "machines", "contestants", "ingest", "monitor", "peers", "worker", "training", "waves"),
+    "segmentation",
+}
 MAY_IMPORT_FSSPEC = {"filesystems", "storage"}
 MAY_IMPORT_MATPLOTLIB = {"pictures"}
 

@@ -1,0 +1,232 @@
+"""What runs in a process of its own: ours as a user runs it, ceilings of the machine, and the peers' programs.
+
+python -m unet_ray.contestants NAME ARGUMENTS.json-text RESULT-FILE
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_TIMELINE_S = 30.0
+
+_CEILING_S = 5.0
+"""How long a ceiling is measured; shorter where there is less to do."""
+
+
+def ours(*, command: str, arguments: list[str], moments: bool) -> dict[str, Any]:
+    """A command of `unet-ray`, whole; then what Ray says of it.
+
+    Returns:
+        `began_s` (this program's first moment), `object_store_bytes` (of all objects ever made, but for those below
+        100 KB that travel inside messages), and with `moments` the first start and end of some tasks, wall-clock time:
+        `actor_start`, `actor_ready` (of the first model actor), `decode_start`, `decode_end` (of the first chunk) and
+        `network` (the first chunk is in the network's process).
+    """
+    began_s = time.time()
+    from unet_ray import cli
+
+    code = cli.run_command(command, arguments)
+    if code:
+        raise SystemExit(code)
+    import ray
+
+    told: dict[str, Any] = {"began_s": began_s, "done_s": time.time()}
+    if ray.is_initialized():
+        from unet_ray.peers import store_bytes
+
+        told |= {"object_store_bytes": store_bytes(), **(_moments() if moments else {})}
+    return told
+
+
+def _moments() -> dict[str, float]:
+    """By Ray's own timeline, which tells of a task up to a second after it (Ray 2.60)."""
+    import ray
+
+    deadline = time.monotonic() + _TIMELINE_S
+    while len(found := _read_moments(ray.timeline())) < 5 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def _read_moments(events: list[dict[str, Any]]) -> dict[str, float]:
+    of_task = {
+        "MapWorker(MapBatches(_ModelActor)).__init__": ("actor_start", "actor_ready"),
+        "ReadFrames": ("decode_start", "decode_end"),
+        "MapWorker(MapBatches(_ModelActor)).submit": ("network", ""),
+    }
+    moments: dict[str, float] = {}
+    for event in sorted(events, key=lambda event: event["ts"]):
+        start, end = of_task.get(event["cat"].removeprefix("task::"), ("", ""))
+        if start and start not in moments:
+            moments[start] = event["ts"] / 1e6
+            if end:
+                moments[end] = (event["ts"] + event["dur"]) / 1e6
+    return moments
+
+
+# --- ceilings ---
+
+
+def matrix_product(*, threads: int, side: int) -> dict[str, float]:
+    """GFLOP/s of a product of square matrices, the best of many."""
+    from unet_ray.inference import configure_tensorflow, tf
+
+    configure_tensorflow("cpu", threads)
+    told = {}
+    for name in ("float32", "bfloat16"):
+        matrix = tf.cast(tf.random.normal((side, side)), name)
+        product = tf.function(tf.matmul, autograph=False)
+        told[f"{name}_gflops"] = 2 * side**3 / min(_times(partial(_waited_for, product, matrix, matrix))) / 1e9
+    return told
+
+
+def _waited_for(act: Callable[..., Any], *arguments: Any) -> np.ndarray:
+    return act(*arguments).numpy()
+
+
+def decode(*, frames: str, size: tuple[int, int], threads: int) -> dict[str, float]:
+    """Frames a second from file to the network's size on all cores: our decoder, and TensorFlow's in `tf.data`."""
+    from unet_ray.peers import list_frames
+
+    paths = list_frames(frames)
+    return {
+        "ours_per_s": _decode_ours(paths, (size[0], size[1]), threads),
+        "tf_per_s": _decode_tf(paths, size, threads),
+    }
+
+
+def _decode_ours(paths: list[str], size: tuple[int, int], threads: int) -> float:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(threads, get_context("spawn")) as pool:
+        list(pool.map(_decode_some, [(paths[:2], size)] * threads * 2))  # every process is there and has its libraries
+        parts = [(paths[place::threads], size) for place in range(threads)]
+        started = time.perf_counter()
+        done = sum(pool.map(_decode_some, parts))
+        return done / (time.perf_counter() - started)
+
+
+def _decode_some(part: tuple[list[str], tuple[int, int]]) -> int:
+    from unet_ray.decoding import DecodeOptions
+    from unet_ray.decoding import decode as decode_one
+
+    paths, size = part
+    options = DecodeOptions(network_size=size, max_pixels=100_000_000, timeout_s=60)
+    deadline = time.perf_counter() + _CEILING_S
+    for number, path in enumerate(paths, start=1):
+        decode_one(Path(path).read_bytes(), options)
+        if time.perf_counter() > deadline:
+            return number
+    return len(paths)
+
+
+def _decode_tf(paths: list[str], size: tuple[int, int], threads: int) -> float:
+    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.peers import load_frame
+
+    configure_tensorflow("cpu", threads)
+    dataset = tf.data.Dataset.from_tensor_slices(paths).repeat()
+    frames = iter(dataset.map(lambda path: load_frame(path, size), num_parallel_calls=threads).batch(8))
+    next(frames)
+    n_batches, started = 0, time.perf_counter()
+    while (took_s := time.perf_counter() - started) < _CEILING_S and n_batches * 8 < len(paths):
+        next(frames)
+        n_batches += 1
+    return n_batches * 8 / max(took_s, 1e-9)
+
+
+def network(*, model: str, batch_size: int, threads: int, precision: str, device: str) -> dict[str, Any]:
+    """Frames a second of the network and its argmax alone; on a GPU that TensorFlow does not see, by JAX."""
+    if device == "gpu" and not _tensorflow_sees_gpu():
+        return {"per_s": _network_jax(model, batch_size, precision), "backend": "jax"}
+    from unet_ray.bundle import read_bundle
+    from unet_ray.inference import configure_tensorflow, tf
+
+    configure_tensorflow(device, threads)
+    net = read_bundle(model).build_model(dtype_policy=precision)
+    frames = tf.constant(_some_frames(batch_size, net.input_shape[1:3]))
+    label = tf.function(
+        lambda image_BHWC: tf.cast(tf.argmax(net(image_BHWC, training=False), -1), tf.uint8),
+        input_signature=[tf.TensorSpec(frames.shape, tf.uint8)],
+        jit_compile=device == "gpu",
+        autograph=False,
+    )
+    return {"per_s": batch_size / _median_time(lambda: label(frames).numpy()), "backend": "tensorflow"}
+
+
+def _tensorflow_sees_gpu() -> bool:
+    import subprocess
+
+    # In another process: once loaded here, Keras could not be loaded for JAX any more.
+    look = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+    answer = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    return answer.stdout.split()[-1:] not in ([], ["0"])
+
+
+def _network_jax(model: str, batch_size: int, precision: str) -> float:
+    import os
+
+    os.environ["KERAS_BACKEND"] = "jax"
+    import jax
+
+    from unet_ray.bundle import read_bundle
+
+    net = read_bundle(model).build_model(dtype_policy=precision)
+    weights, state = [v.value for v in net.trainable_variables], [v.value for v in net.non_trainable_variables]
+
+    @jax.jit
+    def label(image_BHWC):
+        logits_BHWK, _ = net.stateless_call(weights, state, image_BHWC, training=False)
+        return logits_BHWK.argmax(-1).astype("uint8")
+
+    frames = jax.device_put(_some_frames(batch_size, net.input_shape[1:3]))
+    return batch_size / _median_time(lambda: np.asarray(label(frames)))
+
+
+def _some_frames(n_frames: int, size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n_frames, *size, 3), np.uint8)
+
+
+def _times(act: Callable[[], Any]) -> list[float]:
+    """Seconds of each call, after one that compiles, for some seconds and at least three times."""
+    act()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < _CEILING_S:
+        started = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _median_time(act: Callable[[], Any]) -> float:
+    return float(np.median(_times(act)))
+
+
+PROGRAMS = {
+    **dict.fromkeys(("ours", "matrix_product", "decode", "network"), "contestants"),
+    **dict.fromkeys(("notebook_loop", "tfdata_loop", "ray_pattern"), "peers"),
+    **dict.fromkeys(("our_step", "keras_step", "keras_fit", "our_ingest", "tfdata_ingest"), "training_peers"),
+    **dict.fromkeys(("torch_loop", "torch_step", "torch_ingest"), "torch_peers"),
+}
+"""The module of each program; one that is not asked for is not imported."""
+
+
+def main(name: str, told: str, result: str) -> int:
+    """Runs one program and writes what it returns."""
+    program: Callable[..., Any] = getattr(importlib.import_module(f"unet_ray.{PROGRAMS[name]}"), name)
+    Path(result).write_text(json.dumps(program(**json.loads(told))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
