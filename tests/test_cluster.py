@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -98,6 +99,23 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"^RAY_ADDRESS is 127\.0\.0\.1:1; no cluster lets us in there: ") as caught:
         cluster.connect()
     assert "\n" not in str(caught.value)
+
+
+def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, capsys):
+    def fail(**arguments):
+        raise Exception("The current node\ntimed out during startup.")  # as ray/_private/node.py does
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.shutdown()
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setitem(
+        cli.COMMANDS, "segment", dataclasses.replace(cli.COMMANDS["segment"], run=lambda told: cluster.connect())
+    )
+    assert cli.run_command("segment", ["--model", "m", "--frames", "f", "--out", "o"]) == 75
+    assert capsys.readouterr().err == (
+        "unet-ray: error: Ray did not start on this machine: The current node timed out during startup.; is it very "
+        "busy? Try the same command again\n"
+    )
 
 
 def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():

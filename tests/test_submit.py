@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from object_store import KEY_ID, SECRET
 from ray_nodes import RayNodes
 from test_readme import blocks
 
@@ -55,10 +56,13 @@ def readme_line(job: str) -> str:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[RayNodes]:
-    with RayNodes() as nodes:
-        for _ in range(3):
-            nodes.add(num_cpus=2)
-        yield nodes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)  # nothing here asks S3; that nothing tells it either is shown below
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        with RayNodes() as nodes:
+            for _ in range(3):
+                nodes.add(num_cpus=2)
+            yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +245,15 @@ def test_without_the_token_the_job_api_answers_no(nodes):
             urllib.request.urlopen(request)
         assert caught.value.code == status
         caught.value.close()
+
+
+def test_neither_the_token_nor_a_key_is_in_a_log_an_output_or_the_jobs_records(labelled, desk, bucket):
+    token = Path(desk.nodes.environment["RAY_AUTH_TOKEN_PATH"])
+    with urllib.request.urlopen(authorized(f"{desk.nodes.dashboard}/api/jobs/", desk.nodes)) as answer:
+        said = {"the jobs' records": answer.read()}
+    for folder in (desk.nodes.folder, desk.folder, bucket):
+        files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink() and file != token)
+        said |= {str(file): file.read_bytes() for file in files}
+    assert any("labels/config.yaml" in name for name in said) and any("job-driver" in name for name in said)
+    for secret in (token.read_text(), SECRET, KEY_ID):
+        assert [name for name, content in said.items() if secret.encode() in content] == []

@@ -143,7 +143,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         return _fail(str(error), EXIT_USAGE)
     except config.JobFailed as error:
         return _fail(str(error), EXIT_FAILED)
-    except storage.StorageError as error:
+    except (storage.StorageError, config.NotNow) as error:
         return _fail(str(error), EXIT_TRY_AGAIN)
     except OSError as error:
         return _fail(str(error), EXIT_FAILED)

@@ -16,6 +16,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.metrics import Gauge
 
 from unet_ray import filesystems
+from unet_ray.config import NotNow
 
 WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
@@ -36,6 +37,7 @@ def connect() -> None:
 
     Raises:
         ValueError: `RAY_ADDRESS` names a cluster that does not answer, or Ray runs already with other storage options.
+        NotNow: Ray did not start.
     """
     global _handed
     storage_variables = filesystems.worker_environment(inherited=_is_local())
@@ -59,7 +61,7 @@ def connect() -> None:
     if _is_local():
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        ray.init(address="local", include_dashboard=False, **arguments)
+        _start_ray(arguments)
     else:
         address = os.environ["RAY_ADDRESS"]
         try:
@@ -76,6 +78,18 @@ def connect() -> None:
     say(f"Ray {ray.__version__} {where}: {_text({key: have.get(key, 0) for key in ('CPU', 'GPU')})}")
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         say("warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token")
+
+
+def _start_ray(arguments: Mapping[str, Any]) -> None:
+    """Starts a Ray of this machine. Ray 2.60 raises a bare Exception where its processes do not come up in time."""
+    try:
+        ray.init(address="local", include_dashboard=False, **arguments)
+    except Exception as error:
+        ray.shutdown()
+        cause = " ".join(str(error).split())
+        raise NotNow(
+            f"Ray did not start on this machine: {cause}; is it very busy? Try the same command again"
+        ) from error
 
 
 def _knock(address: str) -> None:
