@@ -33,7 +33,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from unet_ray import arena, benchmark, contests
+from unet_ray.bench import arena, benchmark, contests
 
 
 def main() -> int:

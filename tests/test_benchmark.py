@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unet_ray import arena, benchmark, contests, peers, watchers
-from unet_ray.arena import Arena, Contest
-from unet_ray.benchmark import Journal, Round, Row, Skipped
+from unet_ray.bench import arena, benchmark, contests, peers, watchers
+from unet_ray.bench.arena import Arena, Contest
+from unet_ray.bench.benchmark import Journal, Round, Row, Skipped
+from unet_ray.bench.training_peers import digest_of
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import PRESETS
 from unet_ray.decoding import DecodeOptions, decode
-from unet_ray.training_peers import digest_of
 
 JOB = Path(__file__).parent.parent / "jobs" / "benchmark.py"
 TINY = arena.SIZES["tiny"]
@@ -298,7 +298,7 @@ def test_all_steps_compute_the_same_loss(tiny: Arena):
 def test_ingests_give_the_same_pixels(program: str, tiny: Arena):
     if program == "torch_ingest":
         pytest.importorskip("torch")
-    from unet_ray.training_peers import some_pairs
+    from unet_ray.bench.training_peers import some_pairs
 
     images, masks = map(str, tiny.pairs())
     told = {"images": images, "masks": masks, "size": tiny.network_size, "batch_size": 4, "threads": 1}

@@ -13,8 +13,8 @@ import unet_ray
 
 PACKAGE = Path(unet_ray.__file__).parent
 MAY_IMPORT_RAY = {
-    *("chaos", "cluster", "machines", "contestants", "ingest", "monitor", "peers", "worker", "training", "waves"),
-    "segmentation",
+    *("chaos", "cluster", "machines", "ingest", "monitor", "worker", "training", "waves", "segmentation"),
+    *("bench.contestants", "bench.peers"),
 }
 MAY_IMPORT_FSSPEC = {"filesystems", "storage"}
 MAY_IMPORT_MATPLOTLIB = {"pictures"}
@@ -23,17 +23,22 @@ MAY_IMPORT_MATPLOTLIB = {"pictures"}
 def imports(module: str) -> set[str]:
     """Names of all modules that one module of ours imports anywhere, with `unet_ray.x` for our own."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} has a relative import"
-            prefix = f"{node.module}."
-            found |= {prefix + alias.name for alias in node.names} if node.module == "unet_ray" else {node.module or ""}
+            packages = ("unet_ray", "unet_ray.bench")
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= whole if node.module in packages else {node.module or ""}
     return found
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -47,6 +52,11 @@ def test_only_the_named_modules_know_ray_fsspec_and_matplotlib(module):
 def test_training_and_segmentation_never_import_each_other():
     assert "unet_ray.segmentation" not in imports("training")
     assert "unet_ray.training" not in imports("segmentation")
+
+
+def test_nothing_needs_the_benchmark():
+    outside = [module for module in MODULES if not module.startswith("bench.")]
+    assert not any(name.startswith("unet_ray.bench") for module in outside for name in imports(module))
 
 
 def test_no_module_imports_one_that_imports_it():

@@ -15,6 +15,7 @@ import duckdb
 import numpy as np
 import pytest
 import small_output
+from test_boundaries import MODULES
 
 from unet_ray import cli, monitor, results, segmentation
 from unet_ray.classes import ClassSet, SegmentationClass
@@ -115,5 +116,5 @@ def test_the_table_of_metrics_names_those_there_are():
 
 def test_the_module_map_names_every_module():
     table = README[README.index("| module (`unet_ray/`)") :].split("\n\n")[0]
-    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    assert named == {path.stem for path in (ROOT / "unet_ray").glob("*.py")} - {"__init__"}
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+    assert named == set(MODULES)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unet_ray import peers
-from unet_ray.arena import Arena, Contest, Contestant, Ended, precision_of
-from unet_ray.benchmark import Measurement, Round, Row, Skipped, bound
-from unet_ray.watchers import Busy, Commits, Watcher
+from unet_ray.bench import peers
+from unet_ray.bench.arena import Arena, Contest, Contestant, Ended, precision_of
+from unet_ray.bench.benchmark import Measurement, Round, Row, Skipped, bound
+from unet_ray.bench.watchers import Busy, Commits, Watcher
 
 EQUAL_PIXELS = 0.97
 """Least share of pixels with equal classes in two contestants' masks: bfloat16 against float32, and one JPEG decoder

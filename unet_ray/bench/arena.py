@@ -27,11 +27,11 @@ import numpy as np
 from PIL import Image
 
 from unet_ray import devices, faults, synthetic
-from unet_ray.benchmark import Measurement, Skipped, source_digest
+from unet_ray.bench.benchmark import Measurement, Skipped, source_digest
+from unet_ray.bench.watchers import Watcher
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import PRESETS
 from unet_ray.config import ModelConfig
-from unet_ray.watchers import Watcher
 
 JPEG_QUALITY = 90
 _CLASSES = "carla23"
@@ -148,7 +148,7 @@ class Arena:
     def __init__(self, out: Path, settings: Settings, camvid: Path | None = None) -> None:
         """`camvid` is the folder with `train`, `trainannot`, `val` and `valannot`."""
         self.out, self.settings, self._camvid = out.resolve(), settings, camvid
-        self.source = source_digest(Path(__file__).parent)
+        self.source = source_digest(Path(__file__).parent.parent)
         self.data = self.out / "data" / settings.size
         for folder in (self.data, self.out / "logs", self.out / "outputs"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +310,7 @@ class Arena:
         result = self.out / "logs" / f"{name}.json"
         result.unlink(missing_ok=True)
         told = {key: str(value) if isinstance(value, Path) else value for key, value in told.items()}
-        command = [sys.executable, "-m", "unet_ray.contestants", name, json.dumps(told), str(result)]
+        command = [sys.executable, "-m", "unet_ray.bench.contestants", name, json.dumps(told), str(result)]
         lines: list[tuple[float, str]] = []
         with (self.out / "logs" / f"{name}.log").open("w+") as log:
             started_s, started = time.time(), time.monotonic()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_ray.peers import list_frames, load_frame
+from unet_ray.bench.peers import list_frames, load_frame
 
 WARM_UP_STEPS = 3
 

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from unet_ray.bench.peers import MaskFile, list_frames
+from unet_ray.bench.training_peers import WARM_UP_STEPS, digest_of, some_pairs
 from unet_ray.bundle import Bundle, read_bundle
 from unet_ray.config import ModelConfig
 from unet_ray.decoding import DecodeOptions, decode
 from unet_ray.images import decode_mask, resize_nearest
-from unet_ray.peers import MaskFile, list_frames
-from unet_ray.training_peers import WARM_UP_STEPS, digest_of, some_pairs
 
 _PADDED = "same"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_ray import faults, ledger, storage
-from unet_ray.benchmark import steady_rate
+from unet_ray.bench.benchmark import steady_rate
 
 WARM_UP_SHARE = 0.1
 """Of the frames: when so many are committed, the steady state begins (`benchmark.steady_rate`)."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from unet_ray import faults
-from unet_ray.arena import Arena, Contest, Contestant, Ended
-from unet_ray.benchmark import Measurement, Round, Row, bend, slope_per_1000
-from unet_ray.labelling_contests import decoding, network, ours, segment
-from unet_ray.watchers import Memory
+from unet_ray.bench.arena import Arena, Contest, Contestant, Ended
+from unet_ray.bench.benchmark import Measurement, Round, Row, bend, slope_per_1000
+from unet_ray.bench.labelling_contests import decoding, network, ours, segment
+from unet_ray.bench.watchers import Memory
 
 
 def _start(arena: Arena) -> Measurement:

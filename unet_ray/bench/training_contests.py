@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from unet_ray.arena import Arena, Contest, Contestant, precision_of
-from unet_ray.benchmark import Measurement, Round, Row, Skipped
+from unet_ray.bench.arena import Arena, Contest, Contestant, precision_of
+from unet_ray.bench.benchmark import Measurement, Round, Row, Skipped
 from unet_ray.classes import PRESETS
 from unet_ray.options import read_yaml
 

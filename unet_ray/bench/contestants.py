@@ -1,6 +1,6 @@
 """What runs in a process of its own: ours as a user runs it, ceilings of the machine, and the peers' programs.
 
-python -m unet_ray.contestants NAME ARGUMENTS.json-text RESULT-FILE
+python -m unet_ray.bench.contestants NAME ARGUMENTS.json-text RESULT-FILE
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ours(*, command: str, arguments: list[str], moments: bool) -> dict[str, Any]
 
     told: dict[str, Any] = {"began_s": began_s, "done_s": time.time()}
     if ray.is_initialized():
-        from unet_ray.peers import store_bytes
+        from unet_ray.bench.peers import store_bytes
 
         told |= {"object_store_bytes": store_bytes(), **(_moments() if moments else {})}
     return told
@@ -95,7 +95,7 @@ def _waited_for(act: Callable[..., Any], *arguments: Any) -> np.ndarray:
 
 def decode(*, frames: str, size: tuple[int, int], threads: int) -> dict[str, float]:
     """Frames a second from file to the network's size on all cores: our decoder, and TensorFlow's in `tf.data`."""
-    from unet_ray.peers import list_frames
+    from unet_ray.bench.peers import list_frames
 
     paths = list_frames(frames)
     return {
@@ -131,8 +131,8 @@ def _decode_some(part: tuple[list[str], tuple[int, int]]) -> int:
 
 
 def _decode_tf(paths: list[str], size: tuple[int, int], threads: int) -> float:
+    from unet_ray.bench.peers import load_frame
     from unet_ray.inference import configure_tensorflow, tf
-    from unet_ray.peers import load_frame
 
     configure_tensorflow("cpu", threads)
     dataset = tf.data.Dataset.from_tensor_slices(paths).repeat()
@@ -223,7 +223,7 @@ PROGRAMS = {
 
 def main(name: str, told: str, result: str) -> int:
     """Runs one program and writes what it returns."""
-    program: Callable[..., Any] = getattr(importlib.import_module(f"unet_ray.{PROGRAMS[name]}"), name)
+    program: Callable[..., Any] = getattr(importlib.import_module(f"unet_ray.bench.{PROGRAMS[name]}"), name)
     Path(result).write_text(json.dumps(program(**json.loads(told))))
     return 0
 

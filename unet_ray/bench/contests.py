@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from unet_ray import cost_contests, labelling_contests, training_contests
-from unet_ray.arena import Arena, Contest, ContestantFailed
-from unet_ray.benchmark import Journal, Measurement, Row, Skipped, in_turn, lacking
+from unet_ray.bench import cost_contests, labelling_contests, training_contests
+from unet_ray.bench.arena import Arena, Contest, ContestantFailed
+from unet_ray.bench.benchmark import Journal, Measurement, Row, Skipped, in_turn, lacking
 
 CONTESTS = {
     contest.name: contest
