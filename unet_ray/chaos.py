@@ -322,8 +322,12 @@ def disk_full_working(stage: Stage) -> Trial:
     return _on_small_disk(Trial(stage, "disk_full_working"), _fill_while_working)
 
 
+_SMALL_FILES_KB = 128
+"""What is published beside frames/."""
+
+
 def disk_full_publishing(stage: Stage) -> Trial:
-    """All chunks are done, and the output's disk has room for none, or for some, of the published files."""
+    """All chunks are done, and the output's disk has room for no published file, then for a few."""
     trial = Trial(stage, "disk_full_publishing", start_from=stage.unpublished)
     return _on_small_disk(trial, _fill_before_publishing)
 
@@ -369,8 +373,8 @@ def _require_place(trial: Trial) -> None:
 
 
 def _fill_before_publishing(trial: Trial, disk: faults.SmallDisk) -> None:
-    first = sorted((trial.stage.undisturbed / "frames").iterdir())[0].stat().st_size
-    for leave_kb in (0, first // 1024 + 8):
+    sizes_kb = sorted(file.stat().st_size // 1024 for file in (trial.stage.undisturbed / "frames").iterdir())
+    for leave_kb in (0, sizes_kb[0] // 2):
         disk.free()
         disk.fill(leave_kb=leave_kb)
         trial.run()
@@ -380,7 +384,10 @@ def _fill_before_publishing(trial: Trial, disk: faults.SmallDisk) -> None:
         trial.require_nothing_torn()
         trial.require(not (trial.out / "summary.json").exists(), "the summary is there although files are missing")
     disk.free()
+    leave_kb = sum(sizes_kb[-(os.cpu_count() or 1) :]) + _SMALL_FILES_KB  # written at once; then their parts go
+    disk.fill(leave_kb=leave_kb)
     trial.run()
+    trial.did(f"{leave_kb} KB left for {sum(sizes_kb)} KB")
     trial.require_exit(0, "0 in 0 to do")
 
 
