@@ -1,0 +1,107 @@
+"""Ray's autoscaler with nodes that are local processes: a job on a head alone gets nodes, uses them, lets them go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import ray
+from ray_nodes import RayNodes
+
+from unet_ray import publish, synthetic, trials
+from unet_ray.trials import wait_until
+
+ROOT = Path(__file__).parent.parent
+RAYLET = f"{Path(ray.__file__).parent}/core/src/ray/raylet/raylet"
+N_FRAMES = 120
+
+# Python runs this in every process of the nodes: frames come slowly, so that there is work until more nodes have come.
+SLOW = """
+import time
+from unet_ray import images
+decode_frame = images.decode_frame
+def slow(data, **limits):
+    time.sleep(0.5)
+    return decode_frame(data, **limits)
+images.decode_frame = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    slow = tmp_path_factory.mktemp("slow")
+    (slow / "sitecustomize.py").write_text(SLOW)
+    workers = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(slow), prepend=os.pathsep)
+        with RayNodes(autoscaling={"worker": workers}) as nodes:
+            yield nodes
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    log = tmp_path_factory.mktemp("log")
+    synthetic.write_log(str(log), seed=0, drives=4, frames_per_drive=N_FRAMES // 4, height_px=24, width_px=48)
+    return log
+
+
+def n_workers(nodes: RayNodes) -> int:
+    """How many nodes there are beside the head."""
+    return len(nodes.running(RAYLET)) - 1
+
+
+@contextmanager
+def job(nodes: RayNodes, said: Path, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**nodes.environment, "RAY_ADDRESS": nodes.address}
+    with said.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *options],
+            env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+        )  # fmt: skip
+    try:
+        yield process
+        process.wait()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(1200)
+def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, log, tmp_path):
+    model, out, said = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"
+    told = ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", str(out), "--actors", "1:3"]
+    most_nodes, actors = 0, set[int]()
+    with job(nodes, said, "segment", *told, "--chunk-frames", "1") as process:
+        while process.poll() is None:
+            most_nodes = max(most_nodes, n_workers(nodes))
+            actors.update(nodes.running("ray::MapWorker"))
+            time.sleep(0.5)
+    lines = said.read_text().splitlines()
+    assert process.returncode == 0, lines
+    assert "the job wants 1 CPU; the cluster has 0 CPUs; waiting up to 600 s for more nodes" in lines
+    assert any(line.startswith(f"{N_FRAMES} frames in {N_FRAMES} chunks") for line in lines)
+    assert most_nodes > 1 and len(actors) > 1, lines
+    assert publish.verify(str(out)) == []
+    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600)
+
+
+@pytest.mark.timeout(1200)
+def test_training_waits_for_its_nodes_and_lets_them_go(nodes, log, tmp_path):
+    said = tmp_path / "said"
+    pairs = ["--images", f"{log}/CameraRGB", "--masks", f"{log}/CameraMask", "--classes", "carla23"]
+    small = ["--epochs", "2", "--image-size", "16", "32", "--n-filters", "4", "--depth", "2"]
+    with job(nodes, said, "train", *pairs, *small, "--out", str(tmp_path / "run"), "--workers", "2") as process:
+        pass
+    lines = said.read_text().splitlines()
+    assert process.returncode == 0, lines
+    assert any(
+        line.startswith("2 training workers want 2 CPUs (1 CPU each); the cluster has 1 CPU; waiting") for line in lines
+    )
+    assert any(line.startswith("epoch 2/2") for line in lines)
+    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600)
