@@ -113,7 +113,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, capsys):
     )
     assert cli.run_command("segment", ["--model", "m", "--frames", "f", "--out", "o"]) == 75
     assert capsys.readouterr().err == (
-        "unet-ray: error: Ray did not start on this machine: The current node timed out during startup.; is it very "
+        "unet-ray: error: Ray did not start on this machine: The current node timed out during startup; is it very "
         "busy? Try the same command again\n"
     )
 

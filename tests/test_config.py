@@ -116,7 +116,7 @@ def test_an_unknown_class_set_names_the_presets(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.yaml: no such file"):
         config.load_class_set(str(tmp_path / "gone.yaml"))
     (tmp_path / "torn.yaml").write_text("classes: [")
-    with pytest.raises(ValueError, match=r"torn\.yaml is not YAML: "):
+    with pytest.raises(ValueError, match=r"torn\.yaml is neither YAML nor JSON at line 1, column \d+: "):
         config.load_class_set(str(tmp_path / "torn.yaml"))
 
 

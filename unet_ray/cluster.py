@@ -49,8 +49,9 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns of this change of default
     # Ray Data makes Ray call every actor that it can restart an error, on the terminal (Ray 2.60).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Of more workers than CPUs, Ray ends each that was idle for a second, and starts another for the next task, which
-    # takes 2 s of a core (Ray 2.60). Decoding, labelling and writing share CPUs, and take turns by the chunk.
+    # Of more workers than CPUs, Ray ends each that was idle for a second (Ray 2.60), and starts another for the next
+    # task, whose imports alone take 1.3 s of a core (`time python -c "import unet_ray.waves"`, 2026-11-21). Decoding,
+    # labelling and writing share CPUs, and take turns by the chunk.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     arguments: dict[str, Any] = {
         "runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}},
@@ -86,7 +87,7 @@ def _start_ray(arguments: Mapping[str, Any]) -> None:
         ray.init(address="local", include_dashboard=False, **arguments)
     except Exception as error:
         ray.shutdown()
-        cause = " ".join(str(error).split())
+        cause = " ".join(str(error).split()).rstrip(".")
         raise NotNow(
             f"Ray did not start on this machine: {cause}; is it very busy? Try the same command again"
         ) from error

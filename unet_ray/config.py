@@ -86,7 +86,8 @@ class StorageConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, 0, "storage_retry_s")
         for uri in self.uris():
-            _require(uri is None or bool(storage.resolve(uri)), "")
+            if uri is not None:
+                storage.resolve(uri)
         self._storage_options()
 
     def _storage_options(self) -> dict[str, dict[str, Any]]:

@@ -46,7 +46,9 @@ def read_mapping(text: str | bytes, source: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, _YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+        where = getattr(error, "problem_mark", None)
+        place = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
+        raise ValueError(f"{source} is neither YAML nor JSON{place}: {getattr(error, 'problem', error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{source} holds no options; write one `name: value` a line")
     return content

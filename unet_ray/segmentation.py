@@ -223,7 +223,9 @@ def _say_changes(plan: ledger.Plan) -> None:
 
 def _frame_pixels(listing: Listing) -> int:
     """Pixels of the largest first frame of a drive's camera, by which chunks are cut; 0 where none says its size."""
-    numbered = listing.table.select(["sequence", "camera"]).append_column("row", pa.array(range(len(listing.table))))
+    numbered = listing.table.select(["sequence", "camera"]).append_column(
+        "row", pa.array(np.arange(len(listing.table)))
+    )
     firsts = numbered.group_by(["sequence", "camera"]).aggregate([("row", "min")])["row_min"].sort()
     looked_at = firsts.take(np.unique(np.linspace(0, len(firsts) - 1, SIZES_LOOKED_AT, dtype=np.int64)))
     pixels = [0]
@@ -435,7 +437,7 @@ def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) 
 
 
 def _show_preview(plan: ledger.Plan) -> None:
-    from unet_ray.preview import write_preview  # loads matplotlib, 0.5 s that the first frame need not wait for
+    from unet_ray.preview import write_preview  # loads matplotlib, for which the first frame need not wait
 
     uri: str | None = storage.join(plan.out, "preview.png")
     if not storage.exists(storage.join(plan.out, "preview.png")):
