@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unet_ray import checkpoints, evaluation, ingest, storage
+from unet_ray.augmentation import AugmentConfig, augment
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
 from unet_ray.config import JobFailed, TrainConfig
-from unet_ray.images import AugmentConfig, augment
 
 if TYPE_CHECKING:
     from unet_ray import steps as steps_module
