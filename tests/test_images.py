@@ -248,6 +248,64 @@ def test_no_flipped_byte_of_a_pngs_pixels_passes_for_other_pixels(function):
         assert refused(function, bytes(damaged))[0] == "truncated", place
 
 
+def kinds():
+    """A file of every kind that a decoder other than Pillow's may take, and near misses."""
+    image = Image.fromarray(RGB)
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1"):
+        yield encoded(image.convert(mode), "PNG")
+    yield encoded(image, "PNG", transparency=(1, 2, 3))
+    yield encoded(image.convert("L"), "PNG", transparency=7)
+    yield encoded(image, "PNG", icc_profile=b"no profile", exif=b"Exif\0\0MM\0*")
+    yield encoded(image.convert("L"), "JPEG")
+    for subsampling in (0, 1, 2):
+        for options in ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"quality": 30}):
+            yield encoded(image, "JPEG", subsampling=subsampling, **options)
+
+
+def by_pillow_alone(monkeypatch, data):
+    with monkeypatch.context() as patch:
+        patch.setattr("unet_ray.images._pixels_fast", lambda *_: None)
+        return frame_or_reason(data)
+
+
+def frame_or_reason(data):
+    try:
+        return decode_frame(data, max_pixels=100_000)
+    except ImageRefused as refusal:
+        return np.array([refusal.reason, str(refusal)])
+
+
+@pytest.mark.parametrize("data", list(kinds()), ids=len)
+def test_every_decoder_gives_the_pixels_or_the_refusal_that_pillow_gives(monkeypatch, capfd, data):
+    np.testing.assert_array_equal(frame_or_reason(data), by_pillow_alone(monkeypatch, data))
+    assert capfd.readouterr() == ("", "")  # of a million frames with an odd profile, not a word in the log
+    rng = np.random.default_rng(len(data))
+    for _ in range(60):
+        damaged = bytearray(data[: rng.integers(30, len(data))] if rng.random() < 0.2 else data)
+        damaged[rng.integers(8, len(damaged))] ^= 1 << rng.integers(8)
+        if data.startswith(b"\x89PNG"):
+            mend_the_sums(damaged)  # else the sums find all damage
+        np.testing.assert_array_equal(frame_or_reason(bytes(damaged)), by_pillow_alone(monkeypatch, bytes(damaged)))
+
+
+def mend_the_sums(png):
+    place = 8
+    while place + 12 <= len(png):
+        end = place + 8 + int.from_bytes(png[place : place + 4])
+        if end + 4 <= len(png):
+            png[end : end + 4] = zlib.crc32(png[place + 4 : end]).to_bytes(4)
+        place = end + 4
+
+
+def test_an_interlaced_png():
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]  # Adam7
+    lines = [row.tobytes() for y, x, down, right in passes for row in RGB[y::down, x::right]]
+    data = bytearray(png_by_hand(HEIGHT, WIDTH, 8, 2, lines))
+    data[28] = 1
+    mend_the_sums(data)
+    np.testing.assert_array_equal(decode_frame(bytes(data)), RGB)
+
+
 def test_a_bomb_is_refused_by_its_header():
     bomb = png_by_hand(10_000, 20_000, 8, 2, [])
     assert frame_size(bomb) == (10_000, 20_000)

@@ -63,6 +63,8 @@ TROUBLED_IN_A_ROW = 8
 """Chunks that could not be read or written, one after another and each after `--storage-retry-s`, after which the job
 ends: the store is gone or the output's disk is full, and going on with the rest would be for nothing."""
 
+_RECORDED_PACKAGES = ("unet-ray", "ray", "tensorflow", "keras", "pillow", "imagecodecs", "simplejpeg", "pyarrow")
+
 FILES_LOOKED_FOR = 16
 """Files of the archives that every other machine is asked for, where they are local."""
 
@@ -199,10 +201,7 @@ def _plan(
             frame_pixels=partial(_frame_pixels, listing),
         ),
         config_yaml=to_yaml(config),
-        recorded={
-            "device": device,
-            **{name: version(name) for name in ("unet-ray", "ray", "tensorflow", "keras", "pillow", "pyarrow")},
-        },
+        recorded={"device": device, **{name: version(name) for name in _RECORDED_PACKAGES}},
         overwrite=config.overwrite,
     )
     if config.retry_rejected:
