@@ -36,11 +36,21 @@ STOP_TIMEOUT_S = 60.0
 class RayNodes:
     """A head and nodes with token authentication; the block ends them and all that they have started."""
 
-    def __init__(self, *, autoscaling: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        autoscaling: Mapping[str, Any] | None = None,
+        settings: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        address: str | None = None,
+    ) -> None:
         """Starts a head without CPUs.
 
         Args:
             autoscaling: `available_node_types` of Ray's autoscaler, beside the head's; its nodes are local processes.
+            settings: environment variables of every node.
+            prefix: makes the head's command run in another place.
+            address: the head's address; None is this machine's.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # the name of a socket in it has at most 107 bytes
         token = self.folder / "token"
@@ -53,6 +63,7 @@ class RayNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            **(settings or {}),
         }
         self.environment.pop("RAY_ADDRESS", None)
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -64,6 +75,8 @@ class RayNodes:
                 "--head", f"--port={self.port}", f"--temp-dir={self.ray_folder}", "--num-cpus=0",
                 "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
                 *([f"--autoscaling-config={self._write_autoscaling(autoscaling)}"] if autoscaling else []),
+                *([f"--node-ip-address={address}"] if address else []),
+                prefix=prefix,
             )  # fmt: skip
             self.address = (self.ray_folder / "ray_current_cluster").read_text().strip()
         except BaseException:

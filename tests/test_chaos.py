@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
+from network import Network
+from ray_nodes import RayNodes
 
 from unet_ray import chaos, faults, trials
 
-JOB = Path(__file__).parent.parent / "jobs" / "chaos.py"
-
+ROOT = Path(__file__).parent.parent
+JOB = ROOT / "jobs" / "chaos.py"
 
 SHOWN_ELSEWHERE = {
     "one_percent_broken": "test_segmentation: frames broken in every way, below and above --max-rejected",
@@ -49,6 +54,56 @@ def test_a_job_lives_through(name: str, stage: trials.Stage, request: pytest.Fix
     outcome = chaos.run(stage, name)
     assert outcome.problems == ()
     assert outcome.same in ("bytes", "rows") and outcome.frames == sum(stage.size.drives)
+
+
+def keepalive() -> dict[str, str]:
+    """The settings with which `cluster.yaml` starts every node."""
+    told = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    head, worker = (
+        dict(re.findall(r"(RAY_(?:grpc|health)\w+)=(\S+)", told[f"{name}_start_ray_commands"][-1]))
+        for name in ("head", "worker")
+    )
+    assert head == worker and len(head) == 5
+    return head
+
+
+@pytest.mark.timeout(900)
+def test_a_job_goes_on_without_a_node_whose_link_is_cut(stage, monkeypatch, record_property):
+    expected = stage.undisturbed
+    with (
+        Network(3) as network,
+        RayNodes(settings=keepalive(), prefix=network.on(0), address=network.address(0)) as nodes,
+    ):
+        workers = [
+            nodes.add(f"--node-ip-address={network.address(number)}", prefix=network.on(number), num_cpus=2)
+            for number in (1, 2)
+        ]
+        monkeypatch.setattr(stage, "address", nodes.address)
+        environment = {**stage.environment, **nodes.environment, "PYTHONPATH": stage.environment["PYTHONPATH"]}
+        monkeypatch.setattr(stage, "environment", environment)
+        trial = trials.Trial(stage, "cut_link", prefix=lambda command: [*network.on(0), *command])
+        with trial.started("--actors", "2", on_cluster=True) as job:
+            assert trials.wait_until(lambda: trial.has_records(3), job), trial.said()
+            assert all(faults.titled_below(node.pid, "ray::MapWorker") for node in workers), "an actor on each node"
+            network.cut(1)
+            line = f"longest time without a finished chunk after a link was cut: {longest_gap_s(trial, job):.1f} s"
+        faults.kill([workers[0].pid, *faults.descendants(workers[0].pid)])  # it would look for the others for a minute
+    print(line)
+    record_property("cut", line)
+    trial.require_exit(0)
+    trial.require_same_bytes(expected)
+    assert not trial.problems, trial.problems
+
+
+def longest_gap_s(trial: trials.Trial, job: subprocess.Popen[bytes]) -> float:
+    """Looks on until all is labelled, and returns the longest time in which no chunk was finished."""
+    seen, since_s, longest_s = len(trial.records()), time.monotonic(), 0.0
+    while job.poll() is None and not (trial.out / "frames").exists():
+        if len(trial.records()) != seen:
+            seen, since_s = len(trial.records()), time.monotonic()
+        longest_s = max(longest_s, time.monotonic() - since_s)
+        time.sleep(0.05)
+    return longest_s
 
 
 def test_a_small_disk_is_full_for_those_inside_and_gone_afterwards(tmp_path: Path, can_mount: None) -> None:
