@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ MAY_IMPORT_FSSPEC = {"filesystems", "storage"}
 MAY_IMPORT_MATPLOTLIB = {"pictures"}
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     """Names of all modules that one module of ours imports anywhere, with `unet_ray.x` for our own."""
     found: set[str] = set()

@@ -186,6 +186,8 @@ class Proxy:
             body = await reader.read(-1)
         finally:
             writer.transport.abort()
+        if b"transfer-encoding: chunked" in head.lower():
+            body = _joined(body)
         answer = _as_http_1_1(head, body, request.method), body
         if self._memory is not None and request.method in ("GET", "HEAD"):
             self._memory[key] = answer
@@ -208,6 +210,16 @@ async def _read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
     kept = [line for line in lines if line.partition(":")[0].lower() not in ("connection", "expect")]
     raw = "\r\n".join([first, *kept, "Connection: close", "", ""]).encode("latin-1") + body
     return Request(method=method, target=target, headers=headers, raw=raw)
+
+
+def _joined(chunked: bytes) -> bytes:
+    parts, rest = [], chunked
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        parts.append(rest[:length])
+        rest = rest[length + 2 :] if length else b""
+    return b"".join(parts)
 
 
 def _as_http_1_1(head: bytes, body: bytes, method: str) -> bytes:

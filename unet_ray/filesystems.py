@@ -8,7 +8,8 @@ secrets and tokens are refused in both a URI and `--storage-options`: they come 
 answer, a reset, 429, 500 to 504, an answer that was cut short) is asked again:
 
 1. each request on S3 by botocore, `REQUEST_ATTEMPTS` times in all, within 3 s (mode `standard`); s3fs's own tries, 5
-   around each of these and 5 more around each body, are off: together with botocore's they would be 125;
+   around each of these and 5 more around each body, are off: together with botocore's they would be 125 (Azure's
+   client has 3 more tries of its own, after 15 s and more, which adlfs does not let one change);
 2. each operation of `storage` by `persistently`, after pauses that grow from 0.1 to 10 s, until `--storage-retry-s`
    (60) have passed since it began; after that it ends with a `StorageError`.
 
@@ -78,6 +79,8 @@ _REFUSALS = {
 
 _CUT_ON_THE_WAY = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "RequestTimeout")
 """Answers of S3 of which s3fs makes the same, although it was the way there that failed."""
+
+_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 
 
 # --- URIs ---
@@ -281,10 +284,13 @@ def naming(uri: str) -> Iterator[None]:
         if not is_local(uri) and error.errno in _REFUSALS and not _was_cut_on_the_way(error):
             raise StorageRefused(error.errno, text, uri) from error
         raise StorageError(error.errno or errno.EIO, f"{text}; trying again may help", uri) from error
-    except _client_errors() as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, _passing_errors()):
-            remedy = "; set them in the environment or a profile" if "Credentials" in type(error).__name__ else ""
+    except _client_errors_wrapped() as error:
+        cause = error if isinstance(error, client_errors()) else error.__cause__
+        if not isinstance(cause, client_errors()):
+            raise
+        text = " ".join(re.split("RequestId:|Content:", str(cause))[0].split())  # Azure's go on for many lines
+        if not _may_pass(cause):
+            remedy = "; set them in the environment or a profile" if "Credentials" in type(cause).__name__ else ""
             raise StorageRefused(errno.EACCES, f"{text}{remedy}", uri) from error
         raise StorageError(errno.EIO, f"{text}; trying again may help", uri) from error
 
@@ -299,9 +305,13 @@ def _loaded(*names: str) -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], kind) for module, kind in places if module in sys.modules)
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def client_errors() -> tuple[type[Exception], ...]:
     """What the clients of object stores raise that is no OSError."""
-    return (*_loaded("botocore.exceptions:BotoCoreError"), *_passing_errors())
+    return (*_loaded("botocore.exceptions:BotoCoreError", "azure.core.exceptions:AzureError"), *_passing_errors())
+
+
+def _client_errors_wrapped() -> tuple[type[Exception], ...]:
+    return (*client_errors(), RuntimeError)  # adlfs wraps some
 
 
 def _passing_errors() -> tuple[type[Exception], ...]:
@@ -311,8 +321,16 @@ def _passing_errors() -> tuple[type[Exception], ...]:
         "botocore.exceptions:IncompleteReadError",
         "botocore.exceptions:ResponseStreamingError",
         "botocore.parsers:ResponseParserError",
+        "azure.core.exceptions:ServiceRequestError",
+        "azure.core.exceptions:ServiceResponseError",
+        "azure.core.exceptions:IncompleteReadError",
+        "azure.core.exceptions:DecodeError",
         "aiohttp:ClientError",
     )
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, _passing_errors()) or getattr(error, "status_code", None) in _PASSING_STATUS
 
 
 def persistently(uri: str, act: Callable[[], T]) -> T:

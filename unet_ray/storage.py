@@ -19,7 +19,6 @@ import io
 import os
 import posixpath
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,11 +28,13 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 
+from unet_ray import local_files
 from unet_ray.filesystems import (
     REQUESTS_IN_FLIGHT,
     FileChanged,
     StorageError,
     StorageRefused,
+    client_errors,
     filesystem,
     is_local,
     is_s3,
@@ -41,9 +42,11 @@ from unet_ray.filesystems import (
     persistently,
     resolve,
 )
+from unet_ray.local_files import TEMPORARY_PREFIX
 
 __all__ = [
     "REQUESTS_IN_FLIGHT",
+    "TEMPORARY_PREFIX",
     "FileChanged",
     "StorageError",
     "StorageRefused",
@@ -52,9 +55,6 @@ __all__ = [
 ]  # what goes with all below
 
 T = TypeVar("T")
-
-TEMPORARY_PREFIX = ".tmp-"
-"""Start of the name of a file that is not yet whole. The dot hides it from every Parquet reader."""
 
 _READ_AHEAD_BYTES = 2**20
 
@@ -159,7 +159,8 @@ def _list_remote(root: str, fs: Any, path: str, must_exist: bool) -> Iterator[Fi
     # s3fs itself looks twice at a folder in which it finds nothing.
     where = (parent, {"prefix": f"{last}/"}) if is_s3(root) and parent else (path, {})
     entries = persistently(root, lambda: fs.find(where[0], detail=True, **where[1]))
-    if base in entries and entries[base]["type"] == "file" and len(entries) == 1:
+    # adlfs gives a list of its name for a file.
+    if isinstance(entries, list) or (base in entries and entries[base]["type"] == "file" and len(entries) == 1):
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
     if not entries and must_exist and not is_folder(root):
         if exists(root):
@@ -240,8 +241,16 @@ def _read(uri: str, offset: int, size: int | None, version: str | None) -> bytes
             return file.read(-1 if size is None else size)
     if is_s3(uri):
         return persistently(uri, lambda: _read_s3(fs, uri, path, (offset, size), version))
-    end = None if size is None else offset + size
-    return persistently(uri, lambda: fs.cat_file(path, start=offset or None, end=end))
+    return persistently(uri, lambda: _read_other(fs, path, offset, None if size is None else offset + size))
+
+
+def _read_other(fs: Any, path: str, begin: int, end: int | None) -> bytes:
+    try:
+        return fs.cat_file(path, start=begin or None, end=end)
+    except client_errors() as error:
+        if getattr(error, "status_code", None) == 416:  # adlfs: it ends before
+            return b""
+        raise
 
 
 def _read_s3(fs: Any, uri: str, path: str, span: tuple[int, int | None], version: str | None) -> bytes:
@@ -364,7 +373,7 @@ def write_whole(uri: str, data: bytes) -> None:
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         with naming(uri):
-            os.replace(_write_temporary(path, data), path)
+            local_files.write_whole(path, data)
     else:
         persistently(uri, lambda: fs.pipe_file(path, data))  # an object appears when its upload is complete
 
@@ -384,7 +393,7 @@ def write_pieces(uri: str) -> Iterator[BinaryIO]:
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         with naming(uri):
-            with _temporary_beside(path) as file:
+            with local_files.temporary_beside(path) as file:
                 yield file
             os.replace(file.name, path)
     else:
@@ -415,51 +424,13 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     try:
         if isinstance(fs, LocalFileSystem):
             with naming(uri):
-                _link_if_absent(path, data)
+                local_files.create(path, data)
         else:
             persistently(uri, lambda: fs.pipe_file(path, data, mode="create"))
         return True
     except FileExistsError:
         # After a lost answer the request is sent again and meets its own first success.
         return read_bytes(uri) == data
-
-
-def _write_temporary(path: str, data: bytes) -> str:
-    with _temporary_beside(path) as file:
-        file.write(data)
-    return file.name
-
-
-@contextmanager
-def _temporary_beside(path: str) -> Iterator[BinaryIO]:
-    """A new file in the folder of `path`, on the disk when the block ends, gone where it fails."""
-    folder, base = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{base}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-
-
-def _link_if_absent(path: str, data: bytes) -> None:
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-            raise
-        if os.path.exists(path):  # a disk without hard links (FAT, some network mounts)
-            raise FileExistsError(errno.EEXIST, "exists", path) from None
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def delete(uri: str) -> None:
