@@ -18,7 +18,7 @@ import ray
 from test_s3_jobs import DRIVES, FRAMES, SEGMENT, TRAIN, make_log, read_tree
 from weather import Proxy, Weather
 
-from unet_ray import cli, filesystems, storage
+from unet_ray import cli, endings, filesystems, storage
 from unet_ray.trials import wait_until
 
 pytestmark = [
@@ -116,7 +116,7 @@ def test_both_jobs_read_and_write_there_and_go_on_after_the_store_was_away(proxy
     proxy.reset_counts(Weather(dark_on="PUT .*/records/", dark_at=4, dark_s=10_000))
     code, said = run(*segment, "--out", "S3/cut")
     proxy.clear_up()
-    assert code == cli.EXIT_TRY_AGAIN, said
+    assert code == endings.EXIT_TRY_AGAIN, said
     (line,) = [line for line in said.splitlines() if "error" in line]
     assert line.startswith("unet-ray: error: ") and "trying again may help" in line and "goes on" in line
     records = list(storage.list_files(f"{BUCKET}/cut/_work/records"))

@@ -56,6 +56,22 @@ def test_a_job_lives_through(name: str, stage: trials.Stage, request: pytest.Fix
     assert outcome.same in ("bytes", "rows") and outcome.frames == sum(stage.size.drives)
 
 
+@pytest.mark.timeout(600)
+def test_a_job_whose_own_ray_is_killed_ends_at_once_and_the_rerun_finishes(stage):
+    trial = trials.Trial(stage, "ray_killed")
+    with trial.started() as job:
+        assert trials.wait_until(lambda: trial.has_records(2), job), trial.said()
+        below = set(faults.descendants(job.pid))
+        (raylet,) = (pid for pid in below if Path(f"/proc/{pid}/comm").read_text() == "raylet\n")
+        faults.kill([raylet])
+    trial.require_exit(75, "raylet")
+    assert trials.wait_until(lambda: faults.are_gone(below))
+    trial.run()
+    trial.require_exit(0)
+    trial.require_same_bytes(stage.undisturbed)
+    assert not trial.problems, trial.problems
+
+
 def keepalive() -> dict[str, str]:
     """The settings with which `cluster.yaml` starts every node."""
     told = yaml.safe_load((ROOT / "cluster.yaml").read_text())

@@ -9,7 +9,7 @@ import pytest
 from object_store import KEY_ID, SECRET, make_bucket, reach, run_server
 from weather import Proxy, Weather
 
-from unet_ray import cli, filesystems, options, storage
+from unet_ray import cli, endings, filesystems, options, storage
 from unet_ray.config import SegmentConfig, VerifyConfig
 
 URIS = ("s3://bucket/log", "/data/log", None)
@@ -84,7 +84,7 @@ def test_an_option_is_given_as_json_or_yaml_and_never_written_down(tmp_path, cap
     assert "storage_options" not in options.to_plain(told)
     config = SegmentConfig(model="m", frames=("s3://b",), out="o", storage_options={"anon": True})
     assert "anon" not in options.to_yaml(config)
-    assert cli.main(["verify", "s3://b/labels", "--storage-options", "[1]"]) == cli.EXIT_USAGE
+    assert cli.main(["verify", "s3://b/labels", "--storage-options", "[1]"]) == endings.EXIT_USAGE
     assert (
         capsys.readouterr().err
         == "unet-ray: error: --storage-options holds no options; write one `name: value` a line\n"

@@ -15,7 +15,7 @@ import pytest
 
 from unet_ray import ledger, publish, results, storage
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.config import JobFailed
+from unet_ray.endings import JobFailed
 from unet_ray.frames import list_archives
 
 CLASSES = ClassSet(

@@ -20,7 +20,8 @@ from unet_ray import images, publish, segmentation
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster import Gauges
-from unet_ray.config import JobFailed, ModelConfig, SegmentConfig
+from unet_ray.config import ModelConfig, SegmentConfig
+from unet_ray.endings import JobFailed
 from unet_ray.frames import list_archives
 from unet_ray.segmentation import SegmentResult, segment
 

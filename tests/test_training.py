@@ -24,7 +24,8 @@ from safetensors.numpy import load_file
 
 from unet_ray import checkpoints, config, faults, options, runs, training
 from unet_ray.bundle import read_bundle
-from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig
+from unet_ray.config import EvaluateConfig, TrainConfig
+from unet_ray.endings import JobFailed
 from unet_ray.metrics import confusion_matrix
 from unet_ray.monitor import Monitor
 from unet_ray.pairs import ImagePair

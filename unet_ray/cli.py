@@ -23,8 +23,7 @@ import tyro
 
 import unet_ray
 from unet_ray import config, options, storage
-
-EXIT_FAILED, EXIT_USAGE, EXIT_TRY_AGAIN = 1, 2, 75
+from unet_ray.endings import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, NotNow
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         return COMMANDS[name].run(told)
     except ValueError as error:
         return _fail(str(error), EXIT_USAGE)
-    except config.JobFailed as error:
+    except JobFailed as error:
         return _fail(str(error), EXIT_FAILED)
-    except (storage.StorageError, config.NotNow) as error:
+    except (storage.StorageError, NotNow) as error:
         return _fail(str(error), EXIT_TRY_AGAIN)
     except OSError as error:
         return _fail(str(error), EXIT_FAILED)

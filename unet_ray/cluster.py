@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.metrics import Gauge
 
 from unet_ray import filesystems
-from unet_ray.config import NotNow
+from unet_ray.endings import EXIT_TRY_AGAIN, NotNow
 
 WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
@@ -63,6 +65,7 @@ def connect() -> None:
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         _start_ray(arguments)
+        _end_with_ray()
     else:
         address = os.environ["RAY_ADDRESS"]
         try:
@@ -91,6 +94,26 @@ def _start_ray(arguments: Mapping[str, Any]) -> None:
         raise NotNow(
             f"Ray did not start on this machine: {cause}; is it very busy? Try the same command again"
         ) from error
+
+
+def _end_with_ray() -> None:
+    """Ends this process, as one that may be tried again, when the Ray that it started dies under it.
+
+    Ray 2.60 itself ends a process at work with exit code 1 and no word, and leaves an idle one waiting for ever.
+    """
+
+    def wait(raylet: int) -> None:
+        select.select([raylet], [], [])
+        if ray.is_initialized():  # it is no longer while Ray is shut down in order
+            what = "Ray's process on this machine (raylet) was ended, perhaps for want of memory"
+            print(
+                f"unet-ray: error: {what}; the same command goes on where this one stopped", file=sys.stderr, flush=True
+            )
+            os._exit(EXIT_TRY_AGAIN)  # in order, the end would wait for Ray; its processes end with this one
+
+    node: Any = ray._private.worker._global_node
+    for started in node.all_processes.get("raylet", ()):
+        threading.Thread(target=wait, args=[os.pidfd_open(started.process.pid)], daemon=True).start()
 
 
 def _knock(address: str) -> None:

@@ -21,14 +21,6 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MaskFormat = Literal["auto", "channel-max", "ids", "colors"]
 
 
-class JobFailed(RuntimeError):
-    """The job ran and its result cannot stand: data or verification failed (exit code 1)."""
-
-
-class NotNow(RuntimeError):
-    """What the job runs on is not there, and may be when the same command is tried again (exit code 75)."""
-
-
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray import storage
-from unet_ray.config import JobFailed
+from unet_ray.endings import JobFailed
 from unet_ray.frames import MANIFEST_SCHEMA
 
 CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()), ("shard", pa.int32())])

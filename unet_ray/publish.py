@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray import ledger, results, storage
-from unet_ray.config import JobFailed
+from unet_ray.endings import JobFailed
 from unet_ray.ledger import Chunk, Lineage, Plan, Receipt
 from unet_ray.manifest import json_bytes, list_folder, parquet_bytes
 

@@ -25,10 +25,11 @@ from ray.util import metrics
 from unet_ray import cluster, images, ledger, publish, storage
 from unet_ray.bundle import Bundle, read_bundle
 from unet_ray.cluster import say
-from unet_ray.config import JobFailed, SegmentConfig
+from unet_ray.config import SegmentConfig
 from unet_ray.contents import read_frames
 from unet_ray.decoding import DecodeOptions
 from unet_ray.devices import has_bfloat16
+from unet_ray.endings import JobFailed
 from unet_ray.frames import Listing, list_archives
 from unet_ray.machines import require_seen_by_all
 from unet_ray.options import to_yaml

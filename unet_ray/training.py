@@ -28,7 +28,8 @@ from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
 from unet_ray.cluster import connect, resolve_device, say, wait_for_first_node, wait_for_resources
-from unet_ray.config import EvaluateConfig, JobFailed, TrainConfig, load_class_set
+from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
+from unet_ray.endings import JobFailed
 from unet_ray.ingest import FrameSource, IngestPlan, ingest
 from unet_ray.machines import require_seen_by_all
 from unet_ray.monitor import Mailbox, Monitor, write_history

@@ -22,7 +22,8 @@ from unet_ray import checkpoints, evaluation, ingest, storage
 from unet_ray.augmentation import AugmentConfig, augment
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
-from unet_ray.config import JobFailed, TrainConfig
+from unet_ray.config import TrainConfig
+from unet_ray.endings import JobFailed
 
 if TYPE_CHECKING:
     from unet_ray import steps as steps_module

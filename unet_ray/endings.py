@@ -1,0 +1,20 @@
+"""How a job ends: its exit codes, and the errors that stand for them."""
+
+from __future__ import annotations
+
+EXIT_FAILED = 1
+"""The data or the verification failed."""
+
+EXIT_USAGE = 2
+"""The command was told something that it does not take."""
+
+EXIT_TRY_AGAIN = 75
+"""The same command may finish when it is tried again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class JobFailed(RuntimeError):
+    """The job ran and its result cannot stand: data or verification failed."""
+
+
+class NotNow(RuntimeError):
+    """What the job runs on is not there, and may be when the same command is tried again."""
