@@ -118,6 +118,20 @@ def test_only_those_to_keep_stay(run):
     assert checkpoints.list_epochs(run) == [5, 2]
 
 
+def test_where_the_best_is_damaged_another_stands_for_it(run):
+    best, last = make(3, best=3), make(5, best=3)
+    said = []
+    for checkpoint in (best, last):
+        checkpoints.write_checkpoint(run, checkpoint)
+    assert checkpoints.best_or_this(run, last, on_damaged=said.append).epoch == 3
+    assert checkpoints.best_or_this(run, best, on_damaged=said.append) is best
+    assert said == []
+    checkpoints.delete_others(run, {5})
+    assert checkpoints.best_or_this(run, last, on_damaged=said.append) is last
+    (line,) = said
+    assert line.endswith("; epoch 5 stands for the best, 3") and "epoch-000003" in line
+
+
 def test_a_stranger_among_them_is_left_alone(run):
     checkpoints.write_checkpoint(run, make(1))
     stranger = storage.join(run, "checkpoints", "notes", "mine.txt")

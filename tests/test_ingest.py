@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import tensorflow as tf
 from PIL import Image
 
-from unet_ray import ingest
+from unet_ray import faults, ingest
 from unet_ray.classes import IGNORED_ID, ClassSet, SegmentationClass
+from unet_ray.endings import JobFailed
 from unet_ray.ingest import IngestPlan
 from unet_ray.pairs import find_pairs
 
@@ -47,10 +50,12 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-    yield
-    ray.shutdown()
+def cluster(tmp_path_factory):
+    with faults.killer_decoder(tmp_path_factory.mktemp("decoder")) as path, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+        yield
+        ray.shutdown()
 
 
 def test_a_row_holds_the_pair(data):
@@ -62,6 +67,44 @@ def test_a_row_holds_the_pair(data):
     np.testing.assert_array_equal(np.frombuffer(row["image"], np.uint8).reshape(24, 32, 3), expected)
     assert row["pixels"] == [int(np.sum(mask == k)) for k in range(3)]
     assert row["problem"] == ""
+
+
+def test_the_hash_is_of_the_frame_whatever_is_kept_of_it(data):
+    _, pairs, _ = data
+    plans = (PLAN, dataclasses.replace(PLAN, image_size=None), dataclasses.replace(PLAN, keep_pixels=False))
+    for pair in pairs:
+        assert len({ingest.read_row(0, pair, plan)["image_hash"] for plan in plans}) == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_reader_copies_no_pixels(cluster):
+    rows = [{"index": index, "image": bytes(300_000), "mask": bytes(100_000)} for index in range(40)]
+    rows = [row | {"height_px": 100, "width_px": 1000} for row in rows]
+    frames = ingest.BlockFrames(names=("",) * 40, blocks=(ray.put(pa.Table.from_pylist(rows)),))
+    before = pa.total_allocated_bytes()
+    reader = frames.open()
+    assert reader.read(39)[0].shape == (100, 1000, 3)
+    assert pa.total_allocated_bytes() - before < 1_000_000  # of 16 MB
+
+
+@pytest.mark.timeout(120)
+def test_what_training_keeps_counts_for_validation_too(data, cluster, monkeypatch):
+    _, pairs, _ = data
+    kept = ingest.ingest(pairs, PLAN)
+    share = 1.5 * kept.kept_bytes / ingest._smallest_store_bytes()
+    monkeypatch.setattr(ingest, "STORE_SHARE", share)
+    assert isinstance(ingest.ingest(pairs, PLAN).frames, ingest.BlockFrames)
+    more = ingest.ingest(pairs, PLAN, kept_bytes=kept.kept_bytes)
+    assert isinstance(more.frames, ingest.FileFrames) and more.kept_bytes == 0
+
+
+@pytest.mark.timeout(300)
+def test_a_frame_that_ends_its_process_ends_the_job_with_a_line(data, cluster, tmp_path):
+    for folder in ("frames", "masks"):
+        shutil.copytree(data[0] / folder, tmp_path / folder)
+    (tmp_path / "frames" / "002.png").write_bytes(b"segfault")
+    with pytest.raises(JobFailed, match="a process that reads pairs died 3 times .*`unet-ray check` reads them one by"):
+        ingest.ingest(find_pairs(str(tmp_path / "frames"), str(tmp_path / "masks")).pairs, PLAN)
 
 
 @pytest.mark.timeout(120)

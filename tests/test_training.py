@@ -463,6 +463,16 @@ def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
 
 
 @pytest.mark.timeout(120)
+def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
+    told = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)
+    with pytest.raises(
+        JobFailed, match="weights are not finite after step 1; the frames of its batch: drive.*--clip-n"
+    ):
+        train(told)
+    assert checkpoints.list_epochs(str(tmp_path / "run")) == []
+
+
+@pytest.mark.timeout(120)
 def test_a_loss_that_is_not_finite_stops_with_step_and_frames(data, cluster, tmp_path):
     with pytest.raises(JobFailed) as caught:
         train(make_config(data, tmp_path / "run", workers=1, learning_rate=1e36))

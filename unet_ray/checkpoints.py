@@ -146,6 +146,17 @@ def newest_valid(run: str, *, on_damaged: Callable[[str], None]) -> Checkpoint |
     return None
 
 
+def best_or_this(run: str, this: Checkpoint, *, on_damaged: Callable[[str], None]) -> Checkpoint:
+    """Returns the checkpoint of the best epoch; where that is damaged, one that is whole, and a line says so."""
+    if this.best_epoch == this.epoch:
+        return this
+    try:
+        return read_checkpoint(checkpoint_uri(run, this.best_epoch))
+    except CheckpointDamaged as error:
+        on_damaged(f"{error}; epoch {this.epoch} stands for the best, {this.best_epoch}")
+        return this
+
+
 def delete_others(run: str, keep: Iterable[int]) -> None:
     """Deletes the checkpoints of all epochs but those to keep; manifests first: a kill leaves none that looks whole."""
     kept = set(keep)

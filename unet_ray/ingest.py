@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from unet_ray.classes import IGNORED_ID, ClassSet
 from unet_ray.cluster import say
+from unet_ray.endings import JobFailed
 from unet_ray.images import ImageRefused, frame_size, resize_nearest
 from unet_ray.pairs import ImagePair, PairContent, PairProblem, count, load_pair, read_pairs
 from unet_ray.splits import difference_hash
@@ -45,6 +48,9 @@ BLOCK_BYTES = 16_000_000
 
 STORE_SHARE = 0.5
 """Blocks beyond this share of a node's object store are not kept: workers read the files again in every epoch."""
+
+READ_RETRIES = 2
+"""Times that a block is read again whose process died; Ray Data itself would go on for ever (Ray 2.60)."""
 
 _SUMMARY = ("index", "pixels", "image_hash", "problem_uri", "problem")
 
@@ -73,6 +79,8 @@ class Ingested:
     """Pixels of each class by pair, int64 [N, K], in the masks' own sizes."""
     hashes: dict[str, int]
     """`difference_hash` by `image_uri`."""
+    kept_bytes: int
+    """What the pixels take of the object store, by estimate."""
 
 
 class FrameSource(Protocol):
@@ -140,7 +148,7 @@ def read_row(index: int, pair: ImagePair, plan: IngestPlan, content: PairContent
         return row | {"problem_uri": problem.uri, "problem": problem.problem}
     image, mask = _at_size(image_HWC, full_mask_HW, plan.image_size)
     row["pixels"] = np.bincount(full_mask_HW.ravel(), minlength=256)[: plan.class_set.n_classes].tolist()
-    row["image_hash"] = difference_hash(image)
+    row["image_hash"] = difference_hash(image_HWC)  # at its own size: the same whatever is kept of it
     row["full_height_px"], row["full_width_px"] = full_mask_HW.shape
     row["height_px"], row["width_px"] = mask.shape
     if plan.keep_pixels:
@@ -159,23 +167,26 @@ def _pack(mask_HW: np.ndarray) -> bytes:
     return zlib.compress(mask_HW.tobytes(), 1)
 
 
-def ingest(pairs: Sequence[ImagePair], plan: IngestPlan) -> Ingested:
+def ingest(pairs: Sequence[ImagePair], plan: IngestPlan, *, kept_bytes: int = 0) -> Ingested:
     """Reads, checks and keeps all pairs, on all cores of the cluster.
 
     Args:
         pairs: what to read.
         plan: what to keep of each pair.
+        kept_bytes: what other pairs of the same run take of the object store.
 
     Raises:
         ValueError: pairs that cannot be used: how many, and the first of them.
+        JobFailed: the processes that read died again and again.
         StorageError: the store did not answer.
     """
     names = tuple(pair.pair_id for pair in pairs)
     if not pairs:
         nothing = np.zeros((0, plan.class_set.n_classes), np.int64)
-        return Ingested(frames=BlockFrames(names=(), blocks=()), pixels_NK=nothing, hashes={})
+        return Ingested(frames=BlockFrames(names=(), blocks=()), pixels_NK=nothing, hashes={}, kept_bytes=0)
     row_bytes = _row_bytes(pairs, plan)
-    fits = len(pairs) * row_bytes <= STORE_SHARE * _smallest_store_bytes()
+    n_bytes = len(pairs) * row_bytes
+    fits = kept_bytes + n_bytes <= STORE_SHARE * _smallest_store_bytes()
     kept = plan if fits else IngestPlan(**{**vars(plan), "keep_pixels": False})
     blocks = _run(pairs, kept, row_bytes)
     summary = pa.concat_tables(ray.get([_summarize.remote(block) for block in blocks])).sort_by("index")
@@ -184,12 +195,14 @@ def ingest(pairs: Sequence[ImagePair], plan: IngestPlan) -> Ingested:
     hashes = dict(zip((pair.image_uri for pair in pairs), summary["image_hash"].to_pylist(), strict=True))
     pixels_NK = np.array(summary["pixels"].to_pylist(), np.int64).reshape(len(pairs), plan.class_set.n_classes)
     if fits:
-        return Ingested(frames=BlockFrames(names=names, blocks=tuple(blocks)), pixels_NK=pixels_NK, hashes=hashes)
+        frames = BlockFrames(names=names, blocks=tuple(blocks))
+        return Ingested(frames=frames, pixels_NK=pixels_NK, hashes=hashes, kept_bytes=n_bytes)
     say(
         f"{count(len(pairs), 'frame')} of {row_bytes / 1e6:.1f} MB do not fit into {STORE_SHARE:.0%} of the object "
         "store: they are read and decoded again in every epoch"
     )
-    return Ingested(frames=FileFrames(names=names, pairs=tuple(pairs), plan=plan), pixels_NK=pixels_NK, hashes=hashes)
+    files = FileFrames(names=names, pairs=tuple(pairs), plan=plan)
+    return Ingested(frames=files, pixels_NK=pixels_NK, hashes=hashes, kept_bytes=0)
 
 
 def _row_bytes(pairs: Sequence[ImagePair], plan: IngestPlan) -> int:
@@ -224,13 +237,21 @@ def _run(pairs: Sequence[ImagePair], plan: IngestPlan, row_bytes: int) -> list[r
     borders = np.linspace(0, len(pairs), n_blocks + 1).astype(int)
     parts = [rows.slice(start, end - start) for start, end in itertools.pairwise(borders)]
     # A table a block: cutting one in Ray (`repartition`) costs a stage of its own.
-    dataset = ray.data.from_arrow(parts).map_batches(
-        partial(read_block, plan=plan), batch_size=None, batch_format="numpy"
-    )
+    read = partial(read_block, plan=plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # retries have no named parameter yet (Ray 2.60)
+        dataset = ray.data.from_arrow(parts).map_batches(
+            read, batch_size=None, batch_format="numpy", max_retries=READ_RETRIES
+        )
     try:
         return dataset.to_arrow_refs()
     except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
         raise error.cause from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise JobFailed(
+            f"a process that reads pairs died {READ_RETRIES + 1} times ({type(error).__name__}); memory is short, or a "
+            "file ends its decoder: `unet-ray check` reads them one by one"
+        ) from error
 
 
 @ray.remote
@@ -269,7 +290,7 @@ class BlockReader:
 
     def __init__(self, blocks: Iterable[pa.Table]):
         self._columns = [
-            {name: block[name].combine_chunks() for name in block.column_names if name not in ("problem", "pixels")}
+            {name: _one_chunk(block[name]) for name in block.column_names if name not in ("problem", "pixels")}
             for block in blocks
         ]
         self._place = {
@@ -291,6 +312,10 @@ class BlockReader:
         columns = self._columns[block]
         size = columns["full_height_px"][row].as_py(), columns["full_width_px"][row].as_py()
         return np.frombuffer(zlib.decompress(columns["full_mask"][row].as_buffer()), np.uint8).reshape(size)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies one chunk, too
 
 
 def _view(value: pa.Scalar) -> np.ndarray:

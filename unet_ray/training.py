@@ -42,6 +42,10 @@ from unet_ray.worker import MODEL_SIZE, OWN_SIZE, Group, Worker, WorkerTask
 HEALTH_CHECK_TIMEOUT_S = 60
 """After which a worker that does not answer (stopped, or its node gone) is given up; Ray's default is 600."""
 
+AGREE_TIMEOUT_S = 600.0
+"""After which a worker that has not come to where all start together is given up, unless `--collective-timeout-s` is
+more: it may have gigabytes to fetch before. Ray's default is never."""
+
 RESIZE_INTERVAL_S = 60.0
 """How often a group of `--workers MIN:MAX` looks whether it may grow: growing starts it again from a checkpoint."""
 
@@ -222,7 +226,8 @@ def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) ->
     )
     train_plan = dataclasses.replace(plan, image_size=None) if config.augment else plan
     trained = ingest(data.split.train, train_plan)
-    validation = ingest(data.split.validation, dataclasses.replace(plan, keep_full_mask=True))
+    whole_plan = dataclasses.replace(plan, keep_full_mask=True)
+    validation = ingest(data.split.validation, whole_plan, kept_bytes=trained.kept_bytes)
     present_NK = trained.pixels_NK > 0
     task = WorkerTask(
         config=config,
@@ -268,9 +273,15 @@ def _work(told: dict[str, Any]) -> None:
         rank=context.get_world_rank(),
         n_workers=context.get_world_size(),
         agree=broadcast_from_rank_zero,
-        tell=lambda event: mailbox.put.remote(event),
+        tell=lambda event: _tell(mailbox, event),
     )
     Worker(told["task"], group).run()
+
+
+def _tell(mailbox: Any, event: dict[str, Any]) -> None:
+    put = mailbox.put.remote(event)
+    if event["kind"] in ("failed", "finished"):  # the last before the worker ends, and what it holds with it
+        ray.get(put)
 
 
 class Launcher:
@@ -287,6 +298,8 @@ class Launcher:
         from ray.train.tensorflow import TensorflowTrainer
 
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_CHECK_TIMEOUT_S))
+        agree_timeout_s = max(AGREE_TIMEOUT_S, task.config.collective_timeout_s)
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(agree_timeout_s))
         fewest, most = task.config.worker_range()
         with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
             trainer = TensorflowTrainer(
@@ -385,9 +398,7 @@ def _last_and_best(run: str) -> tuple[Checkpoint, Checkpoint]:
     last = checkpoints.newest_valid(run, on_damaged=lambda line: say(f"warning: {line}"))
     if last is None:
         raise JobFailed(f"{run} holds no checkpoint that verifies, though training ended; give the command again")
-    if last.best_epoch == last.epoch:
-        return last, last
-    return last, checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, last.best_epoch))
+    return last, checkpoints.best_or_this(run, last, on_damaged=lambda line: say(f"warning: {line}"))
 
 
 def network_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -165,10 +165,10 @@ class Worker:
         )
         due = epoch % self.config.checkpoint_every_epochs == 0 or self._is_done(done) or best == epoch
         if due:
-            self._write(done)
+            self._write(done, state)
         return done
 
-    def _write(self, done: Checkpoint) -> None:
+    def _write(self, done: Checkpoint, state: Checkpoint) -> None:
         state_tensors = self.steps.state_tensors(self.model, self.optimizer)
         self._require_equal(state_tensors)
         if self.rank == 0:
@@ -176,7 +176,7 @@ class Worker:
             checkpoints.write_checkpoint(run, Checkpoint(**{**vars(done), "tensors": state_tensors | done.tensors}))
             # The one before stays too: should the newest be damaged on its disk, one interval is lost, not the run.
             before = [older for older in checkpoints.list_epochs(run) if older < done.epoch][:1]
-            checkpoints.delete_others(run, {done.epoch, done.best_epoch, *before})
+            checkpoints.delete_others(run, {done.epoch, done.best_epoch, state.best_epoch, *before})
 
     def _require_equal(self, tensors: dict[str, np.ndarray]) -> None:
         """Raises JobFailed where another worker's variables differ: the group then starts again from a checkpoint."""
@@ -203,7 +203,8 @@ class Worker:
                 told_at = time.time()
                 frames = min((batch + 1) * self.config.batch_size, len(order))
                 self._tell(kind="step", epoch=epoch + 1, frames=frames, n_frames=len(order), seconds=told_at - started)
-        if not self._is_finite(results, len(results) - 1, order, first_step + len(results) - 1):
+        last_step = first_step + len(results) - 1
+        if not self._is_finite(results, len(results) - 1, order, last_step) or not self._stays_finite(order, last_step):
             return None
         seconds = time.time() - started
         correct, valid = (math.fsum(float(r[i]) for r in results) for i in (1, 2))
@@ -253,16 +254,25 @@ class Worker:
         """Whether the loss of a batch is finite; else the driver is told. It is equal on all workers, so all stop."""
         if batch < 0 or math.isfinite(float(results[batch].loss)):
             return True
+        self._tell_failed(f"the loss is {float(results[batch].loss)} at step", batch, order, step)
+        return False
+
+    def _stays_finite(self, order: np.ndarray, step: int) -> bool:
+        """The same of the weights after an epoch's last step: no loss of that epoch shows what it made of them."""
+        tensors = self.steps.state_tensors(self.model, self.optimizer).values()
+        if all(np.isfinite(tensor).all() for tensor in tensors if tensor.dtype.kind == "f"):
+            return True
+        self._tell_failed("weights are not finite after step", self.n_batches - 1, order, step)
+        return False
+
+    def _tell_failed(self, what: str, batch: int, order: np.ndarray, step: int) -> None:
         size = self.config.batch_size
         names = ", ".join(self.task.train.names[index] for index in order[batch * size : (batch + 1) * size])
+        remedy = "look at their masks, lower --learning-rate or set --clip-norm"
         self._tell(
             kind="failed",
-            error=JobFailed(
-                f"the loss is {float(results[batch].loss)} at step {step + 1}; the frames of its batch: {names};"
-                " look at their masks, lower --learning-rate or set --clip-norm"
-            ),
+            error=JobFailed(f"{what} {step + 1}; the frames of its batch: {names}; {remedy}"),
         )
-        return False
 
     def _learning_rate(self) -> dict[str, float]:
         return {"learning_rate": float(self.optimizer.learning_rate)}
@@ -283,7 +293,9 @@ class Worker:
 
     def _finish(self, state: Checkpoint) -> None:
         """Tells the driver what the best network predicts on some frames, in the masks' own sizes."""
-        best = checkpoints.read_checkpoint(checkpoints.checkpoint_uri(self.config.out, state.best_epoch))
+        last = Checkpoint(**{**vars(state), "tensors": self.steps.state_tensors(self.model, self.optimizer)})
+        # What is damaged the driver will say, which reads it after this.
+        best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
         self.steps.restore_state(self.model, self.optimizer, best.tensors)
         places = evaluation.sample_places(len(self.task.validation.names))
         self._tell(kind="finished", samples=self.evaluator.predict_masks(places))
