@@ -124,6 +124,32 @@ def test_a_catalogues_columns_are_carried(out):
     assert ledger.read_rows(plan.chunks[1]).schema.names == [*MANIFEST_SCHEMA.names, "weather"]
 
 
+def test_a_catalogue_with_other_columns_cannot_be_appended(out):
+    def carrying(name, drives):
+        table = listing(drives).table
+        return Listing(table=table.append_column(name, pa.array(["rain"] * len(table))))
+
+    make_plan(out, carrying("weather", {("a", ""): 2}))
+    before = contents(out)
+    with pytest.raises(ValueError, match="own columns are weather string in the output and light string here; give"):
+        make_plan(out, carrying("light", {("a", ""): 2, ("b", ""): 1}))
+    assert contents(out) == before
+    assert make_plan(out, carrying("weather", {("a", ""): 2, ("b", ""): 1})).n_new == 1
+
+
+def test_frames_that_have_another_id_now_are_not_labelled_once_more(out):
+    first = listing({("a", ""): 3}).table
+    make_plan(out, Listing(table=first))
+    ids = pa.array([f"log/{name}" for name in first["frame_id"].to_pylist()])
+    renamed = first.set_column(0, "frame_id", ids)  # as when a second folder is given beside the first
+    with pytest.raises(ValueError) as refusal:
+        make_plan(out, Listing(table=renamed))
+    uri = first["uri"][0].as_py()
+    assert str(refusal.value).startswith(
+        f"{uri} is planned in {out} as a//0.png and would be labelled once more as log/"
+    )
+
+
 def test_another_lineage_is_refused_and_the_difference_shown(out):
     make_plan(out)
     before = contents(out)

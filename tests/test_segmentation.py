@@ -273,6 +273,8 @@ def test_a_column_of_a_parquet_file_gives_the_rows_of_its_frames(
     run(model, tmp_path / "frames.parquet", tmp_path / "out", image_column="picture")
     rows = rows_of(tmp_path / "out")
     assert rows["mask"].equals(good["mask"]) and rows["confidence"].equals(good["confidence"])
+    with pytest.raises(ValueError, match="--image-column is picture there and thumbnail here"):
+        run(model, tmp_path / "frames.parquet", tmp_path / "out", image_column="thumbnail")
 
 
 def test_bad_frames_are_rows_and_their_neighbours_are_labelled(

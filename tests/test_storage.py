@@ -192,3 +192,34 @@ def test_unusable_uris_are_refused_in_one_line():
         storage.resolve(" ")
     with pytest.raises(ValueError, match="^nope://x: unknown protocol 'nope'; use a local path"):
         storage.resolve("nope://x")
+
+
+class Elsewhere:
+    """What fsspec's filesystems for SFTP, FTP and HDFS do with names: their host is not in them."""
+
+    def _strip_protocol(self, uri):
+        return "/" + uri.partition("://")[2].partition("/")[2] if "://" in uri else uri
+
+    def unstrip_protocol(self, name):
+        return f"sftp://{name}"
+
+    def find(self, path, detail):
+        return {f"{path}/a/{n}.png": {"name": f"{path}/a/{n}.png", "type": "file", "size": 3} for n in range(2)}
+
+    def glob(self, path):
+        return [path.replace("*", "0")]
+
+    def info(self, path):
+        return {"name": path, "type": "file", "size": 3, "mtime": 5}
+
+
+def test_a_host_stays_in_the_uri(monkeypatch):
+    fs = Elsewhere()
+    monkeypatch.setattr(storage, "filesystem", lambda uri: (fs, fs._strip_protocol(uri)))
+    files = list(storage.list_files("sftp://host/log"))
+    assert [(file.path, file.uri) for file in files] == [
+        ("a/0.png", "sftp://host/log/a/0.png"),
+        ("a/1.png", "sftp://host/log/a/1.png"),
+    ]
+    assert storage.info("sftp://host/log/a/1.png").uri == "sftp://host/log/a/1.png"
+    assert storage.glob("sftp://host/log/d*") == ["sftp://host/log/d0"]

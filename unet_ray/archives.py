@@ -199,6 +199,10 @@ def _accept(path: str, refused: str | None, file: storage.FileInfo, findings: Fi
     return None
 
 
+_TAR_PADDING_BYTES = 2**20
+"""What is looked at behind the end of a tar, which is padded to 10 KB, or to what `tar --blocking-factor` says."""
+
+
 def _list_tar(file: storage.FileInfo, findings: Findings) -> Iterator[Member]:
     source = _RangeFile(file.uri, file.size_bytes)
     with _as_broken(), tarfile.open(fileobj=cast(Any, source), mode="r:") as tar:
@@ -213,11 +217,17 @@ def _list_tar(file: storage.FileInfo, findings: Findings) -> Iterator[Member]:
             path = _accept(entry.name, None if is_file else _NO_FILE, file, findings)
             if path is not None and entry.offset_data + entry.size <= file.size_bytes:
                 yield Member(path, entry.offset_data, entry.size)
-        # tarfile takes a header that is damaged or cut short for the end: the true end is a block of zeros.
-        end = cast(int, cast(Any, tar).offset)
-        source.seek(end)
-        if source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise _Broken(f"ends early, at byte {end:,}")
+        _require_end(source, cast(int, cast(Any, tar).offset))
+
+
+def _require_end(source: _RangeFile, end: int) -> None:
+    """tarfile takes a header that is damaged, cut short or lost for the end: behind the true one are zeros alone."""
+    source.seek(end)
+    block, rest = source.read(tarfile.BLOCKSIZE), source.read(_TAR_PADDING_BYTES)
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise _Broken(f"ends early, at byte {end:,}")
+    if rest != bytes(len(rest)):
+        raise _Broken(f"goes on behind its end at byte {end:,}: a header is lost, or several tars were put together")
 
 
 def _next_entry(tar: tarfile.TarFile) -> tarfile.TarInfo | None:

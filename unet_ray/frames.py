@@ -175,8 +175,9 @@ def list_archives(
     """
     rows, findings = _Rows(path_pattern), Findings()
     found: list[tuple[str, storage.FileInfo]] = []
-    for label, uri in _roots([storage.resolve(uri) for uri in uris]):
-        found += _list_root(label, uri, rows, findings, image_column)
+    told = [storage.resolve(uri) for uri in uris]
+    for label, uri in _roots(told):
+        found += _list_root(label, uri, rows, findings, image_column, is_told=uri in told)
     list_one = partial(list_archive, path_pattern=path_pattern, image_column=image_column)
     for table, of_archive in (run_each or _in_threads)(list_one, found):
         rows.add_table(table)
@@ -251,12 +252,16 @@ class _Rows:
 def _roots(uris: Sequence[str]) -> list[tuple[str, str]]:
     """Returns label and URI of every root; the label begins the frame ids below it."""
     roots: list[tuple[str, str]] = []
-    plain = [uri for uri in uris if not _is_glob(uri)]
+    matched = {uri for uri in uris if _is_glob(uri)}
+    plain = [uri for uri in dict.fromkeys(uris) if uri not in matched]
     depth = 1
-    while len({_tail(uri, depth) for uri in plain}) < len(set(plain)):
-        depth += 1  # roots with one name: `a/cam0` and `b/cam0`
+    while len({_tail(uri, depth) for uri in plain}) < len(set(plain)):  # roots with one name: `a/cam0` and `b/cam0`
+        depth += 1
+        if depth > max(uri.count("/") for uri in plain) + 1:
+            twice = next(uri for uri in plain if sum(_tail(uri, depth) == _tail(other, depth) for other in plain) > 1)
+            raise ValueError(f"{twice} has the path of another of --frames; their frames' ids would be the same")
     for uri in uris:
-        if _is_glob(uri):
+        if uri in matched:
             base = uri[: re.search(r"[*?\[]", uri).start()].rpartition("/")[0]  # type: ignore[union-attr]
             matches = storage.glob(uri)
             if not matches:
@@ -276,9 +281,9 @@ def _tail(uri: str, depth: int) -> str:
 
 
 def _list_root(
-    label: str, uri: str, rows: _Rows, findings: Findings, image_column: str | None
+    label: str, uri: str, rows: _Rows, findings: Findings, image_column: str | None, *, is_told: bool
 ) -> list[tuple[str, storage.FileInfo]]:
-    """Adds the frames that are files or a catalogue's, and returns the archives."""
+    """Adds the frames that are files or a catalogue's, and returns the archives; a glob's match may be ignored."""
     if storage.is_folder(uri):
 
         def note(where: str, error: OSError) -> None:
@@ -298,7 +303,7 @@ def _list_root(
     if is_catalogue(uri, image_column):
         _add_catalogue(uri, rows)
         return []
-    if not archives.is_archive(uri) and not archives.is_frame(uri):
+    if is_told and not archives.is_archive(uri) and not archives.is_frame(uri):
         raise ValueError(f"{uri} is no archive; give a folder, a tar, zip, Parquet or CSV file, or a glob of them")
     return list(_sort_out(label, file, rows, findings))
 

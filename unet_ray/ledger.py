@@ -154,6 +154,9 @@ def plan(
         storage.write_whole(storage.join(out, "config.yaml"), config_yaml.encode())
     known, new = manifest.known_and_new(out, listing.table)
     n_known = len(known)
+    if n_known and len(new):
+        manifest.refuse_doubled(out, new)
+        _refuse_other_columns(carried_schema(listing.table.schema), _read_plan(out, run).carried)
     while len(new):  # again only where another job's generation came first
         manifest.append_generation(out, new, lineage.digest, cutting, listing.ignored)
         _, new = manifest.known_and_new(out, listing.table)
@@ -167,6 +170,15 @@ def plan(
         n_changed=pc.sum(pc.not_equal(known["version"].take(pc.drop_null(place)), versions)).as_py() or 0,
         n_vanished=n_known - len(versions),
     )
+
+
+def _refuse_other_columns(here: pa.Schema, there: pa.Schema) -> None:
+    if here != there:
+        shown = [", ".join(f"{field.name} {field.type}" for field in schema) or "none" for schema in (there, here)]
+        raise ValueError(
+            f"the catalogues' own columns are {shown[0]} in the output and {shown[1]} here; "
+            "give catalogues with the same columns, or another --out"
+        )
 
 
 def read_plan(out: str) -> Plan:

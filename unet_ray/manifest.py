@@ -77,6 +77,28 @@ def known_and_new(out: str, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     return known, listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
 
 
+def refuse_doubled(out: str, new: pa.Table) -> None:
+    """Raises ValueError where a frame that is new by its id lies where a planned one does, or has other columns."""
+    for file in (file for mark in read_generations(out) for file in mark["files"]):
+        known = _read_table(storage.join(out, file["path"]), ("frame_id", *_PLACE))
+        found = pc.index_in(_places(new), _places(known))
+        if found.null_count < len(found):
+            row = pc.indices_nonzero(pc.is_valid(found))[0].as_py()
+            before, now = known["frame_id"][found[row].as_py()].as_py(), new["frame_id"][row].as_py()
+            raise ValueError(
+                f"{new['uri'][row].as_py()} is planned in {out} as {before} and would be labelled once more as {now}; "
+                "give the archives as they were given before (those with more frames behind them), or another --out"
+            )
+
+
+_PLACE = ("uri", "offset_bytes", "row")
+
+
+def _places(table: pa.Table) -> pa.ChunkedArray:
+    texts = [pc.fill_null(table[name].cast(pa.string()), "") for name in _PLACE]
+    return pc.binary_join_element_wise(*texts, "\n")
+
+
 def read_generations(out: str) -> list[dict[str, Any]]:
     """Returns the marks of all whole generations, in order."""
     folder = storage.join(out, "manifest")

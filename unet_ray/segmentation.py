@@ -189,6 +189,7 @@ def _plan(
         "stride": list(tiling.stride) if tiling else None,
         "tta": config.tta,
         "window": list(tiling.window) if tiling else None,
+        **({"image_column": config.image_column} if config.image_column else {}),
     }
     plan = ledger.plan(
         storage.resolve(config.out),
@@ -311,7 +312,7 @@ def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejec
             left = ledger.pending(plan)
     progress.finish(tally.note())
     if left and tally.trouble:
-        raise storage.StorageError(f"{len(left):,} chunks are not done: {tally.trouble}; the same command goes on")
+        raise tally.trouble_error(f"{len(left):,} chunks are not done")
     if left:
         raise JobFailed(f"{len(left):,} chunks ended every process that labelled them, the first is {left[0].chunk_id}")
     return todo / (time.monotonic() - started_s)
@@ -331,7 +332,8 @@ def _label(
         finished = troubled = in_a_row = 0
         for receipt in run_wave(job, chunks[start : start + WAVE_CHUNKS], carefully=carefully):
             if receipt["trouble"] is not None:
-                tally.trouble, troubled, in_a_row = receipt["trouble"], troubled + 1, in_a_row + 1
+                tally.trouble, tally.is_refused = receipt["trouble"], receipt["refused"]
+                troubled, in_a_row = troubled + 1, in_a_row + 1
                 if in_a_row == TROUBLED_IN_A_ROW:
                     break
                 continue
@@ -341,7 +343,7 @@ def _label(
             tally.add(rejected, receipt["n_rows"])
             progress.advance(receipt["n_rows"], tally.note())
         if in_a_row == TROUBLED_IN_A_ROW or (troubled and not finished):
-            raise storage.StorageError(f"storage does not answer: {tally.trouble}; the same command goes on")
+            raise tally.trouble_error("storage does not answer")
 
 
 def _count_earlier(plan: ledger.Plan, tally: _Tally) -> None:
@@ -362,12 +364,19 @@ class _Tally:
         self._n_done = 0
         self._rejected: Counter[str] = Counter()
         self.trouble: str | None = None
+        self.is_refused = False
 
     def add(self, rejected: Mapping[str, int], n_rows: int) -> None:
         """Counts a chunk. Raises JobFailed once more frames are rejected than may be, whatever is still to come."""
         self._rejected.update(rejected)
         self._n_done += n_rows
         publish.require_share(self._rejected, self._n_done, self._n_frames, self._max_rejected)
+
+    def trouble_error(self, what: str) -> Exception:
+        """Returns what the job ends with; for want of rights, trying again would not help."""
+        if self.is_refused:
+            return JobFailed(f"{what}: {self.trouble}; give this job the right to it, then the same command goes on")
+        return storage.StorageError(f"{what}: {self.trouble}; the same command goes on")
 
     def note(self) -> str:
         return f", {self._rejected.total():,} rejected"

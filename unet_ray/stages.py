@@ -8,7 +8,8 @@ begin with `_`:
 | column | after `decode_chunk` | after `label_chunk` |
 |---|---|---|
 | `_chunk` | the chunk, as JSON | the same |
-| `_trouble` | what storage said: the chunk must be tried again, and has no other columns; else null | the same |
+| `_trouble` | what storage said: the chunk must be tried again, and has no column but the next; else null | the same |
+| `_refused` | only beside trouble: whether it is for want of rights | the same |
 | `_height_px`, `_width_px` | the frame's size, null where it was not found out | the same |
 | `_reason`, `_error` | why the frame is rejected, null where it is not | the same |
 | `_image` | uint8 RGB of the network's size (or the frame's); null where rejected | gone |
@@ -102,8 +103,22 @@ def _pack_frames(rows: pa.Table, chunk: ledger.Chunk, decoded: Iterable[DecodedF
 
 
 def _pack_trouble(chunk: ledger.Chunk, error: OSError) -> pa.Table:
-    text = " ".join(str(error).split())
-    return pa.table({"_chunk": pa.array([_to_json(chunk)], pa.string()), "_trouble": pa.array([text], pa.string())})
+    return _trouble_table(_to_json(chunk), error)
+
+
+def with_trouble(table: pa.Table, error: OSError) -> pa.Table:
+    """Returns what a chunk is after trouble with storage in a step behind decoding."""
+    return table if _has_trouble(table) else _trouble_table(table["_chunk"][0].as_py(), error)
+
+
+def _trouble_table(chunk_json: str, error: OSError) -> pa.Table:
+    return pa.table(
+        {
+            "_chunk": pa.array([chunk_json], pa.string()),
+            "_trouble": pa.array([" ".join(str(error).split())], pa.string()),
+            "_refused": pa.array([isinstance(error, PermissionError)]),
+        }
+    )
 
 
 def _to_json(chunk: ledger.Chunk) -> str:
@@ -157,10 +172,12 @@ def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: s
     """Writes a labelled chunk's part and then its record, and returns one row for the driver.
 
     Returns:
-        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null).
+        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null), `refused`
+        (whether that is for want of rights, which trying again does not mend).
     """
     chunk = ledger.Chunk(**json.loads(table["_chunk"][0].as_py()))
     trouble = table["_trouble"][0].as_py()
+    refused = trouble is not None and table["_refused"][0].as_py()
     rejected = "{}"
     if trouble is None:
         rows = table.select([name for name in table.column_names if not name.startswith("_")])
@@ -169,13 +186,14 @@ def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: s
             receipt = _patiently(lambda: ledger.commit(out, chunk, result, writer=writer))
             rejected = json.dumps(dict(receipt.rejected))
         except OSError as error:
-            trouble = " ".join(str(error).split())
+            trouble, refused = " ".join(str(error).split()), isinstance(error, PermissionError)
     return pa.table(
         {
             "chunk_id": pa.array([chunk.chunk_id], pa.string()),
             "n_rows": pa.array([chunk.n_rows], pa.int64()),
             "rejected": pa.array([rejected], pa.string()),
             "trouble": pa.array([trouble], pa.string()),
+            "refused": pa.array([refused]),
         }
     )
 

@@ -18,6 +18,7 @@ import hashlib
 import io
 import os
 import posixpath
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +102,7 @@ def info(uri: str) -> FileInfo:
     if isinstance(fs, LocalFileSystem):
         with naming(uri):
             return _local_info(path, os.path.basename(path))
-    return _remote_info(fs, persistently(uri, lambda: fs.info(path)), name(path))
+    return _remote_info(persistently(uri, lambda: fs.info(path)), name(path), uri)
 
 
 def _local_info(path: str, relative: str) -> FileInfo:
@@ -111,7 +112,7 @@ def _local_info(path: str, relative: str) -> FileInfo:
     )
 
 
-def _remote_info(fs: Any, entry: dict[str, Any], relative: str) -> FileInfo:
+def _remote_info(entry: dict[str, Any], relative: str, uri: str) -> FileInfo:
     tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash")
     modified = next((entry[key] for key in ("LastModified", "last_modified", "mtime", "created") if entry.get(key)), "")
     if hasattr(
@@ -119,7 +120,6 @@ def _remote_info(fs: Any, entry: dict[str, Any], relative: str) -> FileInfo:
     ):  # a listing and a look at one file may give a time in two types (fsspec's memory)
         modified = modified.timestamp()
     version = str(tag).strip('"') if tag else f"{modified}-{entry['size']}"
-    uri = fs.unstrip_protocol(entry["name"])
     return FileInfo(path=relative, uri=uri, size_bytes=entry["size"] or 0, version=version)
 
 
@@ -168,7 +168,8 @@ def _list_remote(root: str, fs: Any, path: str, must_exist: bool) -> Iterator[Fi
         raise FileNotFoundError(errno.ENOENT, "no such folder", root)
     for key in sorted(entries):
         if entries[key]["type"] == "file" and key not in (base, f"{base}/"):  # the folder's own mark
-            yield _remote_info(fs, entries[key], key.removeprefix(f"{base}/"))
+            relative = key.removeprefix(f"{base}/")
+            yield _remote_info(entries[key], relative, join(root, relative))
 
 
 def _list_local(
@@ -204,7 +205,11 @@ def glob(pattern: str) -> list[str]:
     """Returns the URIs of the files and folders that match `*`, `?`, `[…]` and `**`, sorted."""
     fs, path = filesystem(pattern)
     matches = persistently(pattern, lambda: fs.glob(path))
-    return sorted(match if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(match) for match in matches)
+    folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    if isinstance(fs, LocalFileSystem) or not folder.partition("://")[2]:
+        return sorted(match if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(match) for match in matches)
+    base = fs._strip_protocol(folder)  # what fsspec makes of a name alone lacks the host (sftp://host/log)
+    return sorted(join(folder, match.removeprefix(base).lstrip("/")) for match in matches)
 
 
 def versions(uris: Iterable[str]) -> dict[str, str | None]:

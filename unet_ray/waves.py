@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.data.exceptions import SystemException
 from ray.util.annotations import RayDeprecationWarning
 
 from unet_ray import stages
@@ -23,7 +25,12 @@ from unet_ray.bundle import read_bundle
 from unet_ray.classes import ClassSet
 from unet_ray.config import SegmentConfig
 from unet_ray.decoding import DecodeOptions
+from unet_ray.endings import NotNow
 from unet_ray.ledger import Chunk
+from unet_ray.storage import StorageError
+
+if TYPE_CHECKING:
+    from unet_ray.inference import Labeler
 
 CPU_SHARE_OF_ACTORS = 0.75
 """Share of a node's CPUs that model actors on CPUs reserve. Network and decoding may both use every core: they take
@@ -115,8 +122,13 @@ def run_wave(job: WaveJob, chunks: Sequence[Chunk], *, carefully: bool = False) 
         context.max_errored_blocks = 0 if carefully else -1
         with DataContext.current(context):
             receipts = _pipeline(job, chunks, carefully)
-        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from cast(pa.Table, batch).to_pylist()
+        try:
+            for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield from cast(pa.Table, batch).to_pylist()
+        except ray.exceptions.RayTaskError:
+            raise  # an error of this program's own
+        except (ray.exceptions.RayError, SystemException) as error:
+            raise _given_up(error) from error
 
 
 @contextlib.contextmanager
@@ -199,18 +211,31 @@ class _ModelActor:
     def __init__(
         self, model: str, model_digest: str, labeler: Mapping[str, Any], network_size: tuple[int, int] | None
     ) -> None:
-        from unet_ray.inference import Labeler, configure_tensorflow  # loads TensorFlow: in actors and nowhere else
-
-        bundle = read_bundle(model)
-        if bundle.digest != model_digest:
-            raise ValueError(f"{model} has changed since this job began; run the same command again")
-        configure_tensorflow(labeler["device"], labeler["n_threads"])
         self._network_size = network_size
-        self._labeler = Labeler(bundle, **labeler)
-        self._labeler.warm_up()
+        self._load = functools.partial(_load_labeler, model, model_digest, labeler)
+        self._labeler: Labeler | None = None
+        # An actor that fails to start ends the whole of Ray Data's work; one that is asked later may answer.
+        with contextlib.suppress(OSError):
+            self._labeler = self._load()
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        try:
+            self._labeler = self._labeler or self._load()
+        except OSError as error:
+            return stages.with_trouble(table, error)
         return stages.label_chunk(table, self._labeler, self._network_size)
+
+
+def _load_labeler(model: str, model_digest: str, labeler: Mapping[str, Any]) -> Labeler:
+    from unet_ray.inference import Labeler, configure_tensorflow  # loads TensorFlow: in actors and nowhere else
+
+    bundle = read_bundle(model)
+    if bundle.digest != model_digest:
+        raise StorageError(errno.ESTALE, "the model has changed since this job began; trying again may help", model)
+    configure_tensorflow(labeler["device"], labeler["n_threads"])
+    loaded = Labeler(bundle, **labeler)
+    loaded.warm_up()
+    return loaded
 
 
 def map_on_cluster(act: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -234,3 +259,12 @@ def _outcome(reference: Any, others: Sequence[Any]) -> Any:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(other)
         raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise _given_up(error) from error
+
+
+def _given_up(error: BaseException) -> NotNow:
+    """What Ray says of work that it does not try any more: the death of a process or of a node, above all."""
+    said = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    return NotNow(f"Ray gave up work that it had begun ({what}); the same command goes on where this one stopped")
