@@ -72,6 +72,20 @@ def test_a_job_whose_own_ray_is_killed_ends_at_once_and_the_rerun_finishes(stage
     assert not trial.problems, trial.problems
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_told_to_stop_while_it_lists_does_not_wait_for_the_storage(how, stage, tmp_path):
+    os.mkfifo(tmp_path / "log.csv")  # who reads it waits for ever
+    trial = trials.Trial(stage, f"stopped_listing_{how.name}", archive=tmp_path / "log.csv")
+    with trial.started() as job:
+        assert trials.wait_until(lambda: "Ray 2." in trial.said(), job), trial.said()
+        below = faults.descendants(job.pid)
+        job.send_signal(how)
+    trial.require_exit(128 + how, "the same command goes on where this one stopped")
+    assert trials.wait_until(lambda: faults.are_gone(below))
+    assert not trial.problems, trial.problems
+
+
 def keepalive() -> dict[str, str]:
     """The settings with which `cluster.yaml` starts every node."""
     told = yaml.safe_load((ROOT / "cluster.yaml").read_text())
@@ -175,7 +189,7 @@ def test_a_trial_sees_what_is_not_as_it_should_be(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_job_prints_a_table_and_writes_it(tmp_path: Path) -> None:
     usage = subprocess.run(
         [sys.executable, str(JOB), "--out", str(tmp_path), "--scenarios", "rain"], capture_output=True

@@ -153,7 +153,7 @@ for epoch in range(1, 10000):
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("delay_s", [0.003, 0.011, 0.029])
 def test_a_writer_killed_at_any_moment_leaves_the_last_one_it_finished(tmp_path, delay_s):
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)

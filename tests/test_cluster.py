@@ -12,7 +12,7 @@ import yaml
 
 from unet_ray import cli, cluster, training
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_cluster_of_ray_address_is_joined(local):
         env={**os.environ, "RAY_ADDRESS": address},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     n_cpus = int(ray.cluster_resources()["CPU"])
     cpus = f"{n_cpus} CPU{'s' * (n_cpus != 1)}"

@@ -11,7 +11,8 @@ import ray
 from ray.cluster_utils import Cluster
 from test_training import HeldFrames, final_weights, held_up, make_config, write_data
 
-from unet_ray import training
+from unet_ray import checkpoints, training
+from unet_ray.endings import NotNow
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +46,31 @@ def norm_of_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
 
 
 @pytest.mark.timeout(400)
+def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, tmp_path, capsys):
+    cluster, nodes = cluster
+    training.connect()
+    told = make_config(data, tmp_path / "run", workers=2, wait_for_resources_s=5)
+    with ThreadPoolExecutor(1) as pool, held_up(Gated, tmp_path / "gate"):
+        run = pool.submit(training.train, told)
+        while checkpoints.newest_valid(told.out, on_damaged=print) is None:
+            assert not run.done(), run.result()
+            time.sleep(0.05)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        with pytest.raises(
+            NotNow, match="a node was lost, and 2 workers had no room for 5 s .*; the same command goes"
+        ):
+            run.result()
+    assert "warning: a node was lost, and 2 workers lack room; waiting up to 5 s for another" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(600)
 def test_a_group_shrinks_when_a_node_is_killed_and_grows_when_one_comes(cluster, data, tmp_path, monkeypatch, capsys):
     """The batch is that of all workers together, so their number changes neither it nor the learning rate."""
     cluster, nodes = cluster
     options = {"dropout": 0.0, "epochs": 20, "learning_rate": 1e-3}
     heard: list[str] = []
 
-    def wait_for_line(line: str, timeout_s: float = 180) -> None:
+    def wait_for_line(line: str, timeout_s: float = 400) -> None:
         deadline = time.monotonic() + timeout_s
         while line not in "".join(heard):
             assert time.monotonic() < deadline and not run.done(), "".join(heard)

@@ -76,7 +76,7 @@ def test_the_hash_is_of_the_frame_whatever_is_kept_of_it(data):
         assert len({ingest.read_row(0, pair, plan)["image_hash"] for plan in plans}) == 1
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_reader_copies_no_pixels(cluster):
     rows = [{"index": index, "image": bytes(300_000), "mask": bytes(100_000)} for index in range(40)]
     rows = [row | {"height_px": 100, "width_px": 1000} for row in rows]
@@ -87,7 +87,7 @@ def test_a_reader_copies_no_pixels(cluster):
     assert pa.total_allocated_bytes() - before < 1_000_000  # of 16 MB
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_what_training_keeps_counts_for_validation_too(data, cluster, monkeypatch):
     _, pairs, _ = data
     kept = ingest.ingest(pairs, PLAN)
@@ -107,7 +107,7 @@ def test_a_frame_that_ends_its_process_ends_the_job_with_a_line(data, cluster, t
         ingest.ingest(find_pairs(str(tmp_path / "frames"), str(tmp_path / "masks")).pairs, PLAN)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_blocks_and_files_give_the_same_pixels(data, cluster, capsys, monkeypatch):
     _, pairs, arrays = data
     kept = ingest.ingest(pairs, PLAN)
@@ -129,7 +129,7 @@ def test_blocks_and_files_give_the_same_pixels(data, cluster, capsys, monkeypatc
                 np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_without_a_size_frames_keep_their_own(data, cluster):
     _, pairs, arrays = data
     reader = ingest.ingest(pairs, dataclasses.replace(PLAN, image_size=None, keep_full_mask=False)).frames.open()
@@ -138,7 +138,7 @@ def test_without_a_size_frames_keep_their_own(data, cluster):
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_pairs_that_cannot_be_used_are_one_line(data, cluster, tmp_path):
     root = data[0]
     for folder in ("frames", "masks"):

@@ -169,7 +169,7 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
     assert yaml.safe_load((run / "config.yaml").read_text())["batch_size"] == 4
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_best_and_last_checkpoint_are_kept(undisturbed):
     told, result = undisturbed
     best = result.metrics["best_epoch"]
@@ -178,7 +178,7 @@ def test_best_and_last_checkpoint_are_kept(undisturbed):
     assert set(checkpoints.list_epochs(told.out)) == {12, 11, best}
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_tensorboard_events_hold_the_history(undisturbed):
     from tensorflow.core.util import event_pb2
     from tensorflow.data import TFRecordDataset
@@ -196,7 +196,7 @@ def validation_frames(told: TrainConfig) -> list[ImagePair]:
     return list(training.find_data(runs.resolved(told)).split.validation)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_metrics_are_those_of_a_naive_count(undisturbed):
     """Five frames over two workers: each counted once, by the saved model, one frame at a time."""
     import tensorflow as tf
@@ -224,7 +224,7 @@ def test_the_metrics_are_those_of_a_naive_count(undisturbed):
     assert total == own.sum()  # every valid pixel of every frame, once
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys):
     told, result = undisturbed
     for pair in validation_frames(told):
@@ -254,14 +254,14 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
 # --- kills ---
 
 
-def wait_for_epoch(run: str | Path, epoch: int, timeout_s: float = 90) -> None:
+def wait_for_epoch(run: str | Path, epoch: int, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not any(found >= epoch for found in checkpoints.list_epochs(str(run))):
         assert time.monotonic() < deadline, f"epoch {epoch} did not come"
         time.sleep(0.01)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_stops_costs_one_interval(undisturbed, data, tmp_path, capsys, how):
     told, _ = undisturbed
@@ -335,7 +335,7 @@ class StuckOnce(HeldFrames):
                 threading.Event().wait()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
     told, _ = undisturbed
     with held_up(StuckOnce, tmp_path / "stuck"):
@@ -354,7 +354,7 @@ train(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in optio
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(undisturbed, data, tmp_path):
     told, _ = undisturbed
     run = tmp_path / "run"
@@ -370,7 +370,7 @@ def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(un
     if (manifest := run / "checkpoints" / f"epoch-{epoch:06d}" / "manifest.json").exists():
         (state,) = manifest.parent.glob("*.safetensors")
         state.write_bytes(state.read_bytes()[:1000])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"going on after epoch {epoch - 1} of 12, from its checkpoint" in done.stdout
     assert_same_end(run, told.out, 12)
@@ -379,7 +379,7 @@ def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(un
 # --- the same command, another command ---
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
     told, result = undisturbed
     before = {path: path.stat().st_mtime_ns for path in Path(told.out).rglob("*")}
@@ -390,7 +390,7 @@ def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
     train(dataclasses.replace(told, max_failures=9, collective_timeout_s=5))  # changes nothing in the result
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_another_configuration_is_refused_with_the_difference(undisturbed):
     told, _ = undisturbed
     with pytest.raises(ValueError) as caught:
@@ -401,7 +401,7 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed):
     )
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_other_data_are_refused(data, tmp_path):
     told = make_config(data, tmp_path / "run")
     about = runs.describe(training.find_data(told).split, config.load_class_set(told.classes), "channel-max")
@@ -412,7 +412,7 @@ def test_other_data_are_refused(data, tmp_path):
         train(told)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_never_touched(data, tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("mine")
@@ -423,7 +423,7 @@ def test_a_folder_that_is_no_run_is_never_touched(data, tmp_path, overwrite):
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_overwrite_deletes_the_run_and_nothing_else(undisturbed, data, tmp_path):
     told = make_config(data, tmp_path)
     checkpoints.write_checkpoint(
@@ -439,14 +439,14 @@ def test_overwrite_deletes_the_run_and_nothing_else(undisturbed, data, tmp_path)
 # --- refusals ---
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_more_workers_than_the_cluster_has(data, cluster, tmp_path):
     with pytest.raises(ValueError, match=r"^9 training workers want 9 CPUs \(1 CPU each\); the cluster has 2 CPUs"):
         train(make_config(data, tmp_path / "run", workers=9, batch_size=9))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
     for file in [*(data / "frames").rglob("*.png"), *(data / "masks").rglob("*.png")]:
         target = tmp_path / file.relative_to(data)
@@ -462,7 +462,7 @@ def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
     told = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)
     with pytest.raises(
@@ -472,7 +472,7 @@ def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, 
     assert checkpoints.list_epochs(str(tmp_path / "run")) == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_loss_that_is_not_finite_stops_with_step_and_frames(data, cluster, tmp_path):
     with pytest.raises(JobFailed) as caught:
         train(make_config(data, tmp_path / "run", workers=1, learning_rate=1e36))
@@ -539,7 +539,7 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch):
     assert [point.step for point in points] == [row["epoch"] for row in result.history]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_all_frames_can_train(data, cluster, tmp_path):
     result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, val_fraction=0, loss="focal"))
     assert "val/mean_iou" not in result.metrics and result.metrics["best_epoch"] == 2

@@ -62,7 +62,7 @@ def test_a_frame_that_nobody_may_read_fails_the_job_and_is_not_tried_for_ever(mo
     assert isinstance(tally.trouble_error("1 chunks are not done"), storage.StorageError)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_what_ray_gives_up_may_be_tried_again():
     def die(_: int) -> None:
         import os

@@ -11,6 +11,7 @@ import difflib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -24,6 +25,9 @@ import tyro
 import unet_ray
 from unet_ray import config, options, storage
 from unet_ray.endings import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, NotNow
+
+END_WITHIN_S = 10.0
+"""What a command that was told to stop has to do so in order; Ray's processes end with it either way."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Runs one command with its options; the entry of `jobs/train.py` and `jobs/segment.py`, too."""
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it for its background
+        signal.signal(signal.SIGINT, _stop)
     try:
         told = parse(name, arguments)
         if isinstance(told, config.StorageConfig):
@@ -209,4 +215,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(_fail("stopped; the same command goes on where this one stopped", 128 + signum))
+    """Ends this process in order; at once a little later, should threads that wait for a store hold that up."""
+    code = 128 + signum
+    timer = threading.Timer(END_WITHIN_S, os._exit, [code])
+    timer.daemon = True
+    timer.start()
+    word = "interrupted" if signum == signal.SIGINT else "stopped"
+    raise SystemExit(_fail(f"{word}; the same command goes on where this one stopped", code))

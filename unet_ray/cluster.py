@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
@@ -26,6 +27,9 @@ WORKER_ENVIRONMENT = {
 
 _handed: dict[str, str] | None = None
 """What the workers of the Ray that was started here know of storage."""
+
+ROOM_EVERY_S = 2.0
+"""How often is looked whether the cluster still has room."""
 
 GAUGES_EVERY_S = 5.0
 """Ray 2.60 forgets a gauge 20 s after it was set (twice its `metrics_report_interval_ms`)."""
@@ -187,6 +191,39 @@ def wait_for_resources(bundles: list[dict[str, float]], wait_s: float, what: str
         time.sleep(0.5)
     if asked:
         request_resources(num_cpus=0)  # the request would stand for ever
+
+
+class Room:
+    """Whether the cluster still has room for what works on it, once nodes may have been lost.
+
+    Ray Train itself waits for a lost node's place for ever, without a word (Ray 2.60).
+    """
+
+    def __init__(self, bundles: list[dict[str, float]], wait_s: float, what: str) -> None:
+        """As for `wait_for_resources`."""
+        self._bundles, self._wait_s, self._what = bundles, wait_s, what
+        self._looked_s = self._missing_since_s = -math.inf
+
+    def look(self) -> None:
+        """Says it where room is missing; to be called often.
+
+        Raises:
+            NotNow: it has been missing for longer than `wait_s`.
+        """
+        now_s = time.monotonic()
+        if now_s - self._looked_s < ROOM_EVERY_S:
+            return
+        self._looked_s = now_s
+        if _fits(self._bundles):
+            self._missing_since_s = -math.inf
+        elif self._missing_since_s == -math.inf:
+            self._missing_since_s = now_s
+            say(f"warning: a node was lost, and {self._what} lack room; waiting up to {self._wait_s:g} s for another")
+        elif now_s - self._missing_since_s > self._wait_s:
+            raise NotNow(
+                f"a node was lost, and {self._what} had no room for {self._wait_s:g} s (--wait-for-resources-s); "
+                "the same command goes on from the last checkpoint"
+            )
 
 
 def _text(resources: Mapping[str, float]) -> str:

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
-from unet_ray.cluster import connect, resolve_device, say, wait_for_first_node, wait_for_resources
+from unet_ray.cluster import Room, connect, resolve_device, say, wait_for_first_node, wait_for_resources
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.endings import JobFailed
 from unet_ray.ingest import FrameSource, IngestPlan, ingest
@@ -84,6 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: something that the user can mend: files, options, the output's folder.
         JobFailed: the loss became infinite, or workers were lost again and again.
+        NotNow: nodes were lost, and none came in their place.
         StorageError: trouble with storage that may be over when one tries again.
     """
     config.configure_storage()
@@ -351,9 +352,14 @@ def _fit(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRec
     monitor = Monitor(config.out, config.epochs, record)
     mailbox = _start_beside_driver(Mailbox)
     fitting = launcher.fit.remote(task, mailbox, RESIZE_INTERVAL_S)
+    fewest, _ = config.worker_range()
+    room = Room(
+        [worker_resources(task.cpus, task.device)] * fewest, config.wait_for_resources_s, count(fewest, "worker")
+    )
     done: list[Any] = []
     with monitor.gauges:
         while not done:
+            room.look()
             done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
             for event in ray.get(mailbox.take.remote()):
                 monitor.handle(event)
