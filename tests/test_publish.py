@@ -412,6 +412,29 @@ def test_rejected_frames_are_tried_again_and_no_others(when, root, tmp_path):
     assert published(out) == published(str(tmp_path / "clean"))
 
 
+def test_a_retry_of_a_damaged_file_does_it_again_whole(root, tmp_path):
+    run(root, str(tmp_path / "clean"))
+    out = str(tmp_path / "out")
+    run(root, out, reject=("b/4.png",))
+    (file,) = (
+        file for file in Path(out, "frames").iterdir() if "b/4.png" in pq.read_table(file)["frame_id"].to_pylist()
+    )
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert publish.retry_rejected(make_plan(root, out), "truncated") == 1
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert {"000-000003"} < set(seen)
+    assert published(out) == published(str(tmp_path / "clean")) and publish.verify(out) == []
+
+
+def test_an_unknown_reason_to_retry_is_refused(root, tmp_path):
+    run(root, str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="--retry-rejected is 'crash'; the reasons are missing, .*, or all"):
+        publish.retry_rejected(make_plan(root, str(tmp_path / "out")), "crash")
+
+
 def test_another_lineage_is_refused_with_the_difference(root, tmp_path):
     out = str(tmp_path / "out")
     run(root, out)

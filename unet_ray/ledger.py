@@ -310,6 +310,9 @@ def read_notes(out: str) -> list[dict[str, Any]]:
     """Returns the notes of the files that a job has published and that summary.json may not know yet."""
     listed = manifest.list_folder(storage.join(out, "_work", "shards"))
     contents = storage.read_many([(file.uri, 0, None) for file in listed]) if listed else []
+    for content in contents:
+        if isinstance(content, storage.StorageError):  # a note that is gone is another job's doing
+            raise content
     return [json.loads(content) for content in contents if isinstance(content, bytes)]
 
 

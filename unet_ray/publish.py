@@ -9,6 +9,7 @@ which says what is whole; (6) `_work/` goes. Until (2), (1) is done again and wr
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections import Counter
@@ -314,12 +315,22 @@ def retry_rejected(plan: Plan, reason: str) -> int:
     """Makes chunks with frames rejected for `reason` (`all`: any) pending again; returns how many frames that retries.
 
     A published shard with such frames goes back to parts and records: those of its other chunks, so that only the
-    chunks with rejected frames are done again.
+    chunks with rejected frames are done again; one that is damaged is done again whole.
+
+    Raises:
+        ValueError: there is no such reason.
     """
+    if reason not in ("all", *results.REASONS):
+        raise ValueError(f"--retry-rejected is {reason!r}; the reasons are {', '.join(results.REASONS)}, or all")
     n_frames = 0
     published = ledger.published_shards(plan.out)
     for shard, file in published.items():
-        if _count(file["rejected"], reason):
+        if not (count := _count(file["rejected"], reason)):
+            continue
+        if _verify_file(plan.out, file):
+            ledger.mark_damaged(plan.out, shard_name(shard))
+            n_frames += count
+        else:
             n_frames += _reopen(plan, shard, reason)
     recorded = ledger.recorded_keys(plan.out)
     keys = [chunk.key for chunk in plan.chunks if chunk.shard not in published and chunk.key in recorded]
@@ -395,7 +406,8 @@ def verify(out: str) -> list[str]:
         )
     for name in {problem.partition(":")[0] for problem in problems}:
         if name.startswith("frames/") or name == "class_statistics.parquet":
-            ledger.mark_damaged(out, name.removeprefix("frames/"))
+            with contextlib.suppress(PermissionError):  # who may only read may verify
+                ledger.mark_damaged(out, name.removeprefix("frames/"))
     return problems
 
 
