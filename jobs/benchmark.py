@@ -33,6 +33,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# Before TensorFlow is loaded below: its C++ notices name no trouble of the user's.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 from unet_ray.bench import arena, benchmark, contests
 
 

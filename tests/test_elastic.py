@@ -60,7 +60,11 @@ def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, t
             NotNow, match="a node was lost, and 2 workers had no room for 5 s .*; the same command goes"
         ):
             run.result()
-    assert "warning: a node was lost, and 2 workers lack room; waiting up to 5 s for another" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: a node was lost, and 2 workers lack room; waiting up to 5 s for another\n" in said
+    assert (
+        said.count("warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_A") == 1
+    )
 
 
 @pytest.mark.timeout(600)

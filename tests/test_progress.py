@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 
 import pytest
 
@@ -34,6 +35,28 @@ def test_a_line_every_30_s_and_the_last_one(clock: list[float]) -> None:
     line.advance(600)
     line.finish()
     assert stream.getvalue().splitlines()[-1] == "2,000 of 2,000 frames (100%), 20.0 frames/s"
+
+
+def test_a_line_comes_and_the_rate_falls_where_nothing_is_done(clock: list[float]) -> None:
+    stream = io.StringIO()
+    line = Progress(100, "frames", stream=stream)
+    clock[0] = 110.0
+    line.advance(50, ", 1 rejected")
+    for clock[0] in (120.0, 200.0, 210.0):
+        line.tick()
+    assert stream.getvalue() == "50 of 100 frames (50%), 0.5 frames/s, 1 min 40 s left, 1 rejected\n"
+
+
+def test_lines_come_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
+    came = threading.Event()
+
+    class Log(io.StringIO):
+        def flush(self) -> None:
+            came.set()
+
+    with Progress(100, "frames", stream=Log()):
+        assert came.wait(60)
 
 
 def test_a_bar_on_a_terminal_is_drawn_over(clock: list[float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -261,6 +262,16 @@ def test_an_archive_that_is_not_as_it_was_planned_is_said(tmp_path: Path, capsys
         "warning: 1 frames have changed and 1 are gone since they were listed; what is labelled stays, the rest is "
         "rejected as changed or missing (--overwrite labels all anew)\n"
     )
+
+
+def test_what_is_ignored_is_said_and_counted(tmp_path: Path, capsys) -> None:
+    listing = small_output.listing()
+    segmentation._say_ignored(listing)
+    assert capsys.readouterr().out == (
+        "ignored by their extension: 2 .json (frames are .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff)\n"
+    )
+    small_output.segment(str(tmp_path / "out"), listing)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["ignored"] == {".json": 2}
 
 
 def test_a_column_of_a_parquet_file_gives_the_rows_of_its_frames(

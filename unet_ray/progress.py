@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
-from typing import TextIO
+from typing import Self, TextIO
 
 BAR_WIDTH = 24
 LINE_EVERY_S = 30.0
@@ -15,7 +16,7 @@ _RATE_OVER_S = 60.0
 
 
 class Progress:
-    """Counts what is done and prints it now and then."""
+    """Counts what is done and prints it now and then; while the block runs also where nothing is done for long."""
 
     def __init__(self, total: int, unit: str, *, done: int = 0, stream: TextIO | None = None) -> None:
         """Starts the clock.
@@ -32,21 +33,42 @@ class Progress:
         self._every_s = 0.5 if self._is_terminal else LINE_EVERY_S
         self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), done)])
         self._next_print_s = self._marks[0][0] + self._every_s
+        self._note = ""
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._repeat, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def _repeat(self) -> None:
+        while not self._over.wait(self._every_s):
+            self.tick()
 
     def advance(self, count: int, note: str = "") -> None:
         """Counts `count` more as done and prints when it is time to."""
-        self.done += count
-        now_s = time.monotonic()
-        self._marks.append((now_s, self.done))
-        while len(self._marks) > 2 and self._marks[1][0] < now_s - _RATE_OVER_S:
-            self._marks.popleft()
-        if now_s >= self._next_print_s:
-            self._next_print_s = now_s + self._every_s
-            self._print(note)
+        with self._lock:
+            self.done, self._note = self.done + count, note
+            now_s = time.monotonic()
+            self._marks.append((now_s, self.done))
+            while len(self._marks) > 2 and self._marks[1][0] < now_s - _RATE_OVER_S:
+                self._marks.popleft()
+        self.tick()
+
+    def tick(self) -> None:
+        """Prints when it is time to."""
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s >= self._next_print_s:
+                self._next_print_s = now_s + self._every_s
+                self._print(self._note)
 
     def _print(self, note: str) -> None:
         since_s, before = self._marks[0]
-        rate = (self.done - before) / max(1e-9, self._marks[-1][0] - since_s)
+        rate = (self.done - before) / max(1e-9, time.monotonic() - since_s)
         left = f", {duration((self._total - self.done) / rate)} left" if rate > 0 and self.done < self._total else ""
         share = self.done / self._total if self._total else 1.0
         line = f"{self.done:,} of {self._total:,} {self._unit} ({share:.0%}), {rate:,.1f} {self._unit}/s{left}{note}"
@@ -58,7 +80,9 @@ class Progress:
 
     def finish(self, note: str = "") -> None:
         """Prints the last state, whatever the time."""
-        self._print(note)
+        self._over.set()
+        with self._lock:
+            self._print(note)
         if self._is_terminal:
             self._stream.write("\n")
             self._stream.flush()

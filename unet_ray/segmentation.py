@@ -23,6 +23,7 @@ import ray
 from ray.util import metrics
 
 from unet_ray import cluster, images, ledger, publish, storage
+from unet_ray.archives import IMAGE_EXTENSIONS
 from unet_ray.bundle import Bundle, read_bundle
 from unet_ray.cluster import say
 from unet_ray.config import SegmentConfig
@@ -107,6 +108,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
         cluster.connect()
         listing = listing_soon.result()
     _refuse_unlistable(listing)
+    _say_ignored(listing)
     device = cluster.resolve_device(config.device)
     precision = _precision(config, device)
     require_seen_by_all(_read_by_workers(config, listing), storage.resolve(config.out))
@@ -211,6 +213,12 @@ def _plan(
     return plan
 
 
+def _say_ignored(listing: Listing) -> None:
+    if listing.ignored:
+        counts = ", ".join(f"{number:,} {kind}" for kind, number in listing.ignored.items())
+        say(f"ignored by their extension: {counts} (frames are {', '.join(IMAGE_EXTENSIONS)})")
+
+
 def _say_changes(plan: ledger.Plan) -> None:
     """What lies in the archives now and is not as it was planned."""
     if 0 < plan.n_new < plan.n_frames:
@@ -303,7 +311,7 @@ def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejec
         _count_earlier(plan, tally)
     progress = Progress(plan.n_frames, "frames", done=plan.n_frames - todo)
     meters = _Meters(plan.n_frames, todo)
-    with _heartbeat(plan.out, job.writer), meters.gauges:
+    with _heartbeat(plan.out, job.writer), meters.gauges, progress:
         _label(job, chunks, progress, tally, meters, carefully=False)
         left = ledger.pending(plan)
         if left:
