@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from unet_ray import segmentation, stages, storage, trials, waves
+from unet_ray import cluster, segmentation, stages, storage, trials, waves
 from unet_ray.bundle import read_bundle
+from unet_ray.config import SegmentConfig
 from unet_ray.decoding import DecodeOptions
 from unet_ray.endings import JobFailed, NotNow
 from unet_ray.ledger import Chunk
@@ -60,6 +61,29 @@ def test_a_frame_that_nobody_may_read_fails_the_job_and_is_not_tried_for_ever(mo
     assert isinstance(error, JobFailed) and "'/log/0.png'; give this job the right to it" in str(error)
     tally.is_refused = False
     assert isinstance(tally.trouble_error("1 chunks are not done"), storage.StorageError)
+
+
+def config(**options) -> SegmentConfig:
+    return SegmentConfig(model="m", frames=("f",), out="o", **options)
+
+
+def test_actors_leave_room_for_the_tasks_that_feed_them(monkeypatch):
+    def on(nodes, device, **options):
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+        allocation = waves.allocate(config(**options), device)
+        return allocation, cluster._fits(allocation.bundles())
+
+    two = {"CPU": 2.0}
+    for options in ({}, {"cpus_per_actor": 2}, {"actors": "2"}, {"actors": "2", "cpus_per_actor": 1}):
+        allocation, fits = on([two], "cpu", **options)
+        assert fits and allocation.actors[0] * allocation.actor_cpus + allocation.decode_cpus + waves.WRITE_CPUS <= 2
+    assert not on([two], "cpu", cpus_per_actor=3)[1]
+    allocation, fits = on([two, {"CPU": 8.0}], "cpu")
+    assert fits and allocation.actors == (2, 2) and allocation.threads == 2
+    allocation, fits = on([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}], "gpu")
+    assert fits and (allocation.actors, allocation.actor_cpus, allocation.actor_gpus) == ((1, 1), 1, 1)
+    assert not on([{"CPU": 1.0, "GPU": 1.0}], "gpu")[1]  # nothing would decode
+    assert on([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}], "gpu")[1]
 
 
 @pytest.mark.timeout(300)

@@ -238,7 +238,7 @@ def _fits(bundles: list[dict[str, float]]) -> bool:
         if room is None:
             return False
         for key, value in bundle.items():
-            room[key] -= value
+            room[key] = room.get(key, 0.0) - value
     return True
 
 

@@ -306,7 +306,8 @@ class SegmentConfig(ClusterConfig):
     """Model actors: N, or MIN:MAX to let Ray grow and shrink the pool, and an autoscaling cluster with it; `auto` fits
     them to the nodes that are there."""
     cpus_per_actor: int | None = None
-    """CPUs reserved for each actor, and threads it uses; by default what decoding leaves, divided."""
+    """Threads of each actor, and CPUs reserved for it; where the network itself runs on CPUs, three quarters of them:
+    decoding takes turns with it. By default a node's CPUs, divided among its actors; on a GPU 1."""
     batch_size: int = 32
     """Frames that the network takes at once."""
     chunk_frames: int = 96

@@ -62,9 +62,11 @@ class Allocation:
     """CPUs that a decode task reserves."""
 
     def bundles(self) -> list[dict[str, float]]:
-        """Returns what must be there before the work begins."""
-        bundle = {"CPU": self.actor_cpus} | ({"GPU": self.actor_gpus} if self.actor_gpus else {})
-        return [dict(bundle) for _ in range(self.actors[0])]
+        """Returns what must be there before the work begins: the actors, and room for one task each that feeds them
+        and that writes; without it they would wait for ever."""
+        kinds = ("CPU", "GPU") if self.actor_gpus else ("CPU",)
+        actors = [(self.actor_cpus, float(self.actor_gpus))] * self.actors[0]
+        return [dict(zip(kinds, amounts, strict=False)) for amounts in (*actors, (self.decode_cpus + WRITE_CPUS, 0.0))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def allocate(config: SegmentConfig, device: str) -> Allocation:
     share = min(node_cpus) / -(-low // len(node_cpus))
     return Allocation(
         actors=(low, high),
-        actor_cpus=config.cpus_per_actor or CPU_SHARE_OF_ACTORS * share,
+        actor_cpus=CPU_SHARE_OF_ACTORS * (config.cpus_per_actor or share),
         actor_gpus=0,
         threads=config.cpus_per_actor or max(1, int(share)),
         decode_cpus=DECODE_CPUS_BESIDE_ACTORS,
