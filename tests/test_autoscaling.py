@@ -19,23 +19,28 @@ from unet_ray.trials import wait_until
 
 ROOT = Path(__file__).parent.parent
 RAYLET = f"{Path(ray.__file__).parent}/core/src/ray/raylet/raylet"
-N_FRAMES = 120
+N_FRAMES = 300
 
-# Python runs this in every process of the nodes: frames come slowly, so that there is work until more nodes have come.
+# Python runs this in every process of the nodes: frames come slowly until more nodes have come.
 SLOW = """
-import time
+import os, time
 from unet_ray import images
 decode_frame = images.decode_frame
 def slow(data, **limits):
-    time.sleep(0.5)
+    if not os.path.exists(os.path.join(os.path.dirname(__file__), "enough")):
+        time.sleep(0.5)
     return decode_frame(data, **limits)
 images.decode_frame = slow
 """
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    slow = tmp_path_factory.mktemp("slow")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slow")
+
+
+@pytest.fixture(scope="module")
+def nodes(slow: Path) -> Iterator[RayNodes]:
     (slow / "sitecustomize.py").write_text(SLOW)
     workers = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3}
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +78,7 @@ def job(nodes: RayNodes, said: Path, name: str, *options: str) -> Iterator[subpr
 
 
 @pytest.mark.timeout(1200)
-def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, log, tmp_path):
+def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, slow, log, tmp_path):
     model, out, said = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"
     told = ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", str(out), "--actors", "1:3"]
     most_nodes, actors = 0, set[int]()
@@ -81,6 +86,8 @@ def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, log, tmp_pat
         while process.poll() is None:
             most_nodes = max(most_nodes, n_workers(nodes))
             actors.update(nodes.running("ray::MapWorker"))
+            if most_nodes > 1 and len(actors) > 1:
+                (slow / "enough").touch()
             time.sleep(0.5)
     lines = said.read_text().splitlines()
     assert process.returncode == 0, lines
