@@ -10,7 +10,7 @@ import pytest
 import ray
 import yaml
 
-from unet_ray import cli, cluster, training
+from unet_ray import cli, cluster
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -76,7 +76,7 @@ def test_a_bundle_must_fit_on_one_node(monkeypatch):
 def test_a_worker_gets_its_share_of_the_nodes_that_are_there(workers, nodes, cpus, monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
     device = "gpu" if any("GPU" in node for node in nodes) else "cpu"
-    assert training.default_cpus(workers, device) == cpus
+    assert cluster.default_cpus(workers, device) == cpus
 
 
 def test_the_cluster_of_ray_address_is_joined(local):

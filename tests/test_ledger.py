@@ -148,6 +148,9 @@ def test_frames_that_have_another_id_now_are_not_labelled_once_more(out):
     assert str(refusal.value).startswith(
         f"{uri} is planned in {out} as a//0.png and would be labelled once more as log/"
     )
+    written_anew = renamed.set_column(7, "version", pa.array(["other"] * 3))
+    assert written_anew.column_names == first.column_names
+    assert make_plan(out, Listing(table=written_anew)).n_new == 3  # other frames in an archive of the same name
 
 
 def test_another_lineage_is_refused_and_the_difference_shown(out):

@@ -107,7 +107,10 @@ def _end_with_ray() -> None:
     """
 
     def wait(raylet: int) -> None:
-        select.select([raylet], [], [])
+        death = select.poll()
+        death.register(raylet, select.POLLIN)
+        death.poll()
+        os.close(raylet)
         if ray.is_initialized():  # it is no longer while Ray is shut down in order
             what = "Ray's process on this machine (raylet) was ended, perhaps for want of memory"
             print(
@@ -191,6 +194,31 @@ def wait_for_resources(bundles: list[dict[str, float]], wait_s: float, what: str
         time.sleep(0.5)
     if asked:
         request_resources(num_cpus=0)  # the request would stand for ever
+
+
+def worker_resources(cpus: int, device: str) -> dict[str, float]:
+    """Returns what one worker reserves, as Ray names it."""
+    return {"CPU": float(cpus)} | ({"GPU": 1.0} if device == "gpu" else {})
+
+
+def default_cpus(workers: int, device: str) -> int:
+    """Returns the most CPUs that each of the workers can have at once, at least 1.
+
+    Where some of the nodes with GPUs are yet to come: a GPU's share of the CPUs of those that are there.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in nodes if device == "cpu" or node.get("GPU", 0) >= 1]
+
+    def room(cpus: int) -> int:
+        per_node = (
+            min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if device == "gpu" else workers) for node in nodes
+        )
+        return int(sum(per_node))
+
+    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    too_few_gpus = device == "gpu" and room(1) < workers
+    share = int(min((node.get("CPU", 0) // node["GPU"] for node in nodes), default=1)) if too_few_gpus else 1
+    return next((cpus for cpus in range(most, 1, -1) if room(cpus) >= workers), max(1, share))
 
 
 class Room:

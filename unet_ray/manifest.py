@@ -78,10 +78,11 @@ def known_and_new(out: str, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def refuse_doubled(out: str, new: pa.Table) -> None:
-    """Raises ValueError where a frame that is new by its id lies where a planned one does, or has other columns."""
+    """Raises ValueError where a frame that is new by its id is, by place and version, one that is planned."""
+    new_places = _places(new)
     for file in (file for mark in read_generations(out) for file in mark["files"]):
         known = _read_table(storage.join(out, file["path"]), ("frame_id", *_PLACE))
-        found = pc.index_in(_places(new), _places(known))
+        found = pc.index_in(new_places, _places(known))
         if found.null_count < len(found):
             row = pc.indices_nonzero(pc.is_valid(found))[0].as_py()
             before, now = known["frame_id"][found[row].as_py()].as_py(), new["frame_id"][row].as_py()
@@ -91,7 +92,8 @@ def refuse_doubled(out: str, new: pa.Table) -> None:
             )
 
 
-_PLACE = ("uri", "offset_bytes", "row")
+_PLACE = ("uri", "offset_bytes", "row", "version")
+"""Without the version, an archive that was written anew under its name would pass for the old one."""
 
 
 def _places(table: pa.Table) -> pa.ChunkedArray:

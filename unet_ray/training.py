@@ -27,7 +27,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from unet_ray import bundle, checkpoints, evaluation, metrics, runs, storage
 from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
-from unet_ray.cluster import Room, connect, resolve_device, say, wait_for_first_node, wait_for_resources
+from unet_ray.cluster import (
+    Room,
+    connect,
+    default_cpus,
+    resolve_device,
+    say,
+    wait_for_first_node,
+    wait_for_resources,
+    worker_resources,
+)
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.endings import JobFailed
 from unet_ray.ingest import FrameSource, IngestPlan, ingest
@@ -193,31 +202,6 @@ def reserve(config: TrainConfig, device: str) -> int:
     resources = [worker_resources(cpus, device)] * fewest
     wait_for_resources(resources, config.wait_for_resources_s, count(fewest, "training worker"))
     return cpus
-
-
-def worker_resources(cpus: int, device: str) -> dict[str, float]:
-    """Returns what one worker reserves, as Ray names it."""
-    return {"CPU": float(cpus)} | ({"GPU": 1.0} if device == "gpu" else {})
-
-
-def default_cpus(workers: int, device: str) -> int:
-    """Returns the most CPUs that each of the workers can have at once, at least 1.
-
-    Where some of the nodes with GPUs are yet to come: a GPU's share of the CPUs of those that are there.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [node for node in nodes if device == "cpu" or node.get("GPU", 0) >= 1]
-
-    def room(cpus: int) -> int:
-        per_node = (
-            min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if device == "gpu" else workers) for node in nodes
-        )
-        return int(sum(per_node))
-
-    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    too_few_gpus = device == "gpu" and room(1) < workers
-    share = int(min((node.get("CPU", 0) // node["GPU"] for node in nodes), default=1)) if too_few_gpus else 1
-    return next((cpus for cpus in range(most, 1, -1) if room(cpus) >= workers), max(1, share))
 
 
 def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) -> tuple[WorkerTask, dict[str, int]]:
