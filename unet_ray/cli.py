@@ -176,6 +176,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         )
     if chosen.config:
         from_files += options.option_arguments(options.read_yaml(chosen.config), command.config_type, chosen.config)
+    _refuse_unknown(name, rest, command.config_type)
     # The parser would put a ValueError of the configuration into a box of its own, so it fills an unchecked twin.
     twin = type(command.config_type.__name__, (command.config_type,), {"__post_init__": lambda self: None})
     told: Any = tyro.cli(
@@ -186,6 +187,18 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         use_underscores=False,
     )
     return command.config_type(**{field.name: getattr(told, field.name) for field in dataclasses.fields(twin)})
+
+
+def _refuse_unknown(name: str, words: Sequence[str], config_type: type[Any]) -> None:
+    """Raises ValueError for an option that is none, in one line; the parser would draw a box of nine."""
+    options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_type)]
+    known = {"--help", "--config", "--recipe", *options, *(option.replace("--", "--no-", 1) for option in options)}
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in known:
+            close = difflib.get_close_matches(option, options, n=1)
+            hint = f"perhaps you meant {close[0]}; " if close else ""
+            raise ValueError(f"{name} has no option {option}; {hint}`unet-ray {name} --help` shows them all")
 
 
 def _description(command: Command) -> str:
