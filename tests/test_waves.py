@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from unet_ray import cluster, segmentation, stages, storage, trials, waves
+from unet_ray import cluster, inference, segmentation, stages, storage, trials, waves
 from unet_ray.bundle import read_bundle
 from unet_ray.config import SegmentConfig
 from unet_ray.decoding import DecodeOptions
@@ -36,6 +36,7 @@ def test_an_actor_whose_store_is_away_says_so_chunk_by_chunk_and_starts_when_it_
     def away(uri: str) -> None:
         raise storage.StorageError(5, "no answer; trying again may help", uri)
 
+    monkeypatch.setattr(inference, "configure_tensorflow", lambda device, n_threads: None)  # this process has begun
     with monkeypatch.context() as patch:
         patch.setattr(waves, "read_bundle", away)
         actor = waves._ModelActor(str(model), digest, LABELER, (24, 32))
