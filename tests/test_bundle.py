@@ -357,6 +357,28 @@ def test_exports_to_keras_and_savedmodel_give_the_bundles_logits(folder, tmp_pat
     np.testing.assert_allclose(saved.serve(tf.constant(FRAMES)).numpy(), expected_BHWK, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+def test_exports_load_where_there_is_no_unet_ray(folder, tmp_path):
+    export_model(str(folder), str(tmp_path / "tiny.keras"), "keras")
+    export_model(str(folder), str(tmp_path / "saved"), "savedmodel")
+    np.save(tmp_path / "frames.npy", FRAMES)
+    program = """
+import sys
+sys.modules["unet_ray"] = None
+import keras, numpy as np, tensorflow as tf
+frames = np.load("frames.npy")
+plain = keras.saving.load_model("tiny.keras")(frames).numpy().argmax(-1)
+saved = tf.saved_model.load("saved")
+served = saved.serve(tf.constant(frames)).numpy().argmax(-1)
+np.savez("masks.npz", plain=plain, served=served)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    expected_BHW = read_bundle(str(folder)).build_model(dtype_policy="float32")(FRAMES).numpy().argmax(-1)
+    masks = np.load(tmp_path / "masks.npz")
+    np.testing.assert_array_equal(masks["plain"], expected_BHW)
+    np.testing.assert_array_equal(masks["served"], expected_BHW)
+
+
 def test_exports_that_cannot_be(folder, tmp_path):
     taken = tmp_path / "taken.keras"
     shutil.copy(folder / "model.json", taken)

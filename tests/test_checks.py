@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unet_ray import cli
 from unet_ray.checks import CheckReport, check_data_set
 from unet_ray.config import CheckConfig
 
@@ -127,6 +128,16 @@ def test_all_that_training_refuses(tmp_path: Path) -> None:
     assert report.as_text().endswith(
         "\n\nTraining would refuse this data set, because of the findings marked `refused` (8)."
     )
+
+
+def test_the_exit_code_says_whether_training_would_take_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_pairs(tmp_path, 3)
+    command = ["check", "--images", str(tmp_path / "rgb"), "--masks", str(tmp_path / "seg"), "--classes", "camvid"]
+    assert cli.main(command) == 0
+    (tmp_path / "seg" / "a" / "0.png").unlink()
+    assert cli.main(command) == 1
+    first, second = capsys.readouterr().out.split("Training would take this data set.")
+    assert "No findings" in first and "frames have no mask" in second and "Training would refuse" in second
 
 
 def test_all_that_is_only_to_be_known(tmp_path: Path) -> None:

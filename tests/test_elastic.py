@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from test_training import HeldFrames, final_weights, held_up, make_config, write_data
+from small_run import HeldFrames, final_weights, held_up, make_config, write_data
 
 from unet_ray import checkpoints, training
 from unet_ray.endings import NotNow
@@ -36,7 +36,7 @@ def cluster(monkeypatch):
 class Gated(HeldFrames):
     """Each worker reads 28 frames, two epochs alone or four with another, until the marker opens the gate."""
 
-    def hold(self) -> None:
+    def hold(self, index: int) -> None:
         while self.n_reads > 28 and not self.marker.exists():
             time.sleep(0.01)
 

@@ -23,7 +23,7 @@ CONFIG = ModelConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filte
 # Each process writes what it saw; void covers 0 to 95% of a frame, unevenly over the workers.
 RANK_PROGRAM = """
 import json, sys
-import numpy as np, tensorflow as tf
+import keras, numpy as np, tensorflow as tf
 from unet_ray import steps
 from unet_ray.config import ModelConfig
 from unet_ray.unet import build_unet
@@ -41,11 +41,13 @@ mine = slice(rank * part, (rank + 1) * part)
 config = ModelConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.0)
 found = {}
 for name, loss, clip_norm, weights in [
-    ("ce", "ce", 0.0, None), ("clipped", "ce", 0.05, None), ("dice", "ce+dice", 0.0, (1.0, 2.0, 0.5))
+    ("ce", "ce", 0.0, None), ("clipped", "ce", 0.05, None), ("clipped-sgd", "ce", 0.05, None),
+    ("dice", "ce+dice", 0.0, (1.0, 2.0, 0.5))
 ]:
     model = build_unet(config, seed=7)
-    step = steps.TrainStep(model, steps.make_optimizer("adam", 1e-3, 0.0), strategy, loss=loss,
-                           class_weights_K=weights, clip_norm=clip_norm)
+    # Adam takes the same step with a gradient of any length; plain descent shows what was clipped.
+    optimizer = keras.optimizers.SGD(0.1) if name == "clipped-sgd" else steps.make_optimizer("adam", 1e-3, 0.0)
+    step = steps.TrainStep(model, optimizer, strategy, loss=loss, class_weights_K=weights, clip_norm=clip_norm)
     seeds = steps.dropout_seeds(0, 0, rank, step.n_dropouts)
     _, gradients = step.reduced_gradients(*map(tf.constant, (images[0, mine], masks[0, mine], seeds)))
     for place, gradient in enumerate(gradients):
@@ -99,7 +101,7 @@ def relative_difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["ce", "clipped", "dice"])
+@pytest.mark.parametrize("name", ["ce", "clipped", "clipped-sgd", "dice"])
 def test_two_workers_with_8_frames_learn_what_one_with_16_does(ranks, name):
     one, two = ranks["1-0"], ranks["2-0"]
     np.testing.assert_allclose(one[f"{name}/loss"], two[f"{name}/loss"], rtol=1e-6)
@@ -175,6 +177,24 @@ def test_a_step_is_what_plain_keras_does(clip_norm):
         assert float(result.valid_pixels) == np.sum(mask != IGNORED_ID)
     for one, other in zip(ours.trainable_variables, plain.trainable_variables, strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), atol=2e-4)
+
+
+def test_clipping_shortens_the_whole_gradient_and_keeps_its_direction():
+    """By plain gradient descent: Adam would take the same step with a gradient of any length."""
+    image, mask = batch(np.random.default_rng(0))
+    moved = []
+    for clip_norm in (0.0, 0.05):
+        model = build_unet(CONFIG, seed=1)
+        before = [variable.numpy() for variable in model.trainable_variables]
+        sgd = keras.optimizers.SGD(1.0)
+        step = steps.TrainStep(model, sgd, tf.distribute.get_strategy(), loss="ce", clip_norm=clip_norm)
+        step(image, mask, no_seeds(step))
+        after = [variable.numpy() for variable in model.trainable_variables]
+        moved.append(np.concatenate([(b - a).ravel() for a, b in zip(after, before, strict=True)]))
+    whole, clipped = moved
+    length = np.linalg.norm(whole)
+    assert length > 0.1 and np.linalg.norm(clipped) == pytest.approx(0.05, rel=1e-4)
+    np.testing.assert_allclose(clipped, whole * 0.05 / length, atol=1e-6)
 
 
 def test_padding_changes_nothing():
@@ -277,4 +297,3 @@ def test_a_mask_of_another_size_comes_from_bilinear_logits():
 def test_policies():
     assert steps.choose_policy("float32", "cpu") == "float32"
     assert steps.choose_policy("bfloat16", "cpu") == "mixed_bfloat16"
-    assert steps.choose_policy("auto", "cpu") in ("float32", "mixed_bfloat16")

@@ -1,17 +1,11 @@
-"""Training on real Ray: what a run leaves, that it survives kills to the bit, and that it refuses in one line."""
+"""Training on real Ray: what a run leaves, what the same and another command do on it, what is refused in one line."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +14,9 @@ import ray
 import scraping
 import yaml
 from PIL import Image
-from safetensors.numpy import load_file
+from small_run import HeldFrames, held_up, last_state, make_config, write_data
 
-from unet_ray import checkpoints, config, faults, options, runs, training
+from unet_ray import checkpoints, config, faults, ingest, runs, training, training_data
 from unet_ray.bundle import read_bundle
 from unet_ray.config import EvaluateConfig, TrainConfig
 from unet_ray.endings import JobFailed
@@ -30,60 +24,6 @@ from unet_ray.metrics import confusion_matrix
 from unet_ray.monitor import Monitor
 from unet_ray.pairs import ImagePair
 from unet_ray.training import evaluate, train
-
-CLASSES = {
-    "classes": [
-        {"name": "road", "color": [128, 64, 128], "values": [7]},
-        {"name": "sky", "color": [70, 130, 180], "values": [13]},
-        {"name": "car", "color": [0, 0, 142], "values": [10]},
-    ],
-    "ignore": [0],
-}
-RAW = np.array([7, 13, 10, 0], np.uint8)
-
-
-def write_data(root: Path) -> None:
-    """Four drives of 4 to 6 frames, 37x53: a bright half is sky, a dark half is road, a red box is a car."""
-    (root / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
-    rng = np.random.default_rng(4)
-    for drive, n_frames in enumerate((6, 4, 5, 4)):
-        for folder in ("frames", "masks"):
-            (root / folder / f"drive{drive}").mkdir(parents=True)
-        for index in range(n_frames):
-            image = rng.integers(0, 40, (37, 53, 3), np.uint8)
-            mask = np.zeros((37, 53, 3), np.uint8)
-            horizon, left = int(rng.integers(12, 24)), int(rng.integers(2, 40))
-            image[:horizon] += 200
-            mask[:horizon, :, 0], mask[horizon:, :, 0] = 13, 7
-            image[-10:, left : left + 10, 0] = 255
-            mask[-10:, left : left + 10, 0] = 10
-            mask[:, : int(rng.integers(0, 9)), 0] = 0  # ignored
-            Image.fromarray(image).save(root / "frames" / f"drive{drive}" / f"{index:04d}.png")
-            Image.fromarray(mask).save(root / "masks" / f"drive{drive}" / f"{index:04d}.png")
-
-
-def make_config(root: Path, out: Path, **changes) -> TrainConfig:
-    told = {
-        "images": str(root / "frames"),
-        "masks": str(root / "masks"),
-        "classes": str(root / "classes.yaml"),
-        "out": str(out),
-        "workers": 2,
-        "cpus_per_worker": 1,
-        "epochs": 12,
-        "batch_size": 4,
-        "image_size": (24, 32),
-        "n_filters": 4,
-        "depth": 2,
-        "dropout": 0.3,
-        "learning_rate": 1e-2,
-        "val_fraction": 0.25,
-        "seed": 5,
-        "precision": "float32",
-        "device": "cpu",
-        "wait_for_resources_s": 0,
-    }
-    return TrainConfig(**(told | changes))
 
 
 @pytest.fixture(scope="module")
@@ -118,29 +58,26 @@ def test_prometheus_reads_the_last_epoch(cluster, tmp_path):
     }
 
 
+class Recorded(HeldFrames):
+    """Each worker writes down the frames that it reads, in a file of its own in the folder `marker`."""
+
+    def hold(self, index: int) -> None:
+        with open(self.marker / f"rank{self.rank}.txt", "a") as file:
+            file.write(f"{index}\n")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data, cluster, tmp_path_factory):
-    """A run of two workers that nothing happened to."""
-    told = make_config(data, tmp_path_factory.mktemp("runs") / "undisturbed")
-    return told, train(told)
-
-
-def final_weights(run: str | Path) -> dict[str, np.ndarray]:
-    return load_file(Path(run) / "model" / "weights.safetensors")
-
-
-def last_state(run: str | Path, epoch: int) -> dict[str, np.ndarray]:
-    return checkpoints.read_checkpoint(checkpoints.checkpoint_uri(str(run), epoch)).tensors
-
-
-def assert_same_end(one: str | Path, other: str | Path, epochs: int) -> None:
-    """Model, optimizer and confusion matrices of the last epoch, and the best model, are equal to the bit."""
-    first, second = last_state(one, epochs), last_state(other, epochs)
-    assert first.keys() == second.keys() and any(name.startswith("optimizer/") for name in first)
-    for name, tensor in first.items():
-        np.testing.assert_array_equal(tensor, second[name], err_msg=name)
-    for name, tensor in final_weights(one).items():
-        np.testing.assert_array_equal(tensor, final_weights(other)[name], err_msg=name)
+    """A run of two workers that nothing happened to; what they read is beside it in `read/`, openings in `opened`."""
+    root = tmp_path_factory.mktemp("runs")
+    told = make_config(data, root / "undisturbed")
+    (root / "read").mkdir()
+    events = faults.FileEvents(folder for kind in ("frames", "masks") for folder in (data / kind).iterdir())
+    with held_up(Recorded, root / "read"):
+        result = train(told)
+    opened = Counter(str(file) for what, file in events.seen if what == "opened")
+    (root / "opened.json").write_text(json.dumps(opened))
+    return told, result
 
 
 # --- what a run leaves ---
@@ -170,6 +107,28 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
 
 
 @pytest.mark.timeout(300)
+def test_every_frame_is_read_once_an_epoch_in_the_order_of_seed_and_epoch(undisturbed):
+    told, _ = undisturbed
+    for rank in range(2):
+        read = [int(line) for line in (Path(told.out).parent / "read" / f"rank{rank}.txt").read_text().split()]
+        orders = [ingest.epoch_order(14, told.seed, epoch) for epoch in range(12)]
+        expected = [ingest.batch_slice(order, batch, 4, rank, 2) for order in orders for batch in range(4)]
+        assert read == np.concatenate(expected).tolist()
+
+
+@pytest.mark.timeout(300)
+def test_files_are_read_once_not_once_an_epoch(undisturbed, data):
+    told, _ = undisturbed
+    opened = json.loads((Path(told.out).parent / "opened.json").read_text())
+    assert opened.keys() == {str(path) for kind in ("frames", "masks") for path in (data / kind).rglob("*.png")}
+    shown = {uri for pair in validation_frames(told) for uri in (pair.image_uri, pair.mask_uri)}
+    assert max(opened[file] for file in shown) <= 5  # for samples.png again, by the network and by what draws
+    assert {opened[file] for file in opened if "/frames/" in file and file not in shown} == {1}
+    # Some masks once more, to find out their format.
+    assert {opened[file] for file in opened if "/masks/" in file and file not in shown} == {1, 2}
+
+
+@pytest.mark.timeout(300)
 def test_best_and_last_checkpoint_are_kept(undisturbed):
     told, result = undisturbed
     best = result.metrics["best_epoch"]
@@ -193,7 +152,7 @@ def test_tensorboard_events_hold_the_history(undisturbed):
 
 
 def validation_frames(told: TrainConfig) -> list[ImagePair]:
-    return list(training.find_data(runs.resolved(told)).split.validation)
+    return list(training_data.find_data(runs.resolved(told)).split.validation)
 
 
 @pytest.mark.timeout(300)
@@ -251,131 +210,6 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
     assert f"mean IoU {found['val/mean_iou']:.3f} over 3 of 3 classes" in capsys.readouterr().out
 
 
-# --- kills ---
-
-
-def wait_for_epoch(run: str | Path, epoch: int, timeout_s: float = 600) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not any(found >= epoch for found in checkpoints.list_epochs(str(run))):
-        assert time.monotonic() < deadline, f"epoch {epoch} did not come"
-        time.sleep(0.01)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_dies_or_stops_costs_one_interval(undisturbed, data, tmp_path, capsys, how):
-    told, _ = undisturbed
-    victim: list[int] = []
-
-    def kill() -> None:
-        wait_for_epoch(tmp_path / "run", 3)
-        victim.append(max(faults.titled_below(os.getpid(), "ray::RayTrainWorker")))
-        os.kill(victim[0], how)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    train(make_config(data, tmp_path / "run"))
-    thread.join()
-    assert victim
-    said = capsys.readouterr().out
-    assert said.count("a worker was lost; the group has started again") == 1
-    assert "going on after epoch " in said
-    assert_same_end(tmp_path / "run", told.out, 12)
-
-
-class HeldFrames:
-    """Training frames whose reading `hold` may hold up; the worker's process lives on meanwhile."""
-
-    def __init__(self, frames, marker: Path):
-        self.frames, self.marker, self.n_reads = frames, marker, 0
-
-    @property
-    def names(self):
-        return self.frames.names
-
-    def open(self):
-        self.reader = self.frames.open()
-        return self
-
-    def read(self, index: int):
-        self.n_reads += 1
-        self.hold()
-        return self.reader.read(index)
-
-    def hold(self) -> None:
-        raise NotImplementedError
-
-
-@contextlib.contextmanager
-def held_up(kind: type[HeldFrames], marker: Path):
-    """While the block runs, training reads its frames through `kind`, which the workers get by value."""
-    prepare = training._prepare
-
-    def prepare_held(*arguments):
-        task, hashes = prepare(*arguments)
-        return dataclasses.replace(task, train=kind(task.train, marker)), hashes
-
-    modules = {sys.modules[HeldFrames.__module__], sys.modules[kind.__module__]}
-    for module in modules:
-        ray.cloudpickle.register_pickle_by_value(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_prepare", prepare_held)
-        yield
-    for module in modules:
-        ray.cloudpickle.unregister_pickle_by_value(module)
-
-
-class StuckOnce(HeldFrames):
-    """The first worker that asks for its 30th frame never gets it."""
-
-    def hold(self) -> None:
-        if self.n_reads == 30:
-            with contextlib.suppress(FileExistsError):
-                self.marker.touch(exist_ok=False)
-                threading.Event().wait()
-
-
-@pytest.mark.timeout(600)
-def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
-    told, _ = undisturbed
-    with held_up(StuckOnce, tmp_path / "stuck"):
-        train(make_config(data, tmp_path / "run", collective_timeout_s=15))
-    assert (tmp_path / "stuck").exists()
-    assert capsys.readouterr().out.count("a worker was lost; the group has started again") == 1
-    assert_same_end(tmp_path / "run", told.out, 12)
-
-
-DRIVER = """
-import sys, yaml
-from unet_ray.config import TrainConfig
-from unet_ray.training import train
-options = yaml.safe_load(open(sys.argv[1]))
-train(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}))
-"""
-
-
-@pytest.mark.timeout(900)
-def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(undisturbed, data, tmp_path):
-    told, _ = undisturbed
-    run = tmp_path / "run"
-    (tmp_path / "told.yaml").write_text(options.to_yaml(make_config(data, run)))
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "told.yaml")]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_epoch(run, 4)
-    # With all that it started: Ray would end them too, some seconds later, when so small a run has finished.
-    faults.kill([driver.pid, *faults.descendants(driver.pid)])
-    driver.wait()
-    epoch = checkpoints.list_epochs(str(run))[0]
-    assert epoch < 12, "it finished before it was killed"
-    if (manifest := run / "checkpoints" / f"epoch-{epoch:06d}" / "manifest.json").exists():
-        (state,) = manifest.parent.glob("*.safetensors")
-        state.write_bytes(state.read_bytes()[:1000])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"going on after epoch {epoch - 1} of 12, from its checkpoint" in done.stdout
-    assert_same_end(run, told.out, 12)
-
-
 # --- the same command, another command ---
 
 
@@ -404,7 +238,7 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed):
 @pytest.mark.timeout(300)
 def test_other_data_are_refused(data, tmp_path):
     told = make_config(data, tmp_path / "run")
-    about = runs.describe(training.find_data(told).split, config.load_class_set(told.classes), "channel-max")
+    about = runs.describe(training_data.find_data(told).split, config.load_class_set(told.classes), "channel-max")
     runs.begin(told, about | {"train_frames": 99, "frames_sha256": "0"})
     with pytest.raises(
         ValueError, match=r"holds a run that began with other data: train_frames was 99, now 14, frames_"
@@ -478,9 +312,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_frames(data, cluster, tmp
         train(make_config(data, tmp_path / "run", workers=1, learning_rate=1e36))
     message = str(caught.value)
     step = int(message.split("at step ")[1].split(";")[0])
-    assert 2 <= step <= 12 and message.startswith("the loss is ") and "\n" not in message
+    assert step == 2 and message.startswith("the loss is ") and "\n" not in message  # the first after an update
     frames = message.split("the frames of its batch: ")[1].split(";")[0].split(", ")
-    assert 2 <= len(frames) <= 4 and all(name.startswith("drive") for name in frames)
+    trained = training_data.find_data(make_config(data, tmp_path / "run")).split.train
+    assert frames == [trained[index].pair_id for index in ingest.epoch_order(14, 5, 0)[4:8]]
 
 
 def test_class_weights_from_a_file(data, tmp_path):
@@ -489,7 +324,7 @@ def test_class_weights_from_a_file(data, tmp_path):
 
     def read(text: str) -> tuple[float, ...] | None:
         file.write_text(text)
-        return training.read_class_weights(str(file), class_set)
+        return training_data.read_class_weights(str(file), class_set)
 
     assert read("{sky: 2, road: 0.5, car: 1}") == (0.5, 2.0, 1.0)
     with pytest.raises(
@@ -503,19 +338,23 @@ def test_class_weights_from_a_file(data, tmp_path):
     with pytest.raises(
         ValueError, match=r"--class-weights is 'square'; give none, log, median or the path of a .yaml fi"
     ):
-        training.read_class_weights("square", class_set)
-    assert training.read_class_weights("log", class_set) is None
+        training_data.read_class_weights("square", class_set)
+    assert training_data.read_class_weights("log", class_set) is None
 
 
 @pytest.mark.timeout(180)
-def test_everything_switched_on(data, cluster, tmp_path, monkeypatch):
+def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
     from mlflow import MlflowClient
+
+    write_data(tmp_path)
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     told = make_config(
         data,
         tmp_path / "run",
+        val_images=str(tmp_path / "frames"),
+        val_masks=str(tmp_path / "masks"),
         workers=1,
         epochs=40,
         augment=True,
@@ -532,7 +371,11 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch):
     )
     result = train(told)
     best = result.metrics["best_epoch"]
-    assert result.metrics["epochs"] == len(result.history) == min(40, best + 3)
+    assert result.metrics["epochs"] == len(result.history) == best + 3 < 40
+    said = capsys.readouterr().out
+    assert f"19 pairs; 19 other frames of {tmp_path / 'frames'} validate\n" in said
+    assert "leak rate: 100.0% of the validation frames have a neighbour in time or a near-dup" in said
+    assert "\nwarning: " in said
     assert result.history[0]["learning_rate"] == pytest.approx(1e-2)  # the warm-up is over
     recorded = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
     points = MlflowClient().get_metric_history(recorded, "loss")
@@ -543,6 +386,6 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch):
 def test_all_frames_can_train(data, cluster, tmp_path):
     result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, val_fraction=0, loss="focal"))
     assert "val/mean_iou" not in result.metrics and result.metrics["best_epoch"] == 2
-    assert not (tmp_path / "run" / "samples.png").exists()
-    assert (tmp_path / "run" / "curves.png").exists()
+    names = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert names == {"samples.png", "curves.png"}  # of frames that trained
     assert read_bundle(result.run).model_config.n_filters == 4

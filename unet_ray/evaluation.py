@@ -5,7 +5,7 @@ Shapes: `B` batch, `H` height px, `W` width px, `K` classes, `S` sums of the los
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,14 @@ class Evaluation:
 class Evaluator:
     """A network and the frames that it is measured on."""
 
-    def __init__(self, predict: Predictor, reader: FrameReader, batch_size: int, config: ModelConfig):
+    def __init__(
+        self,
+        predict: Predictor,
+        reader: FrameReader,
+        batch_size: int,
+        config: ModelConfig,
+        on_batch: Callable[[], None] = lambda: None,
+    ):
         """Takes frames at the network's size with their masks in their own size too.
 
         Args:
@@ -47,8 +54,10 @@ class Evaluator:
             reader: the frames.
             batch_size: frames that the network takes at once; the last ones are padded.
             config: the network's shape.
+            on_batch: called after every batch that was counted.
         """
         self._predict, self._reader, self._batch_size = predict, reader, batch_size
+        self._on_batch = on_batch
         self._size = config.image_height_px, config.image_width_px
         self._n_classes = config.n_classes
 
@@ -72,6 +81,7 @@ class Evaluator:
                 own_size_KK += confusion_matrix(mask_HW, predicted_HW, n_classes)
                 if with_boundaries:
                     boundary_K4 += boundary_counts(mask_HW, predicted_HW, n_classes)
+            self._on_batch()
         return Evaluation(
             own_size_KK=own_size_KK,
             model_size_KK=model_size_KK,

@@ -74,7 +74,7 @@ class Monitor:
                 for row in self.history[-1:]:
                     self._set_gauges(row)
                 self._say(f"going on after epoch {event['epoch']} of {self._n_epochs}, from its checkpoint")
-            case "note":
+            case "note" | "stuck":
                 self._say(f"warning: {event['line']}")
             case "step":
                 self._show_bar(event)

@@ -37,15 +37,15 @@ from unet_ray.cluster import (
     wait_for_resources,
     worker_resources,
 )
-from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
+from unet_ray.config import EvaluateConfig, TrainConfig
 from unet_ray.endings import JobFailed
-from unet_ray.ingest import FrameSource, IngestPlan, ingest
+from unet_ray.ingest import FileFrames, FrameSource, IngestPlan, ingest
 from unet_ray.machines import require_seen_by_all
 from unet_ray.monitor import Mailbox, Monitor, write_history
-from unet_ray.options import read_yaml
-from unet_ray.pairs import ImagePair, count, detect_mask_format, find_pairs, load_pair, require_complete
-from unet_ray.splits import Split, leak_rate, leak_warning, split_pairs
+from unet_ray.pairs import ImagePair, count, load_pair
+from unet_ray.splits import leak_rate, leak_warning
 from unet_ray.tracking import MlflowRecord
+from unet_ray.training_data import TrainingData, complete_pairs, find_data, find_mask_format
 from unet_ray.worker import MODEL_SIZE, OWN_SIZE, Group, Worker, WorkerTask
 
 HEALTH_CHECK_TIMEOUT_S = 60
@@ -61,6 +61,9 @@ RESIZE_INTERVAL_S = 60.0
 POLL_INTERVAL_S = 0.2
 """How often the driver looks for the workers' events."""
 
+LAST_WORD_S = 10.0
+"""How long a worker that ends itself waits to be heard."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -74,17 +77,6 @@ class TrainResult:
     """What `metrics.json` holds."""
     history: tuple[dict[str, Any], ...]
     """One row an epoch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """What is known of the data before a pixel is read, but for a few masks."""
-
-    class_set: ClassSet
-    mask_format: str
-    split: Split
-    class_weights_K: tuple[float, ...] | None
-    """Weights from a file."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -129,70 +121,6 @@ def _folders(config: TrainConfig) -> dict[str, list[str]]:
     return {f"--{name.replace('_', '-')}": [uri] for name in options if (uri := getattr(config, name)) is not None}
 
 
-def find_data(config: TrainConfig) -> TrainingData:
-    """Finds classes, pairs, split and mask format; everything that can be refused before Ray starts."""
-    class_set = load_class_set(config.classes)
-    pairs = _complete_pairs(config, config.images, config.masks)
-    if config.val_images is not None and config.val_masks is not None:
-        val_pairs = _complete_pairs(config, config.val_images, config.val_masks)
-        how = f"{count(len(val_pairs), 'other frame')} of {config.val_images} validate"
-        split = Split(train=pairs, validation=val_pairs, how=how)
-    else:
-        split = split_pairs(
-            pairs,
-            val_fraction=config.val_fraction,
-            guard_frames=config.guard_frames,
-            manifest=config.split_manifest,
-        )
-    if not split.train:
-        raise ValueError(f"no frame is left for training ({split.how}); lower --val-fraction or change the split")
-    say(f"{count(len(pairs), 'pair')}; {split.how}")
-    mask_format = _mask_format(config.mask_format, (*split.train, *split.validation), class_set)
-    weights_K = read_class_weights(config.class_weights, class_set)
-    return TrainingData(class_set=class_set, mask_format=mask_format, split=split, class_weights_K=weights_K)
-
-
-def _complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str) -> tuple[ImagePair, ...]:
-    listing = find_pairs(
-        images,
-        masks,
-        image_suffix=config.image_suffix,
-        mask_suffix=config.mask_suffix,
-        path_pattern=config.path_pattern if isinstance(config, TrainConfig) else None,
-    )
-    require_complete(listing)
-    return listing.pairs
-
-
-def _mask_format(told: str, pairs: Sequence[ImagePair], class_set: ClassSet) -> str:
-    if told != "auto":
-        return told
-    found = detect_mask_format(pairs, class_set)
-    say(f"masks: {found} (found out; --mask-format sets it)")
-    return found
-
-
-def read_class_weights(source: str, class_set: ClassSet) -> tuple[float, ...] | None:
-    """Returns the weights of a YAML file `{class: weight}` in the order of the classes; None for a way to compute them.
-
-    Raises:
-        ValueError: no such way and no such file, or not one weight for each class.
-    """
-    if source in ("none", "log", "median"):
-        return None
-    if not source.endswith((".yaml", ".yml")):
-        raise ValueError(f"--class-weights is {source!r}; give none, log, median or the path of a .yaml file")
-    weights = read_yaml(source)
-    missing, unknown = set(class_set.names) - weights.keys(), weights.keys() - set(class_set.names)
-    if missing or unknown:
-        wrong = f"lacks {', '.join(sorted(missing))}" if missing else f"names {', '.join(map(str, unknown))}"
-        raise ValueError(f"{source} {wrong}; give one weight for each class of {class_set.name}, no others")
-    bad = [name for name, weight in weights.items() if type(weight) not in (int, float) or not 0 <= weight < 1e6]
-    if bad:
-        raise ValueError(f"{source}: the weight of {bad[0]} is {weights[bad[0]]!r}; give a number from 0 to 1,000,000")
-    return tuple(float(weights[name]) for name in class_set.names)
-
-
 def reserve(config: TrainConfig, device: str) -> int:
     """Waits until the cluster has room for the workers (of a range: the fewest), and returns the CPUs of each."""
     fewest, most = config.worker_range()
@@ -222,6 +150,7 @@ def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) ->
         image_pixels_K=(present_NK * trained.pixels_NK.sum(axis=1, keepdims=True)).sum(axis=0),
         train=trained.frames,
         validation=validation.frames,
+        shown=FileFrames(names=tuple(pair.pair_id for pair in data.shown), pairs=data.shown, plan=whole_plan),
         device=device,
         cpus=cpus,
     )
@@ -267,6 +196,8 @@ def _tell(mailbox: Any, event: dict[str, Any]) -> None:
     put = mailbox.put.remote(event)
     if event["kind"] in ("failed", "finished"):  # the last before the worker ends, and what it holds with it
         ray.get(put)
+    if event["kind"] == "stuck":  # it ends whether it is heard or not
+        ray.wait([put], timeout=LAST_WORD_S)
 
 
 class Launcher:
@@ -379,7 +310,7 @@ def _write_results(config: TrainConfig, data: TrainingData, samples: Mapping[int
     bundle.write_bundle(storage.join(config.out, "model"), weights, model_config, data.class_set, found)
     write_history(config.out, last.history)
     _draw_curves(config.out, last.history)
-    _draw_results(config.out, data.split.validation, data.class_set, data.mask_format, samples, own_KK)
+    _draw_results(config.out, data.shown, data.class_set, data.mask_format, samples, own_KK)
     storage.write_whole(storage.join(config.out, runs.METRICS_FILE), json.dumps(found, indent=1).encode())
     return found
 
@@ -411,7 +342,7 @@ def _draw_results(
     samples: Mapping[int, np.ndarray],
     confusion_KK: np.ndarray | None,
 ) -> None:
-    """Draws samples (true and predicted masks of some frames) and the confusion matrix, where there is a validation."""
+    """Draws samples (true and predicted masks of some frames) and the confusion matrix, where frames validated."""
     from unet_ray import pictures
 
     if confusion_KK is not None:
@@ -448,8 +379,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config.configure_storage()
     model = bundle.read_bundle(config.model)
     class_set = model.class_set
-    pairs = _complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
-    mask_format = _mask_format(config.mask_format, pairs, class_set)
+    pairs = complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
+    mask_format = find_mask_format(config.mask_format, pairs, class_set)
     connect()
     require_seen_by_all({"--images": [pairs[0].image_uri], "--masks": [pairs[0].mask_uri]}, None)
     device = resolve_device(config.device)

@@ -8,6 +8,7 @@ equal on all workers. Only rank 0 writes, and tells the driver what happens; nob
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import zlib
@@ -24,6 +25,7 @@ from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
 from unet_ray.config import TrainConfig
 from unet_ray.endings import JobFailed
+from unet_ray.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from unet_ray import steps as steps_module
@@ -33,6 +35,9 @@ OWN_SIZE, MODEL_SIZE = "confusion/own_size", "confusion/model_size"
 
 PROGRESS_INTERVAL_S = 0.25
 """Least time between two reports of progress within an epoch."""
+
+PATIENCE = 1.2
+"""Of `--collective-timeout-s`, after which a worker ends itself: those that wait for it shall notice first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,8 @@ class WorkerTask:
     """Valid pixels of the training masks in which the class occurs."""
     train: ingest.FrameSource
     validation: ingest.FrameSource
+    shown: ingest.FrameSource
+    """What `samples.png` will show, all of it."""
     device: str
     """`gpu` or `cpu`."""
     cpus: int
@@ -84,8 +91,8 @@ class Worker:
         self.train_reader = task.train.open()
         self.n_batches = math.ceil(len(task.train.names) / task.config.batch_size)
         self.part = ingest.rank_batch_size(task.config.batch_size, self.n_workers)
-        model_config = task.config.model_config(task.class_set.n_classes)
-        self.model = unet.build_unet(model_config, seed=task.config.seed, dtype_policy=policy)
+        self.model_config = task.config.model_config(task.class_set.n_classes)
+        self.model = unet.build_unet(self.model_config, seed=task.config.seed, dtype_policy=policy)
         self.optimizer = self._make_optimizer()
         weights_K = task.class_weights_K
         if task.config.class_weights in losses.CLASS_WEIGHTS:
@@ -102,7 +109,11 @@ class Worker:
         )
         self.predict = predict = steps.Predictor(self.model, loss=task.config.loss, class_weights_K=weights_K)
         self.add_up = steps.WorkerSum(strategy)
-        self.evaluator = evaluation.Evaluator(predict, task.validation.open(), self.part, model_config)
+        timeout_s = task.config.collective_timeout_s * (1 if self.n_workers == 1 else PATIENCE)
+        self.watchdog = Watchdog(timeout_s, functools.partial(self._tell_stuck, timeout_s))
+        self.evaluator = evaluation.Evaluator(
+            predict, task.validation.open(), self.part, self.model_config, on_batch=self.watchdog.beat
+        )
         self._tell(kind="started", policy=policy, n_workers=self.n_workers)
 
     def _make_optimizer(self) -> steps_module.keras.Optimizer:
@@ -117,11 +128,19 @@ class Worker:
         if self.rank == 0:
             self.group.tell(event)
 
+    def _tell_stuck(self, timeout_s: float) -> None:
+        line = f"worker {self.rank} has got nowhere for {timeout_s:.0f} s (--collective-timeout-s) and ends itself"
+        self.group.tell({"kind": "stuck", "line": line})
+
     # --- the run ---
 
     def run(self) -> None:
         """Trains from the newest valid checkpoint to the last epoch; then shows what the best network sees."""
         state = self._restore()
+        with self.watchdog.watching():
+            self._train(state)
+
+    def _train(self, state: Checkpoint) -> None:
         while not self._is_done(state):
             row = self._train_epoch(state.epoch, state.step)
             if row is None:
@@ -165,7 +184,9 @@ class Worker:
         )
         due = epoch % self.config.checkpoint_every_epochs == 0 or self._is_done(done) or best == epoch
         if due:
+            self.watchdog.beat()
             self._write(done, state)
+            self.watchdog.beat()
         return done
 
     def _write(self, done: Checkpoint, state: Checkpoint) -> None:
@@ -196,6 +217,7 @@ class Worker:
             step = first_step + batch
             seeds = self.steps.dropout_seeds(self.config.seed, step, self.rank, self.step.n_dropouts)
             results.append(self.step(image_BHWC, mask_BHW, seeds))
+            self.watchdog.beat()
             # One step behind: the device works on this step while the last one's loss comes back.
             if not self._is_finite(results, batch - 1, order, step - 1):
                 return None
@@ -292,13 +314,13 @@ class Worker:
     # --- the end ---
 
     def _finish(self, state: Checkpoint) -> None:
-        """Tells the driver what the best network predicts on some frames, in the masks' own sizes."""
+        """Tells the driver what the best network predicts on the frames to show, in the masks' own sizes."""
         last = Checkpoint(**{**vars(state), "tensors": self.steps.state_tensors(self.model, self.optimizer)})
         # What is damaged the driver will say, which reads it after this.
         best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
         self.steps.restore_state(self.model, self.optimizer, best.tensors)
-        places = evaluation.sample_places(len(self.task.validation.names))
-        self._tell(kind="finished", samples=self.evaluator.predict_masks(places))
+        shown = evaluation.Evaluator(self.predict, self.task.shown.open(), self.part, self.model_config)
+        self._tell(kind="finished", samples=shown.predict_masks(range(len(self.task.shown.names))))
 
 
 def _is_better(value: float | None, best: float | None) -> bool:

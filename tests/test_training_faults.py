@@ -1,0 +1,156 @@
+"""Training goes on, to the bit, whatever happens to its workers, its driver and its newest checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import pytest
+import ray
+from small_run import HeldFrames, assert_same_end, held_up, make_config, wait_for_epoch, write_data
+
+from unet_ray import checkpoints, faults, ingest, options, training
+from unet_ray.training import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_data(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of this module's own, so that a test may kill its workers."""
+    training.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, cluster, tmp_path_factory):
+    """A run of two workers, with dropout and augmentation, that nothing happened to."""
+    told = make_config(data, tmp_path_factory.mktemp("runs") / "undisturbed", augment=True)
+    train(told)
+    return told
+
+
+class Fault(NamedTuple):
+    """A signal that a worker gets when it asks for a frame."""
+
+    rank: int
+    part: str
+    at_read: int
+    """Of that part's frames, by this worker since it started."""
+    after_epoch: int
+    """The newest checkpoint must be of this epoch at least."""
+    how: signal.Signals
+
+
+FAULTS = (
+    Fault(rank=0, part="train", at_read=5, after_epoch=0, how=signal.SIGKILL),  # there is no checkpoint yet
+    Fault(rank=1, part="train", at_read=9, after_epoch=1, how=signal.SIGKILL),  # in the middle of an epoch
+    Fault(rank=0, part="validation", at_read=2, after_epoch=3, how=signal.SIGSTOP),
+    Fault(rank=1, part="train", at_read=3, after_epoch=6, how=signal.SIGSTOP),
+    Fault(rank=0, part="shown", at_read=1, after_epoch=12, how=signal.SIGKILL),  # for samples.png, after the end
+)
+
+
+class Struck(HeldFrames):
+    """Every fault happens once, in this order; `marker` is a folder with a file for each that has happened."""
+
+    PARTS = ("train", "validation", "shown")
+
+    def hold(self, index: int) -> None:
+        happened = len(list(self.marker.iterdir()))
+        if happened == len(FAULTS):
+            return
+        fault = FAULTS[happened]
+        newest = max(checkpoints.list_epochs(str(self.marker.parent / "run")), default=0)
+        is_due = self.n_reads >= fault.at_read and newest >= fault.after_epoch
+        if (self.rank, self.part) == (fault.rank, fault.part) and is_due:
+            (self.marker / str(happened)).write_text(str(newest))
+            os.kill(os.getpid(), fault.how)
+
+
+@pytest.mark.timeout(900)
+def test_workers_that_die_or_stop_anywhere_change_nothing(undisturbed, data, tmp_path, capsys, monkeypatch):
+    """Here the frames are streamed from their files, there they were blocks in the object store."""
+    monkeypatch.setattr(ingest, "STORE_SHARE", 1e-9)
+    (tmp_path / "faults").mkdir()
+    with held_up(Struck, tmp_path / "faults"):
+        train(make_config(data, tmp_path / "run", augment=True, checkpoint_every_epochs=3, max_failures=len(FAULTS)))
+    said = capsys.readouterr().out
+    assert "are read and decoded again in every epoch" in said
+    assert said.count("a worker was lost; the group has started again") == len(FAULTS)
+    newest = [int(path.read_text()) for path in sorted((tmp_path / "faults").iterdir())]
+    resumed = [int(epoch) for epoch in re.findall("going on after epoch ([0-9]+) of 12", said)]
+    assert newest[0] == 0 and len(resumed) == len(FAULTS) - 1
+    assert all(epoch >= at_least for epoch, at_least in zip(resumed, newest[1:], strict=True))
+    assert_same_end(tmp_path / "run", undisturbed.out, 12)
+
+
+class StuckOnce(HeldFrames):
+    """The first worker that asks for its 30th frame never gets it."""
+
+    def hold(self, index: int) -> None:
+        if self.n_reads == 30:
+            with contextlib.suppress(FileExistsError):
+                self.marker.touch(exist_ok=False)
+                threading.Event().wait()
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
+    with held_up(StuckOnce, tmp_path / "stuck"):
+        train(make_config(data, tmp_path / "run", augment=True, collective_timeout_s=15))
+    assert (tmp_path / "stuck").exists()
+    assert capsys.readouterr().out.count("a worker was lost; the group has started again") == 1
+    assert_same_end(tmp_path / "run", undisturbed.out, 12)
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_stuck_alone_ends_itself(data, cluster, tmp_path, capsys):
+    with held_up(StuckOnce, tmp_path / "stuck"):
+        result = train(make_config(data, tmp_path / "run", workers=1, epochs=4, collective_timeout_s=15))
+    said = capsys.readouterr().out
+    assert "warning: worker 0 has got nowhere for 15 s (--collective-timeout-s) and ends itself\n" in said
+    assert said.count("a worker was lost; the group has started again") == 1 and "going on after epoch 2 of 4" in said
+    assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
+
+
+DRIVER = """
+import sys, yaml
+from unet_ray.config import TrainConfig
+from unet_ray.training import train
+options = yaml.safe_load(open(sys.argv[1]))
+train(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(undisturbed, data, tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "told.yaml").write_text(options.to_yaml(make_config(data, run, augment=True)))
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "told.yaml")]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_epoch(run, 4)
+    # With all that it started: Ray would end them too, some seconds later, when so small a run has finished.
+    faults.kill([driver.pid, *faults.descendants(driver.pid)])
+    driver.wait()
+    epoch = checkpoints.list_epochs(str(run))[0]
+    assert epoch < 12, "it finished before it was killed"
+    if (manifest := run / "checkpoints" / f"epoch-{epoch:06d}" / "manifest.json").exists():
+        (state,) = manifest.parent.glob("*.safetensors")
+        state.write_bytes(state.read_bytes()[:1000])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"going on after epoch {epoch - 1} of 12, from its checkpoint" in done.stdout
+    assert_same_end(run, undisturbed.out, 12)
