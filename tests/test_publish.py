@@ -2,88 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from pathlib import Path
 
 import duckdb
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from labelled import CLASSES, DRIVES, LINEAGE, label, make_plan, published, run, write_archive
 
-from unet_ray import ledger, publish, results, storage
-from unet_ray.classes import ClassSet, SegmentationClass
+from unet_ray import ledger, publish, storage
 from unet_ray.endings import JobFailed
-from unet_ray.frames import list_archives
-
-CLASSES = ClassSet(
-    name="two",
-    classes=(
-        SegmentationClass(name="road", color=(128, 64, 128), values=(0,)),
-        SegmentationClass(name="sky", color=(70, 130, 180), values=(1,)),
-    ),
-)
-LINEAGE = ledger.Lineage(bundle_digest="ab" * 32, class_set=CLASSES, options={"mask_size": "model", "window": None})
-CUTTING = ledger.Cutting(chunk_frames=3, shard_rows=5)
-DRIVES = {"a": 5, "b": 7, "c": 1}
-
-
-def write_archive(root: Path, drives: dict[str, int] = DRIVES) -> str:
-    for drive, n_frames in drives.items():
-        (root / drive).mkdir(parents=True, exist_ok=True)
-        for number in range(n_frames):
-            path = root / drive / f"{number}.png"
-            path.write_bytes(f"{drive}{number}".encode())
-            os.utime(path, ns=(0, 10**9 * number))  # the version is part of the key
-    return str(root)
-
-
-def label(chunk: ledger.Chunk, *, reject: tuple[str, ...] = ()) -> pa.Table:
-    """Rows of a chunk: masks of 2 x 3 pixels that follow from the frame's id; frames in `reject` are truncated."""
-    rows = ledger.read_rows(chunk)
-    ids = rows["frame_id"].to_pylist()
-    seeds = [int(hashlib.sha256(i.encode()).hexdigest(), 16) for i in ids]
-    masks = [np.array([(seed >> bit) & 1 for bit in range(6)], np.uint8) for seed in seeds]
-    bad = [i in reject for i in ids]
-    sky = np.array([mask.sum() for mask in masks], np.int64)
-    pixels_NK = np.stack([6 - sky, sky], axis=1)
-    confidence_NK = np.where(pixels_NK > 0, np.float32(0.75), np.float32(np.nan)).astype(np.float32)
-    labels = results.ChunkLabels(
-        reason=["truncated" if b else None for b in bad],
-        error=["ends early" if b else None for b in bad],
-        height_px=[2] * len(ids),
-        width_px=[3] * len(ids),
-        mask=[None if b else mask.tobytes() for mask, b in zip(masks, bad, strict=True)],
-        mask_encoding="raw",
-        mask_height_px=[2] * len(ids),
-        mask_width_px=[3] * len(ids),
-        pixels_NK=pixels_NK,
-        class_confidence_NK=confidence_NK,
-        confidence_N=np.full(len(ids), 0.75, np.float32),
-        low_margin_share_N=np.zeros(len(ids), np.float32),
-    )
-    return results.result_table(rows, labels, CLASSES)
-
-
-def make_plan(root: str, out: str, **options) -> ledger.Plan:
-    lineage = options.pop("lineage", LINEAGE)
-    return ledger.plan(out, list_archives([root]), lineage, CUTTING, config_yaml="frames: log\n", **options)
-
-
-def run(root: str, out: str, *, reject: tuple[str, ...] = (), max_rejected: float = 1.0, seen=None) -> dict:
-    """The whole job, as `segment` does it; `seen` collects the chunks that were labelled."""
-    plan = make_plan(root, out)
-    for chunk in ledger.pending(plan):
-        ledger.commit(out, chunk, label(chunk, reject=reject), writer="test")
-        if seen is not None:
-            seen.append(chunk.chunk_id)
-    return publish.publish(plan, max_rejected=max_rejected)
-
-
-def published(out: str) -> dict[str, bytes]:
-    return {file.path: storage.read_bytes(file.uri) for file in storage.list_files(out)}
 
 
 @pytest.fixture
@@ -317,69 +245,6 @@ def test_frames_that_changed_or_vanished_are_counted_and_stay(root, tmp_path):
     assert ledger.pending(plan) == [] and published(out) == before
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damage_is_found_and_only_that_file_is_done_again(damage, root, tmp_path):
-    out = str(tmp_path / "out")
-    run(root, out)
-    expected = published(out)
-    victim = tmp_path / "out/frames/part-00001.parquet"
-    data = victim.read_bytes()
-    if damage == "flip":
-        victim.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
-    elif damage == "truncate":
-        victim.write_bytes(data[:-9])
-    else:
-        victim.unlink()
-    said = {
-        "flip": "its content is not what was published (sha256 differs)",
-        "truncate": f"{len(data) - 9:,} bytes, summary.json says {len(data):,}",
-        "delete": "missing",
-    }[damage]
-    assert publish.verify(out) == [f"frames/part-00001.parquet: {said}"]
-    seen: list[str] = []
-    run(root, out, seen=seen)
-    assert seen == ["000-000002", "000-000003"]
-    assert published(out) == expected
-
-
-def test_damage_beside_the_frames_is_found_and_mended(root, tmp_path):
-    out = str(tmp_path / "out")
-    run(root, out)
-    expected = published(out)
-    (tmp_path / "out/class_statistics.parquet").write_bytes(b"PAR1")
-    (tmp_path / "out/frames/part-00009.parquet").write_bytes(b"PAR1")
-    problems = publish.verify(out)
-    assert problems[0].startswith("class_statistics.parquet: 4 bytes, summary.json says ")
-    assert problems[1] == "frames/part-00009.parquet: not in summary.json; its rows would be read twice, delete it"
-    (tmp_path / "out/frames/part-00009.parquet").unlink()
-    seen: list[str] = []
-    run(root, out, seen=seen)
-    assert seen == [] and published(out) == expected
-
-
-def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
-    out = str(tmp_path / "out")
-    plan = make_plan(root, out)
-    ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
-    assert publish.verify(out) == [
-        f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks are to be done; "
-        "run segment again"
-    ]
-
-
-def test_a_deleted_record_or_part_costs_its_chunk_and_no_other(root, tmp_path):
-    out = str(tmp_path / "out")
-    plan = make_plan(root, out)
-    receipts = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
-    storage.delete(ledger.record_uri(out, plan.chunks[1].key))
-    assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000001"]
-    ledger.commit(out, plan.chunks[1], label(plan.chunks[1]), writer="test")
-    storage.delete(ledger.part_uri(out, receipts[3].part))
-    with pytest.raises(storage.StorageError, match="are gone; run the same command again: their frames are done anew"):
-        publish.publish(plan, max_rejected=0)
-    assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000003"]
-
-
 def test_too_many_rejected_publish_nothing_and_a_larger_share_needs_no_labelling(root, tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(JobFailed) as caught:
@@ -410,23 +275,6 @@ def test_rejected_frames_are_tried_again_and_no_others(when, root, tmp_path):
     run(root, out, seen=seen)
     assert seen == ["000-000003"]
     assert published(out) == published(str(tmp_path / "clean"))
-
-
-def test_a_retry_of_a_damaged_file_does_it_again_whole(root, tmp_path):
-    run(root, str(tmp_path / "clean"))
-    out = str(tmp_path / "out")
-    run(root, out, reject=("b/4.png",))
-    (file,) = (
-        file for file in Path(out, "frames").iterdir() if "b/4.png" in pq.read_table(file)["frame_id"].to_pylist()
-    )
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    assert publish.retry_rejected(make_plan(root, out), "truncated") == 1
-    seen: list[str] = []
-    run(root, out, seen=seen)
-    assert {"000-000003"} < set(seen)
-    assert published(out) == published(str(tmp_path / "clean")) and publish.verify(out) == []
 
 
 def test_an_unknown_reason_to_retry_is_refused(root, tmp_path):

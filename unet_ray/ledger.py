@@ -32,6 +32,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from unet_ray import manifest, storage
 from unet_ray.classes import ClassSet
@@ -46,6 +47,9 @@ _OURS = re.compile(
     r"|summary\.json|class_statistics\.parquet|preview\.png"
 )
 """What --overwrite deletes; a user's own file beside it stays."""
+
+FILES_KEY = "unet_ray.files"
+"""In the footer of class_statistics.parquet: what summary.json says of the files of `frames/`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,11 +292,12 @@ def pending(plan: Plan) -> list[Chunk]:
 
 
 def published_shards(out: str) -> dict[int, dict[str, Any]]:
-    """Returns what its note, or else summary.json, says of each file of frames/ that is there in its size and not known
-    to be damaged."""
+    """Returns what its note, or else summary.json, or where that is lost the footer of class_statistics.parquet, says
+    of each file of frames/ that is there in its size and not known to be damaged."""
     # Notes before summary.json: they go after it was written. The files after both, which are written after the files.
     notes = read_notes(out)
-    files = [*(read_summary(out) or {}).get("files", []), *notes]
+    summary = read_summary(out)
+    files = [*(summary["files"] if summary else _files_of_statistics(out)), *notes]
     there = {file.path: file.size_bytes for file in manifest.list_folder(storage.join(out, "frames"))}
     damaged = {file.path for file in manifest.list_folder(storage.join(out, "_work", "damaged"))}
     shards: dict[int, dict[str, Any]] = {}
@@ -304,6 +309,17 @@ def published_shards(out: str) -> dict[int, dict[str, Any]]:
             if there.get(name) == file["bytes"] and name not in damaged:
                 shards[shard] = file
     return shards
+
+
+def _files_of_statistics(out: str) -> list[dict[str, Any]]:
+    try:
+        with storage.open_read(storage.join(out, "class_statistics.parquet")) as file:
+            metadata = pq.read_schema(file).metadata or {}
+    except storage.StorageError:
+        raise
+    except (OSError, pa.ArrowInvalid):  # there is none, or it is damaged, for which Arrow has either
+        return []
+    return json.loads(metadata.get(FILES_KEY.encode(), b"[]"))
 
 
 def read_notes(out: str) -> list[dict[str, Any]]:

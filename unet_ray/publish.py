@@ -4,7 +4,7 @@ Steps, after each of which a kill does no harm and the same command goes on. Of 
 of `frames/`, a pure function of the records; (2) the file is noted, and stands for its chunks from now on; (3) their
 records and parts go, so that the masks do not lie there twice. Of all: (4) class_statistics.parquet; (5) summary.json,
 which says what is whole; (6) `_work/` goes. Until (2), (1) is done again and writes the same bytes; so does (4) until
-(5).
+(5). What (5) says of the files of `frames/` is in the footer of (4) too: either can be made again from the other.
 """
 
 from __future__ import annotations
@@ -282,7 +282,8 @@ def _summary(plan: Plan, files: Sequence[dict[str, Any]], figures: Mapping[str, 
         raise JobFailed(
             f"{plan.out}: {listed:,} frames are listed and {rows:,} rows published; this is a bug, report it"
         )
-    statistics = parquet_bytes(_statistics(plan.out, files, plan.lineage))
+    noted = {ledger.FILES_KEY: json.dumps(list(files))}  # should summary.json be lost
+    statistics = parquet_bytes(_statistics(plan.out, files, plan.lineage).replace_schema_metadata(noted))
     storage.write_whole(storage.join(plan.out, "class_statistics.parquet"), statistics)
     about = {
         "path": "class_statistics.parquet",
