@@ -12,19 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from network import Network
 from ray_nodes import RayNodes
 
-from unet_ray import chaos, faults, trials
+from unet_ray import chaos, faults, images, trials
 
 ROOT = Path(__file__).parent.parent
 JOB = ROOT / "jobs" / "chaos.py"
 
 SHOWN_ELSEWHERE = {
-    "one_percent_broken": "test_segmentation: frames broken in every way, below and above --max-rejected",
-    "twenty_percent_broken": "the same",
+    "one_percent_broken": "twenty_percent_broken",
     "archive_grown": "test_kills: killed at every change to the storage of a grown output",
     "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
     "work_damaged": "the same, for parts and records",
@@ -44,6 +44,21 @@ def can_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
             pass
     except faults.NoSmallDisk as error:
         pytest.skip(str(error))
+
+
+def test_each_broken_or_odd_file_is_what_it_says(stage):
+    good = trials.frames_of(stage.archive)[0].read_bytes()
+    pixels = images.decode_frame(good, max_pixels=64_000_000)
+    reasons = []
+    for index in range(12):
+        made = faults.broken(index, good)
+        try:
+            np.testing.assert_array_equal(images.decode_frame(made.data, max_pixels=64_000_000), pixels)
+            reasons.append(None)
+        except images.ImageRefused as refused:
+            reasons.append(refused.reason)
+        assert reasons[-1] == made.reason, index
+    assert set(reasons) == {None, "truncated", "not_an_image", "unsupported", "too_large"}
 
 
 @pytest.mark.timeout(600)

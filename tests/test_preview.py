@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.parquet as pq
+from labelled import DRIVES, make_plan, run, write_archive
+from PIL import Image
 
+from unet_ray import preview, segmentation
 from unet_ray.preview import choose_rows
 
 
@@ -23,3 +27,37 @@ def test_of_many_drives_a_dozen_are_shown_spread_over_all():
 def test_fewer_frames_than_places_are_shown_once_each():
     assert choose_rows(np.zeros(3, int), np.array([0.2, np.nan, 0.9])) == [0, 2]
     assert choose_rows(np.zeros(2, int), np.array([np.nan, np.nan])) == []
+
+
+def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(tmp_path):
+    """Over three files of two row groups or chunks each, in the manifest's order."""
+    root, out = write_archive(tmp_path / "log"), str(tmp_path / "out")
+    pixels = {}
+    for number, path in enumerate(sorted((tmp_path / "log").rglob("*.png"))):
+        pixels[str(path.relative_to(root))] = np.full((2, 3, 3), number, np.uint8)
+        Image.fromarray(pixels[str(path.relative_to(root))]).save(path)
+    run(root, out)
+    plan = make_plan(root, out)
+    files = [pq.ParquetFile(path) for path in sorted((tmp_path / "out" / "frames").iterdir())]
+    (tmp_path / "log" / "b" / "2.png").unlink()
+    shown = list(preview._shown(plan, files, list(range(13))))
+    names = [f"{drive}/{index}.png" for drive, n_frames in DRIVES.items() for index in range(n_frames)]
+    assert [caption.split()[0] for *_, caption in shown] == [name for name in names if name != "b/2.png"]
+    rows = {row["frame_id"]: row for file in files for row in file.read().to_pylist()}
+    for frame_HWC, mask_HW, caption in shown:
+        name = caption.split()[0]
+        np.testing.assert_array_equal(frame_HWC, pixels[name])
+        assert mask_HW.tobytes() == rows[name]["mask"]
+
+
+def test_it_is_drawn_again_when_the_output_has_changed(tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "out")
+    run(write_archive(tmp_path / "log"), out)
+    plan, drawn = make_plan(str(tmp_path / "log"), out), []
+    monkeypatch.setattr(preview, "write_preview", lambda plan: drawn.append(plan) or f"{out}/preview.png")
+    segmentation._show_preview(plan, False)
+    (tmp_path / "out" / "preview.png").write_bytes(b"of an earlier run")
+    segmentation._show_preview(plan, False)
+    assert len(drawn) == 1
+    segmentation._show_preview(plan, True)
+    assert len(drawn) == 2 and capsys.readouterr().out == f"preview: {out}/preview.png\n" * 3

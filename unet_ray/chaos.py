@@ -115,6 +115,7 @@ def two_jobs(stage: Stage) -> Trial:
         with trial.started(*one_cpu, on_cluster=True):
             trial.did("a second job, started when the first had planned")
     trial.require(trial.exit_codes == [0, 0], f"exit codes {trial.exit_codes}")
+    trial.require("warning: another job, " in trial.said(), "the second job was not warned of the first")
     trial.require_same_bytes(stage.undisturbed)
     return trial
 
@@ -188,7 +189,7 @@ def killer_frames(stage: Stage) -> Trial:
 
 
 def one_percent_broken(stage: Stage) -> Trial:
-    """One frame in a hundred is bad, which is allowed."""
+    """One frame in a hundred is bad or odd, which is allowed."""
     archive, reasons = stage.spoil("one_percent", 100)
     trial = Trial(stage, "one_percent_broken", archive=archive)
     trial.did(f"{len(reasons)} of {len(frames_of(archive))} frames broken")
@@ -199,7 +200,7 @@ def one_percent_broken(stage: Stage) -> Trial:
 
 
 def twenty_percent_broken(stage: Stage) -> Trial:
-    """One frame in five is bad: nothing is published until --max-rejected allows it; what is done stays done."""
+    """One frame in five is bad or odd: nothing is published until --max-rejected allows it; what is done stays done."""
     archive, reasons = stage.spoil("twenty_percent", 5)
     trial = Trial(stage, "twenty_percent_broken", archive=archive)
     trial.watch()

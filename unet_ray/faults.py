@@ -13,9 +13,11 @@ import signal
 import struct
 import subprocess
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -204,28 +206,43 @@ def killer_decoder(folder: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Broken:
-    """One way in which a file can be bad."""
+    """One way in which a file can be bad, or only looks bad."""
 
     data: bytes
-    reason: str
-    """What the frame must be rejected with."""
+    reason: str | None
+    """What the frame must be rejected with; None where it must be labelled as the good file is."""
 
 
 def broken(index: int, good: bytes) -> Broken:
-    """Returns a bad file, each `index` in another way.
+    """Returns a file that is bad or odd, each `index` in another way.
 
     Args:
         index: from 0; the ways begin anew after the last.
         good: a whole PNG, of which some of the ways are made.
     """
     middle = len(good) // 2
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((40, 50), np.uint16)).save(buffer, "PNG")
-    ways = [
-        Broken(good[:middle], "truncated"),
-        Broken(b"", "not_an_image"),
-        Broken(b"a line of text\n", "not_an_image"),
-        Broken(buffer.getvalue(), "unsupported"),
-        Broken(good[:middle] + bytes(64) + good[middle + 64 :], "truncated"),
+    image = Image.open(io.BytesIO(good)).convert("RGB")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a quarter to the right
+    bomb = partial(Image.new, "1", (20_000, 10_000))  # 200 megapixels in 25 KB
+    ways: list[Callable[[], Broken]] = [
+        lambda: Broken(good[:middle], "truncated"),
+        lambda: Broken(b"", "not_an_image"),
+        lambda: Broken(b"a line of text\n", "not_an_image"),
+        lambda: Broken(_encoded(Image.fromarray(np.zeros((40, 50), np.uint16))), "unsupported"),
+        lambda: Broken(good[:middle] + bytes(64) + good[middle + 64 :], "truncated"),
+        lambda: Broken(_encoded(bomb()), "too_large"),
+        lambda: Broken(_encoded(image.convert("RGBA")), None),
+        lambda: Broken(_encoded(image.convert("CMYK"), "TIFF"), "unsupported"),
+        lambda: Broken(_encoded(image, save_all=True, append_images=[image.rotate(180)]), "unsupported"),
+        lambda: Broken(_encoded(image, exif=turned), None),
+        lambda: Broken(_encoded(image, "BMP"), None),
+        lambda: Broken(_encoded(image, "GIF"), "unsupported"),
     ]
-    return ways[index % len(ways)]
+    return ways[index % len(ways)]()
+
+
+def _encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()

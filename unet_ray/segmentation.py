@@ -125,11 +125,12 @@ def segment(config: SegmentConfig) -> SegmentResult:
         cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
         job = _wave_job(config, plan, bundle, tiling, precision, device, allocation)
         frames_per_s = _work(job, plan, chunks, config.max_rejected)
+    is_news = bool(chunks) or publish.finished_summary(plan) is None
     figures = {"frames_per_s": round(frames_per_s, 1)}
     summary = publish.publish(plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster)
     result = _result(plan, summary, frames_per_s)
     _say_result(result)
-    _show_preview(plan)
+    _show_preview(plan, is_news)
     return result
 
 
@@ -453,11 +454,11 @@ def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) 
     )
 
 
-def _show_preview(plan: ledger.Plan) -> None:
+def _show_preview(plan: ledger.Plan, is_news: bool) -> None:
     from unet_ray.preview import write_preview  # loads matplotlib, for which the first frame need not wait
 
     uri: str | None = storage.join(plan.out, "preview.png")
-    if not storage.exists(storage.join(plan.out, "preview.png")):
+    if is_news or not storage.exists(storage.join(plan.out, "preview.png")):
         uri = write_preview(plan)
     if uri:
         say(f"preview: {uri}")

@@ -95,7 +95,7 @@ class Stage:
         return trial.out
 
     def spoil(self, name: str, one_in: int) -> tuple[Path, dict[str, str]]:
-        """Returns a copy of the archive with some frames broken, and the reason of each."""
+        """Returns a copy of the archive with some frames broken or odd, and why each broken one is to be rejected."""
         archive = self.copy_archive(name)
         frames = frames_of(archive)
         reasons = {}
@@ -103,7 +103,8 @@ class Stage:
         for index, frame in enumerate(chosen):
             bad = faults.broken(index, frame.read_bytes())
             frame.write_bytes(bad.data)
-            reasons[str(frame.relative_to(archive))] = bad.reason
+            if bad.reason is not None:
+                reasons[str(frame.relative_to(archive))] = bad.reason
         return archive, reasons
 
     @cached_property
