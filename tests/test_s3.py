@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import threading
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from object_store import ask, make_bucket, reach, run_server
 
@@ -121,6 +126,54 @@ def test_frames_in_a_tar_are_read_by_range(bucket, server):
     assert requests.by_method == {"GET": 2}
     storage.write_whole(f"{bucket}/log.tar", file.getvalue() + b"\0")
     assert all(isinstance(item, FrameGone) and item.reason == "changed" for item in read_frames(rows))
+
+
+def packed_log(bucket: str, frames: dict[str, bytes]) -> None:
+    """Writes the frames of `write_log` once more: as a zip, a Parquet file and catalogues."""
+    zipped, image = io.BytesIO(), [{"bytes": content, "path": path} for path, content in frames.items()]
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for path, content in frames.items():
+            archive.writestr(path, content)
+    rows = pa.table({"uri": [f"log/{path}" for path in frames], "weather": ["rain"] * len(frames)})
+    tables = {"log.parquet": pa.table({"image": image}), "catalogue.parquet": rows}
+    for name, table in tables.items():
+        pq.write_table(table, file := io.BytesIO())
+        storage.write_whole(f"{bucket}/{name}", file.getvalue())
+    storage.write_whole(f"{bucket}/log.zip", zipped.getvalue())
+    whole = "".join(f"{bucket}/log/{path}\n" for path in frames)
+    storage.write_whole(f"{bucket}/catalogue.csv", f"uri\n{whole}".encode())
+
+
+@pytest.mark.parametrize(
+    "archive", ["log", "log/cam0/*.png", "log.zip", "log.parquet", "catalogue.parquet", "catalogue.csv"]
+)
+def test_frames_of_every_kind_of_archive_are_listed_and_read(archive, bucket):
+    frames = write_log(bucket)
+    packed_log(bucket, frames)
+    listing = list_archives([f"{bucket}/{archive}"])
+    assert listing.unlistable == () and [row.rpartition("/")[2] for row in listing.table["frame_id"].to_pylist()] == [
+        path.rpartition("/")[2] for path in frames
+    ]
+    assert list(read_frames(listing.table)) == list(frames.values())
+
+
+def test_a_file_of_several_requests_is_written_whole(bucket):
+    data = bytes(range(256)) * 480_000  # 123 MB
+    storage.write_whole(f"{bucket}/large.bin", data)
+    tag = fsspec.filesystem("s3").info(f"{bucket}/large.bin")["ETag"]
+    assert int(tag.strip('"').partition("-")[2]) > 1  # S3 puts the number of parts there
+    assert storage.read_bytes(f"{bucket}/large.bin") == data
+
+
+def test_anonymous_access_by_the_environment(bucket, monkeypatch):
+    storage.write_whole(f"{bucket}/public.bin", b"for all")
+    fsspec.filesystem("s3").chmod(f"{bucket}/public.bin", acl="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    read = f"from unet_ray import storage; print(storage.read_bytes('{bucket}/public.bin').decode())"
+    monkeypatch.setenv("FSSPEC_S3_ANON", "true")
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True)
+    assert done.stdout == "for all\n", done.stderr
 
 
 def test_missing_credentials_are_said_in_one_line(bucket, monkeypatch):
