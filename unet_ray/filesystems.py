@@ -9,13 +9,14 @@ answer, a reset, 429, 500 to 504, an answer that was cut short) is asked again:
 
 1. each request on S3 by botocore, `REQUEST_ATTEMPTS` times in all, within 3 s (mode `standard`); s3fs's own tries, 5
    around each of these and 5 more around each body, are off: together with botocore's they would be 125 (Azure's
-   client has 3 more tries of its own, after 15 s and more, which adlfs does not let one change);
+   client has 3 more tries of its own, after 15 s and more, Google's 5 in 31 s and more; neither can be changed);
 2. each operation of `storage` by `persistently`, after pauses that grow from 0.1 to 10 s, until `--storage-retry-s`
    (60) have passed since it began; after that it ends with a `StorageError`.
 
 So a request that fails now and then costs one more, a store that is gone for less than a minute costs a few for each
 operation in flight, and one that stays away ends the job with exit code 75 and the same command goes on. An answer is
-waited for 15 s (s3fs's `read_timeout`) before it counts as none; `config_kwargs` among the options changes that, too.
+waited for 15 s (s3fs's `read_timeout`) before it counts as none; `config_kwargs` among the options changes that, too
+(`requests_timeout` for Google's store).
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ import fsspec.config
 
 REQUESTS_IN_FLIGHT = 32
 """Of one process on a filesystem that is not local."""
+
+ANSWER_S = 15.0
+"""For which an answer of Google's store is waited for; s3fs has the same."""
+
+_GOOGLE = ("gs", "gcs")
 
 REQUEST_ATTEMPTS = 3
 """Times that botocore sends one request."""
@@ -248,6 +254,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
     try:
         if is_local(uri):
             return fsspec.core.url_to_fs(uri)
+        if uri.partition("://")[0] in _GOOGLE:
+            return fsspec.core.url_to_fs(uri, use_listings_cache=False, **_google_options())
         if not is_s3(uri):
             return fsspec.core.url_to_fs(uri, use_listings_cache=False)
         told = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}.get("config_kwargs", {})
@@ -261,6 +269,15 @@ def filesystem(uri: str) -> tuple[Any, str]:
         hint = extra.get(uri.partition("://")[0])
         remedy = f"pip install 'unet-ray[{hint}]'" if hint else str(error)
         raise ValueError(f"{uri}: the package that reads it is not installed; {remedy}") from error
+
+
+def _google_options() -> dict[str, Any]:
+    """How long gcsfs waits for an answer, as s3fs does; its own limit is 300 s, body included, six times."""
+    if any("requests_timeout" in fsspec.config.conf.get(protocol, {}) for protocol in _GOOGLE):
+        return {}
+    import aiohttp
+
+    return {"requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_S, sock_read=ANSWER_S)}
 
 
 # --- trouble ---
@@ -280,9 +297,10 @@ def naming(uri: str) -> Iterator[None]:
             raise type(error)(error.errno or code, text, uri) from error
         raise
     except OSError as error:
-        text = error.strerror or str(error)
-        if not is_local(uri) and error.errno in _REFUSALS and not _was_cut_on_the_way(error):
-            raise StorageRefused(error.errno, text, uri) from error
+        nothing = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
+        text = error.strerror or str(error) or nothing
+        if not is_local(uri) and _is_refusal(error) and not _was_cut_on_the_way(error):
+            raise StorageRefused(error.errno or errno.EACCES, text, uri) from error
         raise StorageError(error.errno or errno.EIO, f"{text}; trying again may help", uri) from error
     except _client_errors_wrapped() as error:
         cause = error if isinstance(error, client_errors()) else error.__cause__
@@ -293,6 +311,10 @@ def naming(uri: str) -> Iterator[None]:
             remedy = "; set them in the environment or a profile" if "Credentials" in type(cause).__name__ else ""
             raise StorageRefused(errno.EACCES, f"{text}{remedy}", uri) from error
         raise StorageError(errno.EIO, f"{text}; trying again may help", uri) from error
+
+
+def _is_refusal(error: OSError) -> bool:
+    return error.errno in _REFUSALS or (error.errno is None and str(error).startswith("Forbidden: "))  # gcsfs's 403
 
 
 def _was_cut_on_the_way(error: OSError) -> bool:
@@ -307,7 +329,13 @@ def _loaded(*names: str) -> tuple[type[Exception], ...]:
 
 def client_errors() -> tuple[type[Exception], ...]:
     """What the clients of object stores raise that is no OSError."""
-    return (*_loaded("botocore.exceptions:BotoCoreError", "azure.core.exceptions:AzureError"), *_passing_errors())
+    clients = (
+        "botocore.exceptions:BotoCoreError",
+        "azure.core.exceptions:AzureError",
+        "gcsfs.retry:HttpError",
+        "google.auth.exceptions:GoogleAuthError",
+    )
+    return (*_loaded(*clients), *_passing_errors())
 
 
 def _client_errors_wrapped() -> tuple[type[Exception], ...]:
@@ -326,11 +354,13 @@ def _passing_errors() -> tuple[type[Exception], ...]:
         "azure.core.exceptions:IncompleteReadError",
         "azure.core.exceptions:DecodeError",
         "aiohttp:ClientError",
+        "gcsfs.retry:ChecksumError",
     )
 
 
 def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, _passing_errors()) or getattr(error, "status_code", None) in _PASSING_STATUS
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)  # Azure's and Google's
+    return isinstance(error, _passing_errors()) or status in _PASSING_STATUS
 
 
 def persistently(uri: str, act: Callable[[], T]) -> T:
