@@ -19,18 +19,38 @@ from unet_ray.trials import wait_until
 
 ROOT = Path(__file__).parent.parent
 RAYLET = f"{Path(ray.__file__).parent}/core/src/ray/raylet/raylet"
-N_FRAMES = 300
+N_FRAMES = 64
 
-# Python runs this in every process of the nodes: frames come slowly until more nodes have come.
+# Python runs this in every process of the nodes: before more nodes have come a frame is decoded slowly, which keeps the
+# first node busy, and a chunk labelled more slowly, which makes the work wait for its actor.
 SLOW = """
-import os, time
-from unet_ray import images
-decode_frame = images.decode_frame
-def slow(data, **limits):
-    if not os.path.exists(os.path.join(os.path.dirname(__file__), "enough")):
-        time.sleep(0.5)
-    return decode_frame(data, **limits)
-images.decode_frame = slow
+import functools, importlib.util, os, sys, time
+enough = os.path.join(os.path.dirname(__file__), "enough")
+
+def slow(act, seconds):
+    @functools.wraps(act)
+    def act_slowly(*arguments, **more):
+        end = time.time() + seconds
+        while time.time() < end and not os.path.exists(enough):
+            time.sleep(0.1)
+        return act(*arguments, **more)
+    return act_slowly
+
+class Stages:
+    def find_spec(self, name, path=None, target=None):
+        if name != "unet_ray.stages":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def run_and_patch(module):
+            run(module)
+            for name, seconds in (("decode_chunk", 0.5), ("label_chunk", 4)):
+                setattr(module, name, slow(getattr(module, name), seconds))
+        spec.loader.exec_module = run_and_patch
+        return spec
+
+sys.meta_path.insert(0, Stages())
 """
 
 
@@ -42,7 +62,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nodes(slow: Path) -> Iterator[RayNodes]:
     (slow / "sitecustomize.py").write_text(SLOW)
-    workers = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3}
+    workers = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(slow), prepend=os.pathsep)
         with RayNodes(autoscaling={"worker": workers}) as nodes:
@@ -80,9 +100,10 @@ def job(nodes: RayNodes, said: Path, name: str, *options: str) -> Iterator[subpr
 @pytest.mark.timeout(1200)
 def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, slow, log, tmp_path):
     model, out, said = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"
-    told = ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", str(out), "--actors", "1:3"]
+    told = ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", str(out), "--chunk-frames", "1"]
+    pool = ["--actors", "1:3", "--cpus-per-actor", "1"]
     most_nodes, actors = 0, set[int]()
-    with job(nodes, said, "segment", *told, "--chunk-frames", "1") as process:
+    with job(nodes, said, "segment", *told, *pool) as process:
         while process.poll() is None:
             most_nodes = max(most_nodes, n_workers(nodes))
             actors.update(nodes.running("ray::MapWorker"))
@@ -103,12 +124,12 @@ def test_training_waits_for_its_nodes_and_lets_them_go(nodes, log, tmp_path):
     said = tmp_path / "said"
     pairs = ["--images", f"{log}/CameraRGB", "--masks", f"{log}/CameraMask", "--classes", "carla23"]
     small = ["--epochs", "2", "--image-size", "16", "32", "--n-filters", "4", "--depth", "2"]
-    with job(nodes, said, "train", *pairs, *small, "--out", str(tmp_path / "run"), "--workers", "2") as process:
+    with job(nodes, said, "train", *pairs, *small, "--out", str(tmp_path / "run"), "--workers", "3") as process:
         pass
     lines = said.read_text().splitlines()
     assert process.returncode == 0, lines
     assert any(
-        line.startswith("2 training workers want 2 CPUs (1 CPU each); the cluster has 1 CPU; waiting") for line in lines
+        line.startswith("3 training workers want 3 CPUs (1 CPU each); the cluster has 2 CPUs; waiting") for line in lines
     )
     assert any(line.startswith("epoch 2/2") for line in lines)
     assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600)
