@@ -128,8 +128,7 @@ def test_training_waits_for_its_nodes_and_lets_them_go(nodes, log, tmp_path):
         pass
     lines = said.read_text().splitlines()
     assert process.returncode == 0, lines
-    assert any(
-        line.startswith("3 training workers want 3 CPUs (1 CPU each); the cluster has 2 CPUs; waiting") for line in lines
-    )
+    lack = "3 training workers want 3 CPUs (1 CPU each); the cluster has 2 CPUs; waiting"
+    assert any(line.startswith(lack) for line in lines)
     assert any(line.startswith("epoch 2/2") for line in lines)
     assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600)
