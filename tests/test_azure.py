@@ -5,8 +5,6 @@ pip install -e '.[test,azure]' && npm install -g azurite && pytest tests/test_az
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import shutil
@@ -15,10 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-from test_s3_jobs import DRIVES, FRAMES, SEGMENT, TRAIN, make_log, read_tree
-from weather import Proxy, Weather
+from other_stores import run, train_label_and_go_on
+from test_s3_jobs import SEGMENT, make_log
+from weather import Proxy
 
-from unet_ray import cli, endings, filesystems, storage
+from unet_ray import filesystems, storage
 from unet_ray.trials import wait_until
 
 pytestmark = [
@@ -62,13 +61,6 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
             server.wait(60)
 
 
-def run(command: str, *arguments: str, retry_s: float = 60) -> tuple[int, str]:
-    output = io.StringIO()
-    told = (*(argument.replace("S3", BUCKET) for argument in arguments), "--storage-retry-s", str(retry_s))
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        return cli.main([command, *told]), output.getvalue()
-
-
 def test_files_are_listed_read_and_put_as_on_every_store(proxy):
     storage.write_whole(f"{BUCKET}/a/x", b"hello")
     assert storage.read_bytes(f"{BUCKET}/a/x") == b"hello"
@@ -105,27 +97,10 @@ def test_a_key_that_is_not_let_in_is_said_in_one_line(proxy, monkeypatch):
 
 
 def test_both_jobs_read_and_write_there_and_go_on_after_the_store_was_away(proxy):
-    code, said = run("train", *TRAIN, "--out", "S3/run")
-    assert code == 0, said
-    segment = ("segment", *SEGMENT, "--frames", "S3/data/images")
-    code, said = run(*segment, "--out", "S3/labels")
-    assert code == 0, said
-    code, said = run("verify", "S3/labels")
-    assert code == 0 and "whole" in said
+    line = train_label_and_go_on(BUCKET, proxy, dark_on="PUT .*/records/", dark_at=4)
+    assert "goes on" in line
 
-    proxy.reset_counts(Weather(dark_on="PUT .*/records/", dark_at=4, dark_s=10_000))
-    code, said = run(*segment, "--out", "S3/cut")
-    proxy.clear_up()
-    assert code == endings.EXIT_TRY_AGAIN, said
-    (line,) = [line for line in said.splitlines() if "error" in line]
-    assert line.startswith("unet-ray: error: ") and "trying again may help" in line and "goes on" in line
-    records = list(storage.list_files(f"{BUCKET}/cut/_work/records"))
-    assert len(records) >= 3
-    code, said = run(*segment, "--out", "S3/cut")
-    assert code == 0 and f"{DRIVES * FRAMES - 4 * len(records)} in" in said, said
-    assert read_tree(f"{BUCKET}/cut") == read_tree(f"{BUCKET}/labels")
-
-    code, said = run("segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
+    code, said = run(BUCKET, "segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
     assert code == 0, said
     written = {file.uri: storage.read_bytes(file.uri) for file in storage.list_files(BUCKET)}
     assert len(written) > 50 and not any(KEY.encode() in content for content in written.values())

@@ -36,6 +36,17 @@ def test_a_mistyped_option_gets_a_suggestion_and_exit_code_2(capsys):
     )
 
 
+def test_missing_options_are_one_line_and_exit_code_2(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("masks: m\n")
+    assert cli.main(["train", "--config", str(file), "--images", "i"]) == 2
+    assert capsys.readouterr().err == (
+        "unet-ray: error: train needs --classes, --out; `unet-ray train --help` tells more\n"
+    )
+    assert cli.main(["verify"]) == 2
+    assert capsys.readouterr().err == "unet-ray: error: verify needs OUT; `unet-ray verify --help` tells more\n"
+
+
 def test_help_tells_each_option_with_its_text_and_default(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "--help"])

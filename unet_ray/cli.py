@@ -177,6 +177,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     if chosen.config:
         from_files += options.option_arguments(options.read_yaml(chosen.config), command.config_type, chosen.config)
     _refuse_unknown(name, rest, command.config_type)
+    _refuse_missing(name, [*from_files, *rest], command.config_type)
     # The parser would put a ValueError of the configuration into a box of its own, so it fills an unchecked twin.
     twin = type(command.config_type.__name__, (command.config_type,), {"__post_init__": lambda self: None})
     told: Any = tyro.cli(
@@ -199,6 +200,24 @@ def _refuse_unknown(name: str, words: Sequence[str], config_type: type[Any]) -> 
             close = difflib.get_close_matches(option, options, n=1)
             hint = f"perhaps you meant {close[0]}; " if close else ""
             raise ValueError(f"{name} has no option {option}; {hint}`unet-ray {name} --help` shows them all")
+
+
+def _refuse_missing(name: str, words: Sequence[str], config_type: type[Any]) -> None:
+    """Raises ValueError for required options that are not given, in one line, as above."""
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    required = (
+        field
+        for field in dataclasses.fields(config_type)
+        if field.default is field.default_factory is dataclasses.MISSING
+    )
+    missing = []
+    for field in required:
+        is_positional = "Positional" in str(field.type)
+        option = field.name.upper() if is_positional else f"--{field.name.replace('_', '-')}"
+        if not words if is_positional else option not in given:
+            missing.append(option)
+    if missing and not given & {"--help", "-h"}:
+        raise ValueError(f"{name} needs {', '.join(missing)}; `unet-ray {name} --help` tells more")
 
 
 def _description(command: Command) -> str:
