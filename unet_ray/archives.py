@@ -23,9 +23,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unet_ray import storage
+from unet_ray.parquet_files import Allowance, ParquetRows, TooMuch, is_plain, open_parquet
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """What is a frame, in a folder and in an archive, without regard to case; every other file is ignored and counted."""
@@ -37,11 +37,15 @@ MAX_FRAME_BYTES = 256 * 2**20
 """A frame whose encoded bytes are more is never read, and a zip's member never inflated to more (`too_large`)."""
 
 _COMPRESSED_TAR = re.compile(r"(?i)\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4))$")
-_MAX_READ_BYTES = 100 * 2**20  # of one header or a zip's directory, which is 1,000,000 members with 55 letters each
+_MAX_HEADER_BYTES = 2**20  # of a tar; its attributes take 24 times as much memory as room
+_MAX_DIRECTORY_BYTES = 100 * 2**20  # of a zip, which is 1,000,000 members with 55 letters each
+_MAX_ZIP_MEMBERS = 1_000_000  # of which zipfile holds 456 bytes each; 990,000 are listed in 0.6 GB (2026-11-22)
+_MAX_NAME_BYTES = 4096  # as Linux has it
+_MAX_REFUSED = 1_000  # members, which are named each
 _READ_AHEAD_BYTES = 128 * 2**10  # one request a tar header where frames are larger, several headers where smaller
 _ZIP_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # magic, method, sizes of name and extra field (APPNOTE.TXT 4.3.7)
+_ZIP_DIRECTORY_ENTRY = b"PK\1\2"
 _ZIP_NAMES_BYTES = 1024  # read along with a member, so that name and extra field seldom cost a second request
-_MOST_UNPACKED = 100  # bytes out of one; encoded images hardly pack at all, blank ones of BMP reach this
 _PIECE_BYTES = 64 * 2**20  # of a Parquet file's images, unpacked at once
 _NAMES_AT_ONCE = 256
 _LEAVES = "a name that leaves the archive"
@@ -123,8 +127,9 @@ def is_utf8(text: str) -> bool:
 class _RangeFile:
     """A seekable file that is read by ranges with little read-ahead, and refuses reads made to fill the memory."""
 
-    def __init__(self, uri: str, size_bytes: int):
+    def __init__(self, uri: str, size_bytes: int, max_read_bytes: int):
         self._uri, self._size, self._at = uri, size_bytes, 0
+        self._max_read_bytes = max_read_bytes
         self._window, self._window_at = b"", 0
 
     def seekable(self) -> bool:
@@ -142,8 +147,9 @@ class _RangeFile:
 
     def read(self, size: int = -1) -> bytes:
         n_bytes = max(0, min(self._size - self._at, self._size if size is None or size < 0 else size))
-        if n_bytes > _MAX_READ_BYTES:
-            raise _Broken(f"headers of {n_bytes:,} bytes at byte {self._at:,}; at most {_MAX_READ_BYTES:,} are read")
+        if n_bytes > self._max_read_bytes:
+            most = f"at most {self._max_read_bytes:,} are read"
+            raise _Broken(f"headers of {n_bytes:,} bytes at byte {self._at:,}; {most}")
         begin = self._at - self._window_at
         if not 0 <= begin <= begin + n_bytes <= len(self._window):
             length = min(max(n_bytes, _READ_AHEAD_BYTES), self._size - self._at)
@@ -174,7 +180,7 @@ def list_members(file: storage.FileInfo, findings: Findings, image_column: str |
             yield from lister(file, findings)
         if storage.info(file.uri).version != file.version:
             raise _Broken("changed while it was listed")
-    except (_Broken, tarfile.TarError, zipfile.BadZipFile, pa.ArrowException) as error:
+    except (_Broken, tarfile.TarError, zipfile.BadZipFile, pa.ArrowException, TooMuch) as error:
         findings.refuse(file.uri, " ".join(str(error).split()) or "damaged")
     except FileNotFoundError:
         findings.refuse(file.uri, "vanished while it was listed")
@@ -183,6 +189,8 @@ def list_members(file: storage.FileInfo, findings: Findings, image_column: str |
 def _why_refused_name(path: str) -> str | None:
     if not is_utf8(path) or "\0" in path:
         return "a name that is not UTF-8"
+    if len(path) > _MAX_NAME_BYTES:
+        return f"a name of more than {_MAX_NAME_BYTES:,} letters"
     parts = path.replace("\\", "/").split("/")
     return _LEAVES if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:", path) else None
 
@@ -191,7 +199,9 @@ def _accept(path: str, refused: str | None, file: storage.FileInfo, findings: Fi
     """Returns the plainest form of a member's path where it is a frame; counts or names what is none."""
     refused = _why_refused_name(path) or refused
     if refused is not None:
-        findings.refuse(f"{file.uri}!{path}", refused)
+        if len(findings.unlistable) == _MAX_REFUSED:
+            raise _Broken(f"has more than {_MAX_REFUSED:,} members that cannot be listed")
+        findings.refuse(f"{file.uri}!{path[:_MAX_NAME_BYTES]}", refused)
     elif not is_frame(path):
         findings.ignore(path)
     else:
@@ -204,7 +214,7 @@ _TAR_PADDING_BYTES = 2**20
 
 
 def _list_tar(file: storage.FileInfo, findings: Findings) -> Iterator[Member]:
-    source = _RangeFile(file.uri, file.size_bytes)
+    source = _RangeFile(file.uri, file.size_bytes, _MAX_HEADER_BYTES)
     with _as_broken(), tarfile.open(fileobj=cast(Any, source), mode="r:") as tar:
         before = -1
         while (entry := _next_entry(tar)) is not None:
@@ -247,10 +257,26 @@ def _as_broken() -> Iterator[None]:
         raise _Broken(f"has a damaged header: {error}") from error
 
 
+class _ZipFile(_RangeFile):
+    """A zip's directory is read whole, and counted before zipfile makes an object of each member."""
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        if (n_members := data.count(_ZIP_DIRECTORY_ENTRY)) > _MAX_ZIP_MEMBERS:
+            raise _Broken(
+                f"holds {n_members:,} members; at most {_MAX_ZIP_MEMBERS:,} are read, make several zips of it"
+            )
+        return data
+
+
 def _list_zip(file: storage.FileInfo, findings: Findings) -> Iterator[Member]:
-    source = _RangeFile(file.uri, file.size_bytes)
+    source = _ZipFile(file.uri, file.size_bytes, _MAX_DIRECTORY_BYTES)
     with _as_broken(), zipfile.ZipFile(cast(Any, source)) as archive:
-        for entry in archive.infolist():
+        entries = archive.infolist()
+        entries.reverse()
+        archive.NameToInfo.clear()
+        while entries:  # an entry is let go when its row is made
+            entry = entries.pop()
             if entry.is_dir():
                 continue
             path = _accept(entry.filename, _why_refused_zip(entry), file, findings)
@@ -332,59 +358,31 @@ def find_image_column(schema: pa.Schema, name: str | None) -> str | None:
     return structs[0] if len(structs) == 1 else None
 
 
-def is_plain(kind: pa.DataType) -> bool:
-    """Whether a type is Arrow's own down to its last field.
-
-    An extension type makes its values when they are read, and may run what the file says (Ray Data's pickled objects).
-    """
-    if isinstance(kind, pa.BaseExtensionType):
-        return False
-    if pa.types.is_dictionary(kind):
-        return is_plain(kind.value_type)
-    return all(is_plain(kind.field(place).type) for place in range(kind.num_fields))
-
-
-@contextmanager
-def open_parquet(file_uri: str) -> Iterator[pq.ParquetFile]:
-    """Opens a Parquet file by range. Raises `pa.ArrowInvalid` where it is none."""
-    with storage.open_read(file_uri) as source:
-        try:
-            opened = pq.ParquetFile(source)
-        except storage.StorageError:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            raise pa.ArrowInvalid(f"is no Parquet file that can be read: {' '.join(str(error).split())}") from error
-        yield opened
-
-
 def _list_parquet(file: storage.FileInfo, findings: Findings, image_column: str | None) -> Iterator[Member]:
     """Yields one frame a row of a Parquet file with encoded images; a file without them is ignored and counted.
 
     A frame's path is the image's own where every row has one and no two the same, else the row's number.
     """
-    with open_parquet(file.uri) as parquet:
-        column = find_image_column(parquet.schema_arrow, image_column)
+    with open_parquet(file.uri, as_dictionaries=True) as parquet:
+        column = find_image_column(parquet.schema, image_column)
         if column is None:
             findings.ignored[".parquet without images"] += 1
             return
+        n_rows = sum(parquet.rows_of_groups)
+        Allowance(file.size_bytes).take(n_rows, 0)
         folder, dot, _ = column.rpartition(".")
-        column_type = parquet.schema_arrow.field(folder or column).type
-        has_paths = bool(dot) and column_type.get_field_index("path") >= 0
-        if has_paths and _all_differ(_paths(parquet, f"{folder}.path")):
-            for row, path in enumerate(_paths(parquet, f"{folder}.path")):
+        has_paths = bool(dot) and parquet.schema.field(folder).type.get_field_index("path") >= 0
+        if has_paths and _all_differ(_paths(parquet, f"{folder}.path", file)):
+            for row, path in enumerate(_paths(parquet, f"{folder}.path", file)):
                 yield Member(path, column=column, row=row)
         else:
-            for row in range(parquet.metadata.num_rows):
+            for row in range(n_rows):
                 yield Member(f"{row:06d}", column=column, row=row)
 
 
-def _paths(parquet: pq.ParquetFile, column: str) -> Iterator[Any]:
-    for group in range(parquet.num_row_groups):
-        _, n_bytes = _column_bytes(parquet, group, column)
-        if n_bytes > _MAX_READ_BYTES:
-            raise _Broken(f"names of {n_bytes:,} bytes in a row group; at most {_MAX_READ_BYTES:,} are read")
-    for batch in parquet.iter_batches(_NAMES_AT_ONCE, columns=[column]):
-        yield from batch.column(0).field("path").to_pylist()
+def _paths(parquet: ParquetRows, column: str, file: storage.FileInfo) -> Iterator[Any]:
+    for piece in parquet.pieces(Allowance(file.size_bytes), _NAMES_AT_ONCE, column):
+        yield from piece.column(0).field("path").to_pylist()
 
 
 def _all_differ(paths: Iterable[Any]) -> bool:
@@ -399,10 +397,9 @@ def _all_differ(paths: Iterable[Any]) -> bool:
 class ParquetImages:
     """The column of encoded images of an open Parquet file."""
 
-    def __init__(self, parquet: pq.ParquetFile, column: str) -> None:
+    def __init__(self, parquet: ParquetRows, column: str) -> None:
         self._parquet, self._column = parquet, column
-        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-        self._ends = list(accumulate(sizes))
+        self._ends = list(accumulate(parquet.rows_of_groups))
 
     def _group(self, row: int) -> int:
         return bisect_right(self._ends, row)
@@ -410,41 +407,52 @@ class ParquetImages:
     def row_bytes(self, row: int) -> int:
         """Returns the size of an image, by the mean of its row group; 0 for one that is not read."""
         group = self._group(row)
-        n_rows = self._parquet.metadata.row_group(group).num_rows
-        return 0 if self._bomb(group) else _column_bytes(self._parquet, group, self._column)[1] // n_rows
+        if self._parquet.why_too_much(group, self._column) is not None:
+            return 0
+        return self._parquet.packed_and_unpacked(group, self._column)[1] // self._parquet.rows_of_groups[group]
 
-    def _bomb(self, group: int) -> BadMember | None:
-        """Why a row group is not unpacked: to so much more than lies in the file that no images can be in it."""
-        packed, unpacked = _column_bytes(self._parquet, group, self._column)
-        if unpacked <= max(MAX_FRAME_BYTES, _MOST_UNPACKED * packed):
-            return None
-        return BadMember("too_large", f"its row group unpacks from {packed:,} to {unpacked:,} bytes")
+    def read(self, rows: Sequence[int]) -> list[bytes | BadMember | None]:
+        """Returns the images of the first of some rows: of all, unless they turn out to be much larger than the mean.
 
-    def read(self, rows: Sequence[int]) -> dict[int, bytes | BadMember | None]:
-        """Returns the images of some rows; each row group that holds one is read once, piece by piece."""
+        Each row group that holds one is read once, piece by piece.
+        """
+        while (found := self._read(rows)) is None:
+            rows = rows[: len(rows) // 2]
+        return [found[row] for row in rows]
+
+    def _read(self, rows: Sequence[int]) -> dict[int, bytes | BadMember | None] | None:
+        """Returns the images by their rows, None where several are too much for the memory together."""
         found: dict[int, bytes | BadMember | None] = {}
         of_group: dict[int, set[int]] = {}
         for row in rows:
             of_group.setdefault(self._group(row), set()).add(row)
+        n_bytes = 0
         for group, wanted in of_group.items():
-            if (bomb := self._bomb(group)) is not None:
-                found |= dict.fromkeys(wanted, bomb)
+            if (why := self._parquet.why_too_much(group, self._column)) is not None:
+                found |= dict.fromkeys(wanted, BadMember("too_large", why))
                 continue
-            row = self._ends[group] - self._parquet.metadata.row_group(group).num_rows
-            n_rows = max(1, min(16, _PIECE_BYTES // max(1, self.row_bytes(row))))
-            for batch in self._parquet.iter_batches(n_rows, row_groups=[group], columns=[self._column]):
-                values = batch.column(0)
-                values = values.field("bytes") if pa.types.is_struct(values.type) else values
-                found |= {row + place: values[place].as_py() for place in range(len(values)) if row + place in wanted}
-                row += len(values)
-                if row > max(wanted):
-                    break
+            for row, image in self._images(group, wanted):
+                n_bytes += image.size if image else 0
+                if n_bytes > 2 * _PIECE_BYTES and len(rows) > 1:
+                    return None
+                found[row] = _bytes(image)
         return found
 
+    def _images(self, group: int, wanted: set[int]) -> Iterator[tuple[int, pa.Buffer | None]]:
+        row = self._ends[group] - self._parquet.rows_of_groups[group]
+        most_rows = max(1, min(16, _PIECE_BYTES // max(1, self.row_bytes(row))))
+        for batch in self._parquet.batches(group, most_rows, self._column):
+            values = batch.column(0)
+            values = values.field("bytes") if pa.types.is_struct(values.type) else values
+            for place in range(len(values)):
+                if row + place in wanted:
+                    yield row + place, values[place].as_buffer()
+            row += len(values)
+            if row > max(wanted):
+                return
 
-def _column_bytes(parquet: pq.ParquetFile, group: int, column: str) -> tuple[int, int]:
-    """Returns the bytes of a column in a row group, as they lie in the file and unpacked."""
-    about = parquet.metadata.row_group(group)
-    columns = [about.column(place) for place in range(about.num_columns)]
-    of_column = [one for one in columns if one.path_in_schema == column]
-    return sum(one.total_compressed_size for one in of_column), sum(one.total_uncompressed_size for one in of_column)
+
+def _bytes(image: pa.Buffer | None) -> bytes | BadMember | None:
+    if image is not None and image.size > MAX_FRAME_BYTES:
+        return BadMember("too_large", f"the frame has {image.size:,} bytes; at most {MAX_FRAME_BYTES:,} are read")
+    return None if image is None else image.to_pybytes()

@@ -17,7 +17,8 @@ import pyarrow as pa
 from pyarrow import csv
 
 from unet_ray import storage
-from unet_ray.archives import extension, find_image_column, is_plain, open_parquet
+from unet_ray.archives import extension, find_image_column
+from unet_ray.parquet_files import Allowance, TooMuch, is_plain, open_parquet
 
 _TYPES = {
     "uri": pa.string(),
@@ -42,7 +43,7 @@ def is_catalogue(uri: str, image_column: str | None) -> bool:
         return False
     try:
         with open_parquet(uri) as parquet:
-            schema = parquet.schema_arrow
+            schema = parquet.schema
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri} {error}") from error
     if find_image_column(schema, image_column) is not None:
@@ -90,8 +91,14 @@ def _look(uri: str) -> storage.FileInfo:
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:
     if extension(uri) == ".parquet":
-        with open_parquet(uri) as parquet:
-            yield from parquet.iter_batches(_BATCH_ROWS)
+        with open_parquet(uri, as_dictionaries=True) as parquet:
+            try:
+                for piece in parquet.pieces(Allowance(storage.info(uri).size_bytes), _BATCH_ROWS):
+                    yield piece.cast(parquet.schema)
+            except TooMuch as error:
+                raise ValueError(f"{uri} was made to fill the memory: {error}") from error
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{uri} {error}") from error
         return
     options = csv.ConvertOptions(column_types=_TYPES, strings_can_be_null=True)
     with storage.open_read(uri) as source:
@@ -111,9 +118,10 @@ def _typed(batch: pa.RecordBatch, uri: str) -> pa.Table:
             continue
         values = batch[column.name]
         values = values.storage if isinstance(values, pa.ExtensionArray) else values
+        values = values.cast(pa.string()) if pa.types.is_string_view(values.type) else values
         values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
         if not is_plain(values.type):
-            raise ValueError(f"{uri}: column {column.name!r} is {column.type}; only Arrow's own types are carried")
+            raise ValueError(f"{uri}: column {column.name!r} is {column.type}; only Arrow's usual types are carried")
         wanted = _TYPES.get(column.name, values.type)
         try:
             columns.append(values.cast(wanted))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from unet_ray import archives, storage
+from unet_ray.parquet_files import open_parquet
 
 _WINDOW_BYTES = 128 * 2**20
 
@@ -59,15 +60,16 @@ def _read_windows(
     size_bytes: Callable[[_Reference], int],
     read: Callable[[Sequence[_Reference]], Sequence[_Content]],
 ) -> Iterator[bytes | FrameGone]:
-    """Reads frames so many at once that they fill a window of the memory."""
+    """Reads frames so many at once that they fill a window of the memory; `read` may answer for the first of them."""
     begin = 0
     while begin < len(refs):
         end, filled = begin, 0
         while end < len(refs) and (end == begin or filled + size_bytes(refs[end]) <= _WINDOW_BYTES):
             filled += size_bytes(refs[end])
             end += 1
-        window, begin = refs[begin:end], end
-        contents = read(window)
+        contents = read(refs[begin:end])
+        window = refs[begin : begin + len(contents)]
+        begin += len(window)
         seen = storage.versions({ref.uri for ref in window if not ref.is_read_by_version})
         for ref, content in zip(window, contents, strict=True):
             yield _checked(ref, content, seen.get(ref.uri, ref.version))
@@ -112,7 +114,7 @@ def _read_spans(refs: Sequence[_Reference]) -> Sequence[_Content]:
 def _read_parquet(uri: str, column: str, refs: Sequence[_Reference]) -> Iterator[bytes | FrameGone]:
     with ExitStack() as open_files:
         try:
-            held = archives.ParquetImages(open_files.enter_context(archives.open_parquet(uri)), column)
+            held = archives.ParquetImages(open_files.enter_context(open_parquet(uri)), column)
         except (OSError, pa.ArrowException) as error:
             failed = _parquet_trouble(uri, error)
             yield from _read_windows(refs, lambda ref: 0, lambda window: [failed] * len(window))
@@ -123,7 +125,7 @@ def _read_parquet(uri: str, column: str, refs: Sequence[_Reference]) -> Iterator
                 found = held.read([ref.row or 0 for ref in window])
             except (OSError, pa.ArrowException) as error:
                 return [_parquet_trouble(uri, error)] * len(window)
-            return [found[ref.row or 0] or b"" for ref in window]
+            return [content or b"" for content in found]
 
         yield from _read_windows(refs, lambda ref: held.row_bytes(ref.row or 0), read)
 
