@@ -219,6 +219,19 @@ def no_seeds(step: steps.TrainStep) -> np.ndarray:
     return steps.dropout_seeds(0, 0, 0, step.n_dropouts)
 
 
+def test_the_first_frames_do_not_wait_for_a_trace(monkeypatch):
+    traced = []
+    loss_sums = steps.losses.loss_sums
+    monkeypatch.setattr(
+        steps.losses, "loss_sums", lambda *args, **told: (traced.append(1), loss_sums(*args, **told))[1]
+    )
+    step = make_step(CONFIG)
+    step.trace(3)
+    assert len(traced) == 1
+    step(*batch(np.random.default_rng(0)), no_seeds(step))
+    assert len(traced) == 1
+
+
 def test_dropout_is_a_function_of_seed_step_and_rank():
     config = ModelConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.5)
     image, mask = batch(np.random.default_rng(0))

@@ -221,8 +221,9 @@ def _row_bytes(pairs: Sequence[ImagePair], plan: IngestPlan) -> int:
 
 def _run(pairs: Sequence[ImagePair], plan: IngestPlan, row_bytes: int) -> list[ray.ObjectRef]:
     n_cpus = int(ray.cluster_resources().get("CPU", 1))
-    # Two tasks a core even out frames that take longer, more only cost their start.
-    n_blocks = min(len(pairs), max(2 * n_cpus, math.ceil(len(pairs) * row_bytes / BLOCK_BYTES)))
+    # Two tasks a core even out frames that take longer, more only cost their start; as many for each core.
+    n_rounds = max(2, math.ceil(len(pairs) * row_bytes / BLOCK_BYTES / n_cpus))
+    n_blocks = min(len(pairs), n_rounds * n_cpus)
     rows = pa.table(
         {
             "index": np.arange(len(pairs)),

@@ -118,6 +118,15 @@ class TrainStep:
         self._step = tf.function(self._apply, autograph=False)
         self.reduced_gradients = tf.function(self._gradients, autograph=False)
 
+    def trace(self, n_frames: int) -> None:
+        """Traces the step for parts of so many frames, 2 s, so that the first of them need not wait."""
+        size = self._model.input_shape[1:3]
+        self._step.get_concrete_function(
+            tf.TensorSpec([n_frames, *size, 3], tf.uint8),
+            tf.TensorSpec([n_frames, *size], tf.uint8),
+            tf.TensorSpec([self.n_dropouts, 2], tf.int64),
+        )
+
     def __call__(self, image_BHWC: np.ndarray, mask_BHW: np.ndarray, seeds_L2: np.ndarray) -> StepResult:
         """Takes this worker's frames, uint8, with their encoded masks, and a seed for each dropout layer, int64."""
         return self._step(tf.constant(image_BHWC), tf.constant(mask_BHW), tf.constant(seeds_L2))

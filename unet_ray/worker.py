@@ -107,6 +107,7 @@ class Worker:
             class_weights_K=weights_K,
             clip_norm=task.config.clip_norm,
         )
+        self.step.trace(self.part)
         self.predict = predict = steps.Predictor(self.model, loss=task.config.loss, class_weights_K=weights_K)
         self.add_up = steps.WorkerSum(strategy)
         timeout_s = task.config.collective_timeout_s * (1 if self.n_workers == 1 else PATIENCE)
