@@ -11,6 +11,7 @@ from unet_ray.classes import IGNORED_ID, PRESETS
 from unet_ray.images import (
     ImageHeader,
     ImageRefused,
+    count_values,
     decode_frame,
     decode_mask,
     encode_mask_png,
@@ -391,3 +392,10 @@ def test_resize_equals_tensorflows():
     expected = tf.image.resize(RGB, (20, 64), method="nearest").numpy()
     assert resize_nearest(RGB, 20, 64).dtype == np.uint8
     np.testing.assert_array_equal(resize_nearest(RGB, 20, 64), expected)
+
+
+def test_values_are_counted_as_numpy_counts_them():
+    mask_HW = np.random.default_rng(0).integers(0, 256, (37, 53), np.uint8)
+    mask_HW.setflags(write=False)
+    for view_HW in (mask_HW, mask_HW[::2, 3:], mask_HW.T):
+        np.testing.assert_array_equal(count_values(view_HW), np.bincount(view_HW.ravel(), minlength=256))

@@ -19,7 +19,7 @@ from unet_ray import storage
 from unet_ray.classes import IGNORED_ID, ClassSet, Color, RawValue, UnknownValuesError
 from unet_ray.config import CheckConfig, load_class_set
 from unet_ray.frames import natural_key
-from unet_ray.images import ImageHeader, ImageRefused, decode_frame, decode_mask, read_header
+from unet_ray.images import ImageHeader, ImageRefused, count_values, decode_frame, decode_mask, read_header
 from unet_ray.pairs import (
     ImagePair,
     PairListing,
@@ -331,7 +331,7 @@ def _encode(uri: str, raw: np.ndarray, class_set: ClassSet, mask_format: str, fa
     except ValueError as error:
         facts.problems.append((f"masks do not fit the format {mask_format}", uri, str(error)))
     else:
-        facts.pixels_of = np.bincount(mask_HW.ravel(), minlength=256)
+        facts.pixels_of = count_values(mask_HW)
         if facts.pixels_of[IGNORED_ID] == mask_HW.size:
             facts.remarks.append(("masks show no class: every pixel is ignored", uri, ""))
 

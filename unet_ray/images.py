@@ -428,3 +428,8 @@ def resize_nearest(image: np.ndarray, height_px: int, width_px: int) -> np.ndarr
     rows = _nearest_rows(image.shape[0], height_px)
     columns = _nearest_rows(image.shape[1], width_px)
     return image.take(rows, axis=0).take(columns, axis=1)  # 0.04 ms from 360x480x3, image[rows[:, None], columns] 0.15
+
+
+def count_values(mask_HW: np.ndarray) -> np.ndarray:
+    """Returns how many pixels have each value, int64 [256], of a mask, uint8; `np.bincount` is slower."""
+    return np.array(Image.fromarray(mask_HW).histogram(), np.int64)

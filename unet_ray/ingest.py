@@ -38,7 +38,7 @@ from ray.util.annotations import RayDeprecationWarning
 from unet_ray.classes import IGNORED_ID, ClassSet
 from unet_ray.cluster import say
 from unet_ray.endings import JobFailed
-from unet_ray.images import ImageRefused, frame_size, resize_nearest
+from unet_ray.images import ImageRefused, count_values, frame_size, resize_nearest
 from unet_ray.pairs import ImagePair, PairContent, PairProblem, count, load_pair, read_pairs
 from unet_ray.splits import difference_hash
 from unet_ray.storage import read_many
@@ -147,7 +147,7 @@ def read_row(index: int, pair: ImagePair, plan: IngestPlan, content: PairContent
     except PairProblem as problem:
         return row | {"problem_uri": problem.uri, "problem": problem.problem}
     image, mask = _at_size(image_HWC, full_mask_HW, plan.image_size)
-    row["pixels"] = np.bincount(full_mask_HW.ravel(), minlength=256)[: plan.class_set.n_classes].tolist()
+    row["pixels"] = count_values(full_mask_HW)[: plan.class_set.n_classes].tolist()
     row["image_hash"] = difference_hash(image_HWC)  # at its own size: the same whatever is kept of it
     row["full_height_px"], row["full_width_px"] = full_mask_HW.shape
     row["height_px"], row["width_px"] = mask.shape

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from unet_ray.classes import IGNORED_ID, ClassSet, Color
-from unet_ray.images import resize_nearest
+from unet_ray.images import count_values, resize_nearest
 
 DPI = 100
 
@@ -233,7 +233,7 @@ def _present(masks: Iterable[np.ndarray], class_set: ClassSet, *, with_ignored: 
     """Name and colour of each class that appears, in the order of the class set."""
     pixels = np.zeros(256, np.int64)
     for mask in masks:
-        pixels += np.bincount(mask.ravel(), minlength=256)
+        pixels += count_values(mask)
     shown = [(item.name, item.color) for place, item in enumerate(class_set.classes) if pixels[place]]
     return [*shown, ("(ignored)", _ignored_color(class_set))] if with_ignored and pixels[IGNORED_ID] else shown
 

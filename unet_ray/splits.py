@@ -171,9 +171,10 @@ def difference_hash(image_HWC: np.ndarray) -> int:
     height_px, width_px = image_HWC.shape[:2]
     image_HWC = resize_nearest(image_HWC, max(height_px, 8), max(width_px, 9))
     rows, columns = np.arange(9) * image_HWC.shape[0] // 8, np.arange(10) * image_HWC.shape[1] // 9
-    # Rows first, as they lie in memory: 0.1 ms for 360 x 480 instead of 2.8.
-    bands = [image_HWC[start:end].sum(axis=0, dtype=np.uint32) for start, end in itertools.pairwise(rows)]
-    sums = np.add.reduceat(np.stack(bands).sum(axis=2), columns[:-1], axis=1)
+    # Rows first, as they lie in memory, in the smallest type: 0.1 ms for 360 x 480 instead of 2.8.
+    small = np.uint16 if image_HWC.shape[0] <= 2048 else np.uint32
+    bands = [image_HWC[start:end].sum(axis=0, dtype=small) for start, end in itertools.pairwise(rows)]
+    sums = np.add.reduceat(np.stack(bands).sum(axis=2, dtype=np.int64), columns[:-1], axis=1)
     row_px, column_px = np.diff(rows), np.diff(columns)
     means = sums / np.outer(row_px, column_px)
     return int.from_bytes(np.packbits(means[:, 1:] > means[:, :-1]).tobytes(), "big")
