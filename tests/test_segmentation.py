@@ -190,10 +190,22 @@ def test_auto_is_the_precision_that_an_output_was_begun_with(labelled, model, ar
         run(model, archive, labelled, shard_rows=10, precision="bfloat16")
 
 
-def test_a_tar_gives_the_rows_of_its_folder(cluster, labelled: Path, model: str, archive: Path, tmp_path: Path) -> None:
+def test_a_tar_gives_the_rows_of_its_folder_in_other_chunks_and_several_waves(
+    cluster, labelled: Path, model: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waves: list[int] = []
+
+    def run_wave(job, chunks, *, carefully):
+        waves.append(len(chunks))
+        return segmentation_run_wave(job, chunks, carefully=carefully)
+
+    segmentation_run_wave = segmentation.run_wave
+    monkeypatch.setattr(segmentation, "run_wave", run_wave)
+    monkeypatch.setattr(segmentation, "WAVE_CHUNKS", 3)
     with tarfile.open(tmp_path / "log.tar", "w") as tar:
         tar.add(archive, arcname=".", filter=lambda member: None if member.name.startswith("/") else member)
     run(model, tmp_path / "log.tar", tmp_path / "out", batch_size=5, chunk_frames=3)
+    assert waves == [3, 3, 1]
     folder, packed = rows_of(labelled), rows_of(tmp_path / "out")
     assert [name.rpartition("!")[2].removeprefix("./") for name in packed["frame_id"].to_pylist()] == folder[
         "frame_id"
