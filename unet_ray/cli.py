@@ -249,8 +249,16 @@ def _fail(message: str, code: int) -> int:
 def _stop(signum: int, frame: FrameType | None) -> None:
     """Ends this process in order; at once a little later, should threads that wait for a store hold that up."""
     code = 128 + signum
-    timer = threading.Timer(END_WITHIN_S, os._exit, [code])
+    timer = threading.Timer(END_WITHIN_S, _end_at_once, [code])
     timer.daemon = True
     timer.start()
     word = "interrupted" if signum == signal.SIGINT else "stopped"
     raise SystemExit(_fail(f"{word}; the same command goes on where this one stopped", code))
+
+
+def _end_at_once(code: int) -> None:
+    if "unet_ray.cluster" in sys.modules:  # else there is no Ray, whose import takes a second
+        from unet_ray import cluster
+
+        cluster.end_ray(in_order=False)
+    os._exit(code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import math
 import os
@@ -20,6 +22,7 @@ from ray.util.metrics import Gauge
 
 from unet_ray import filesystems
 from unet_ray.endings import EXIT_TRY_AGAIN, NotNow
+from unet_ray.processes import descendants
 
 WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
@@ -69,6 +72,7 @@ def connect() -> None:
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         _start_ray(arguments)
+        atexit.register(end_ray)
         _end_with_ray()
     else:
         address = os.environ["RAY_ADDRESS"]
@@ -98,6 +102,26 @@ def _start_ray(arguments: Mapping[str, Any]) -> None:
         raise NotNow(
             f"Ray did not start on this machine: {cause}; is it very busy? Try the same command again"
         ) from error
+
+
+def end_ray(*, in_order: bool = True) -> None:
+    """Ends the Ray that this process has started, if any, and all of its processes; or kills them at once.
+
+    An agent that is still starting would wait a minute for those of Ray that are gone already (Ray 2.60).
+    """
+    node = ray._private.worker._global_node
+    kinds: Mapping[str, Any] = {} if node is None else node.all_processes
+    started: list[int] = [one.process.pid for kind in kinds.values() for one in kind]
+    held: list[int] = []  # a process id may be another's by the time it is killed
+    for pid in {*started, *(below for parent in started for below in descendants(parent))}:
+        with contextlib.suppress(ProcessLookupError):
+            held.append(os.pidfd_open(pid))
+    if in_order:
+        ray.shutdown()
+    for process in held:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
 
 
 def _end_with_ray() -> None:

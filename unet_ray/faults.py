@@ -22,22 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unet_ray.processes import descendants
+
 # --- processes ---
-
-
-def descendants(pid: int) -> set[int]:
-    """Returns the ids of all processes that a process has started, directly or not."""
-    children: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended while we looked
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(status.parent.name))
-    found: set[int] = set()
-    new = [pid]
-    while new:
-        new = [child for parent in new for child in children.get(parent, [])]
-        found |= set(new)
-    return found
 
 
 def is_running(pid: int) -> bool:
