@@ -32,6 +32,7 @@ def run_server(recording: str) -> Iterator[str]:
 @contextmanager
 def reach(endpoint: str | None, patch: pytest.MonkeyPatch, *, retry_s: float = 60) -> Iterator[None]:
     """While the block runs, `s3://` means this server (None: no server is named), by the usual variables."""
+    filesystems.configure({}, retry_s)  # commands in this process may have been told `--storage-options`
     for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
         patch.delenv(name)
     if endpoint:

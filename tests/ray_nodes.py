@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +29,68 @@ _COMMANDS = (
     *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
 )
 """What Ray's autoscaler wants to find in its configuration, though these nodes need none of it."""
-STOP_TIMEOUT_S = 60.0
+_GATES = """
+import functools, importlib.util, json, os, sys, time
+folder = os.path.dirname(__file__)
+
+def gated(act, name, most_s):
+    @functools.wraps(act)
+    def act_late(*arguments, **more):
+        end_s = time.monotonic() + most_s
+        while time.monotonic() < end_s and not os.path.exists(os.path.join(folder, name)):
+            try:
+                os.unlink(os.path.join(folder, name + "-once"))
+                break
+            except FileNotFoundError:
+                time.sleep(0.1)
+        return act(*arguments, **more)
+    return act_late
+
+class Stages:
+    def find_spec(self, name, path=None, target=None):
+        if name != "unet_ray.stages":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def run_and_patch(module):
+            run(module)
+            for name, most_s in json.loads(MOST_S).items():
+                setattr(module, name, gated(getattr(module, name), name, most_s))
+        spec.loader.exec_module = run_and_patch
+        return spec
+
+sys.meta_path.insert(0, Stages())
+"""
+
+
+class Gates:
+    """Gates before functions of `unet_ray.stages`, in every Python process of the nodes: a test opens them once it has
+    seen what must come first, so that it holds on a machine of any speed."""
+
+    def __init__(self, folder: Path, most_s: Mapping[str, float]) -> None:
+        """All are shut.
+
+        Args:
+            folder: an empty one.
+            most_s: by function, the seconds after which a call is let through anyway.
+        """
+        self._folder = folder
+        (folder / "sitecustomize.py").write_text(f"MOST_S = {json.dumps(dict(most_s))!r}\n{_GATES}")
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Returns the environment variables that the nodes need."""
+        path = os.environ.get("PYTHONPATH")
+        return {"PYTHONPATH": os.pathsep.join([str(self._folder), *([path] if path else [])])}
+
+    def open(self, function: str) -> None:
+        """Lets every call through from now on."""
+        (self._folder / function).touch()
+
+    def open_once(self, function: str) -> None:
+        """Lets one call through, on whatever node."""
+        (self._folder / f"{function}-once").touch()
 
 
 class RayNodes:
@@ -141,6 +201,14 @@ class RayNodes:
         """Returns what the `ray start` commands have written."""
         return "\n".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("node-*.log")))
 
+    def autoscaler_said(self) -> str:
+        """Returns the end of the autoscaler's log: what it has done, and its last look at nodes and requests."""
+        log = self.ray_folder / "session_latest" / "logs" / "monitor.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else ["no autoscaler has written a log"]
+        dated = [line for line in lines if line[:1].isdigit()]
+        done = [line for line in dated if "The autoscaler took" not in line and not line.endswith("-- ")]
+        return "\n".join([*done[-60:], "...", *lines[-30:]])
+
     def running(self, *titles: str) -> list[int]:
         """Returns the processes on all nodes whose command line begins with one of the titles (`ray::MapWorker`)."""
         return [
@@ -148,13 +216,10 @@ class RayNodes:
         ]  # fmt: skip
 
     def stop(self) -> None:
-        """Ends all nodes, the head last."""
+        """Kills all nodes and what they have started; told to end, they take half a minute."""
         below = {pid for process in self.processes for pid in faults.descendants(process.pid)}
-        for process in reversed(self.processes):
-            process.send_signal(signal.SIGTERM)
-        wait_until(lambda: all(process.poll() is not None for process in self.processes), timeout_s=STOP_TIMEOUT_S)
-        wait_until(lambda: faults.are_gone(below), timeout_s=STOP_TIMEOUT_S)
-        faults.kill({*below, *(process.pid for process in self.processes if process.poll() is None)})
+        faults.kill(process.pid for process in reversed(self.processes) if process.poll() is None)
+        faults.kill(below)
         for process in self.processes:
             process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from unet_ray import images, ledger, publish, results, storage
+from unet_ray import images, ledger, local_files, publish, results, storage
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
 
@@ -107,7 +111,7 @@ def segment(
     archive: Listing | None = None,
     *,
     broken: Mapping[str, str] = BROKEN,
-    retry: str | None = None,
+    retry: tuple[str, ...] | None = None,
     mask_encoding: str = "raw",
     **options: Any,
 ) -> list[str]:
@@ -167,3 +171,55 @@ def killed_at(monkeypatch: Any, place: int, *, after: bool) -> Iterator[list[str
             patch.setattr(storage, name, lambda *a, name=name: step(name, originals[name], *a))
         patch.setattr(storage, "delete_tree", delete_tree)
         yield changes
+
+
+def flipped(data: bytes, place: int, bit: int = 0) -> bytes:
+    """The bytes with one bit changed."""
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
+def killed_inside(place: int, act: Callable[[], Any]) -> bool:
+    """Runs `act` in a process that is gone at its `place`-th step (from 0) of writing or deleting local files.
+
+    Nothing of it runs after that, as after SIGKILL. A file has none of its bytes after `open` and half before `fsync`.
+
+    Returns:
+        Whether it came so far.
+    """
+    child = os.fork()
+    if child == 0:
+        done = False
+        try:
+            _die_at(place)
+            act()
+            done = True
+        finally:
+            if not done:
+                traceback.print_exc()
+            os._exit(not done)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9), f"step {place}: {code}"
+    return code == 9
+
+
+def _die_at(place: int) -> None:
+    steps = itertools.count()
+
+    def step(act: Callable[..., Any], *arguments: Any, before: Callable[[], Any] = int, **options: Any) -> Any:
+        if next(steps) == place:
+            before()
+            os._exit(9)
+        return act(*arguments, **options)
+
+    def opened(*arguments: Any) -> Any:
+        file = step(open, *arguments)
+        step(int)
+        return file
+
+    def fsync(descriptor: int) -> None:  # none in truth: what the kernel has survives a process
+        step(int, before=lambda: os.truncate(descriptor, os.fstat(descriptor).st_size // 2))
+
+    for name in ("replace", "link", "unlink", "remove", "rmdir"):
+        setattr(os, name, functools.partial(step, getattr(os, name)))
+    local_files.open = opened  # type: ignore[attr-defined]
+    os.fsync = fsync

@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+from small_run import make_config
 
 from unet_ray.augmentation import AugmentConfig, augment
-from unet_ray.classes import IGNORED_ID
+from unet_ray.classes import IGNORED_ID, PRESETS
 from unet_ray.images import resize_nearest
+from unet_ray.worker import Group, Worker, WorkerTask
 
 HEIGHT, WIDTH = 33, 49
 RGB = np.random.default_rng(7).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
@@ -95,3 +99,42 @@ def test_bad_augmentation_is_refused():
         AugmentConfig(contrast=-1)
     with pytest.raises(ValueError, match=r"the frame is \(33, 49\) and its mask \(32, 49\); they must be of one size"):
         augment(RGB, IDS[1:], (20, 30), STILL, np.random.default_rng(0))
+
+
+OFF = {"flip": False, "scale": (1.0, 1.0), "brightness": 0, "contrast": 0, "saturation": 0}
+
+
+def views_of_a_worker(**changes) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A training worker's views, 24x32, of a dozen frames that tell their own places: red = row, green = column."""
+    config = make_config(Path("data"), Path("run"), augment=True, **(OFF | changes))
+    nothing = dict.fromkeys(("class_weights_K", "pixels_K", "image_pixels_K", "train", "validation", "shown"))
+    task = WorkerTask(config=config, class_set=PRESETS["camvid"], device="cpu", cpus=1, start_timeout_s=600, **nothing)
+    view = Worker(task, Group(rank=0, n_workers=1, agree=lambda value: value, tell=print))._view(epoch=3)
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    image = np.stack([rows, columns, rows * 0 + 77], -1).astype(np.uint8)
+    return [view(image, (rows + columns).astype(np.uint8), index) for index in range(12)]
+
+
+def test_a_worker_with_all_parts_off_sees_the_resize():
+    for image, mask in views_of_a_worker():
+        rows, columns = (places.astype(np.uint8) for places in np.mgrid[:HEIGHT, :WIDTH])
+        np.testing.assert_array_equal(image[..., 0], resize_nearest(rows, 24, 32))
+        np.testing.assert_array_equal(image[..., 1], resize_nearest(columns, 24, 32))
+        np.testing.assert_array_equal(mask, resize_nearest(rows + columns, 24, 32))
+
+
+@pytest.mark.parametrize("part", OFF)
+def test_a_worker_sees_each_part_that_is_switched_on_and_no_other(part):
+    on = {"flip": True, "scale": (0.4, 0.6), "brightness": 0.5, "contrast": 0.5, "saturation": 0.5}[part]
+    stills, views = views_of_a_worker(), views_of_a_worker(**{part: on})
+    changed = [(image != still).any() for (image, _), (still, _) in zip(views, stills, strict=True)]
+    assert sum(changed) > 1
+    for (image, mask), (still, still_mask) in zip(views, stills, strict=True):
+        if part == "flip":
+            assert (image == still).all() or ((image == still[:, ::-1]).all() and (mask == still_mask[:, ::-1]).all())
+        elif part == "scale":
+            assert np.ptp(image[..., 0]) <= 0.6 * HEIGHT and np.ptp(image[..., 1]) <= 0.6 * WIDTH
+            assert (image[..., 2] == 77).all() and (mask == image[..., 0] + image[..., 1]).all()
+        else:
+            assert (mask == still_mask).all()
+    assert views_of_a_worker(**{part: on})[4][0].tobytes() == views[4][0].tobytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray_nodes import RayNodes
+from ray_nodes import Gates, RayNodes
 
 from unet_ray import publish, synthetic, trials
 from unet_ray.trials import wait_until
@@ -21,52 +20,21 @@ ROOT = Path(__file__).parent.parent
 RAYLET = f"{Path(ray.__file__).parent}/core/src/ray/raylet/raylet"
 N_FRAMES = 64
 
-# Python runs this in every process of the nodes: before more nodes have come a frame is decoded slowly, which keeps the
-# first node busy, and a chunk labelled more slowly, which makes the work wait for its actor.
-SLOW = """
-import functools, importlib.util, os, sys, time
-enough = os.path.join(os.path.dirname(__file__), "enough")
-
-def slow(act, seconds):
-    @functools.wraps(act)
-    def act_slowly(*arguments, **more):
-        end = time.time() + seconds
-        while time.time() < end and not os.path.exists(enough):
-            time.sleep(0.1)
-        return act(*arguments, **more)
-    return act_slowly
-
-class Stages:
-    def find_spec(self, name, path=None, target=None):
-        if name != "unet_ray.stages":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-        def run_and_patch(module):
-            run(module)
-            for name, seconds in (("decode_chunk", 0.5), ("label_chunk", 4)):
-                setattr(module, name, slow(getattr(module, name), seconds))
-        spec.loader.exec_module = run_and_patch
-        return spec
-
-sys.meta_path.insert(0, Stages())
-"""
+MOST_S = {"decode_chunks": 0.5, "label_chunks": 4}
+"""Before more nodes have come frames are decoded slowly, which keeps the first node busy, and labelled more slowly,
+which makes the work wait for its actor."""
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slow")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> Gates:
+    return Gates(tmp_path_factory.mktemp("gates"), MOST_S)
 
 
 @pytest.fixture(scope="module")
-def nodes(slow: Path) -> Iterator[RayNodes]:
-    (slow / "sitecustomize.py").write_text(SLOW)
+def nodes(gates: Gates) -> Iterator[RayNodes]:
     workers = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 3}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(slow), prepend=os.pathsep)
-        with RayNodes(autoscaling={"worker": workers}) as nodes:
-            yield nodes
+    with RayNodes(autoscaling={"worker": workers}, settings=gates.settings) as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +47,11 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def n_workers(nodes: RayNodes) -> int:
     """How many nodes there are beside the head."""
     return len(nodes.running(RAYLET)) - 1
+
+
+def told(nodes: RayNodes, said: Path) -> str:
+    """Returns what a failure is looked into with: the job's words and the autoscaler's."""
+    return f"{said.read_text()}\n{nodes.autoscaler_said()}"
 
 
 @contextmanager
@@ -98,25 +71,26 @@ def job(nodes: RayNodes, said: Path, name: str, *options: str) -> Iterator[subpr
 
 
 @pytest.mark.timeout(1200)
-def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, slow, log, tmp_path):
+def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, gates, log, tmp_path):
     model, out, said = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"
-    told = ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", str(out), "--chunk-frames", "1"]
+    labels = ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", str(out), "--chunk-frames", "1"]
     pool = ["--actors", "1:3", "--cpus-per-actor", "1"]
     most_nodes, actors = 0, set[int]()
-    with job(nodes, said, "segment", *told, *pool) as process:
+    with job(nodes, said, "segment", *labels, *pool) as process:
         while process.poll() is None:
             most_nodes = max(most_nodes, n_workers(nodes))
             actors.update(nodes.running("ray::MapWorker"))
             if most_nodes > 1 and len(actors) > 1:
-                (slow / "enough").touch()
+                for function in MOST_S:
+                    gates.open(function)
             time.sleep(0.5)
     lines = said.read_text().splitlines()
-    assert process.returncode == 0, lines
-    assert "the job wants 1 CPU; the cluster has 0 CPUs; waiting up to 600 s for more nodes" in lines
+    assert process.returncode == 0, told(nodes, said)
+    assert "the job wants 1 CPU; the cluster has 0 CPUs; waiting up to 600 s for more nodes" in lines, lines
     assert any(line.startswith(f"{N_FRAMES} frames in {N_FRAMES} chunks") for line in lines)
-    assert most_nodes > 1 and len(actors) > 1, lines
+    assert most_nodes > 1 and len(actors) > 1, told(nodes, said)
     assert publish.verify(str(out)) == []
-    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600)
+    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600), told(nodes, said)
 
 
 @pytest.mark.timeout(1200)
@@ -127,8 +101,8 @@ def test_training_waits_for_its_nodes_and_lets_them_go(nodes, log, tmp_path):
     with job(nodes, said, "train", *pairs, *small, "--out", str(tmp_path / "run"), "--workers", "3") as process:
         pass
     lines = said.read_text().splitlines()
-    assert process.returncode == 0, lines
+    assert process.returncode == 0, told(nodes, said)
     lack = "3 training workers want 3 CPUs (1 CPU each); the cluster has 2 CPUs; waiting"
-    assert any(line.startswith(lack) for line in lines)
+    assert any(line.startswith(lack) for line in lines), told(nodes, said)
     assert any(line.startswith("epoch 2/2") for line in lines)
-    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600)
+    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600), told(nodes, said)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import pytest
 from unet_ray.bench import arena, benchmark, contests, peers, watchers
 from unet_ray.bench.arena import Arena, Contest
 from unet_ray.bench.benchmark import Journal, Round, Row, Skipped
+from unet_ray.bench.training_contests import camvid_mean_iou
 from unet_ray.bench.training_peers import digest_of
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import PRESETS
@@ -63,6 +66,14 @@ def test_slope_and_bend():
     assert benchmark.slope_per_1000([(1_000, 50), (10_000, 59), (100_000, 149)]) == pytest.approx(1)
     assert benchmark.bend([(1_000, 12), (10_000, 30), (100_000, 210)]) == pytest.approx(0)
     assert benchmark.bend([(1_000, 12), (10_000, 30), (100_000, 228)]) == pytest.approx(0.1)
+
+
+def test_the_rate_of_the_second_half_against_the_first():
+    seen = [(10.0, 0), (11.0, 5), (20.0, 50), (21.0, 52), (30.0, 100)]
+    assert benchmark.late_over_early(seen) == pytest.approx(1)
+    assert benchmark.late_over_early([*seen[:-1], (45.0, 100)]) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match=r"^the count was seen at 2 moments, too few to tell whether its rate is st"):
+        benchmark.late_over_early(seen[:2])
 
 
 def test_a_line_is_the_median_of_ratios_within_rounds():
@@ -116,6 +127,13 @@ def test_every_row_asks_for_contestants_that_there_are():
         assert set(row.needs) <= set(contests.CONTESTS[row.contest].contestants), row.name
 
 
+def test_the_mean_of_camvid_is_of_its_eleven_classes_at_the_networks_size():
+    names = PRESETS["camvid"].names
+    found = {f"val_model_size/iou/{name}": place / 100 for place, name in enumerate(names)}
+    found |= {"val_model_size/iou/void": 0.9, f"val/iou/{names[0]}": 0.9, f"val_model_size/iou/{names[0]}": None}
+    assert camvid_mean_iou(found) == pytest.approx(sum(range(1, 11)) / 1000)
+
+
 def test_masks_are_compared_pixel_by_pixel():
     ours = {"a": bytes([1, 2, 3, 4]), "b": bytes([5, 5, 5, 5])}
     assert peers.equal_share(ours, {"a": bytes([1, 2, 0, 4]), "b": bytes([5, 5, 5, 5])}) == 7 / 8
@@ -133,6 +151,7 @@ class Race:
         self.arena = Arena(folder, TINY)
         self.path = folder / "benchmark.json"
         self.ran: list[str] = []
+        self.round_numbers: list[int] = []
         self.ending: dict[str, BaseException] = {}
         self.rows = [ratio_row(), ratio_row("other", "second")]
         named = {"ours": 30.0, "peer": 10.0, "second": 20.0}
@@ -143,10 +162,11 @@ class Race:
         )
 
     def _one(self, name: str, rate: float) -> Callable[[Arena], dict[str, float]]:
-        def run(_: Arena) -> dict[str, float]:
+        def run(arena: Arena) -> dict[str, float]:
             if name in self.ending:
                 raise self.ending.pop(name)
             self.ran.append(name)
+            self.round_numbers.append(arena.round_number)
             return {"per_s": rate}
 
         return run
@@ -167,6 +187,7 @@ def race(tmp_path: Path) -> Race:
 def test_a_run_takes_only_those_that_its_rows_need_and_both_orders(race: Race):
     went_well, lines = race.play(race.rows[:1], 2)
     assert went_well and race.ran == ["ours", "peer", "peer", "ours"]
+    assert race.round_numbers == [0, 0, 1, 1]
     assert [(told.row.name, told.figures) for told in lines] == [("fast", (3.0, 3.0))]
 
 
@@ -294,6 +315,22 @@ def test_all_steps_compute_the_same_loss(tiny: Arena):
     assert [result["loss"] for result in losses] == pytest.approx([losses[0]["loss"]] * len(losses), rel=1e-4)
 
 
+def test_steps_apart_and_decoding_of_pairs(tiny: Arena):
+    images, masks = tiny.pairs()
+    told = {"images": images, "masks": masks, "size": tiny.network_size, "threads": 1}
+    assert tiny.program("decode_pairs", told).result["decode_s"] > 0
+    log = {"images": str(tiny.log() / "CameraRGB"), "masks": str(tiny.log() / "CameraMask"), "model": str(tiny.model())}
+    steps = {
+        "batch_size": 4,
+        "steps": 2,
+        "device": "cpu",
+        "precision": "float32",
+        "cores": sorted(os.sched_getaffinity(0)),
+    }
+    result = tiny.program("steps_apart", log | steps).result
+    assert set(result) == {"one_per_s", "all_per_s", "summing_per_s"} and min(result.values()) > 0
+
+
 @pytest.mark.parametrize("program", ["tfdata_ingest", "torch_ingest"])
 def test_ingests_give_the_same_pixels(program: str, tiny: Arena):
     if program == "torch_ingest":
@@ -338,10 +375,14 @@ def test_the_job_measures_writes_and_shows(tmp_path: Path):
         command = [sys.executable, str(JOB), "--out", str(tmp_path), "--size", "tiny", "--repeats", "1", *options]
         return subprocess.run(command, capture_output=True, text=True)
 
-    done = run("--only", "png_tfdata")
+    names = ["png_tfdata", "listing", "chunks", "chunks_rate", "first_epoch"]
+    done = run("--only", *names)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert row["name"] == "png_tfdata" and row["agrees"] and row["median"] > 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]}
+    assert list(rows) == names
+    assert rows["png_tfdata"]["agrees"] and all(row["median"] > 0 for row in rows.values())
+    assert rows["listing"]["note"].startswith("300 files: ")
+    assert re.match(r"reading [\d.]+ s, decoding alone ", rows["first_epoch"]["note"])
     assert "| png_tfdata " in done.stdout
     shown = run("--table")
     assert shown.returncode == 0 and shown.stdout == done.stdout[done.stdout.index("| row") :]

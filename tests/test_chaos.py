@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import labelled
 import numpy as np
 import pytest
 import yaml
@@ -24,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 JOB = ROOT / "jobs" / "chaos.py"
 
 SHOWN_ELSEWHERE = {
-    "one_percent_broken": "twenty_percent_broken",
+    "one_percent_broken": "test_segmentation: bad frames are rows",
+    "twenty_percent_broken": "the same; the files are tested here",
     "archive_grown": "test_kills: killed at every change to the storage of a grown output",
     "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
     "work_damaged": "the same, for parts and records",
@@ -93,10 +96,9 @@ def test_a_job_that_is_told_to_stop_while_it_lists_does_not_wait_for_the_storage
     trial = trials.Trial(stage, "stopped_listing", archive=tmp_path / "log.csv")
     with trial.started() as job:
         assert trials.wait_until(lambda: "Ray 2." in trial.said(), job), trial.said()
-        below = faults.descendants(job.pid)
-        job.send_signal(signal.SIGTERM)  # SIGINT: `driver_stopped`
+        trial.stop(job, signal.SIGTERM)  # SIGINT: `driver_stopped`
     trial.require_exit(128 + signal.SIGTERM, "the same command goes on where this one stopped")
-    assert trials.wait_until(lambda: faults.are_gone(below))
+    print(*trial.deeds)
     assert not trial.problems, trial.problems
 
 
@@ -201,6 +203,34 @@ def test_a_trial_sees_what_is_not_as_it_should_be(tmp_path: Path) -> None:
         "_work/parts/key-0123456789abcdef.parquet is not what its name says",
         "run.json is torn",
     ]
+
+
+def test_a_trial_counts_what_is_done_again(tmp_path: Path) -> None:
+    """Chunks of a: 0 1 2, 3 4; of b: 0 1 2, 3 4 5, 6; of c: 0."""
+    trial = trials.Trial(SimpleNamespace(folder=tmp_path, seed=0, archive=tmp_path / "log"), "counted")
+    plan = labelled.make_plan(labelled.write_archive(trial.archive), str(trial.out))
+    keys = [chunk.key for chunk in plan.chunks]
+
+    def opened(*frames: str) -> list[tuple[str, Path]]:
+        return [("opened", trial.archive / f"{frame}.png") for frame in frames]
+
+    def appeared(*paths: str) -> list[tuple[str, Path]]:
+        return [("appeared", trial.out / path) for path in paths]
+
+    seen = [*opened("a/0", "b/0", "c/0"), *appeared("manifest/_g000.json"), *opened("a/0", "a/1", "a/2", "b/0")]
+    seen += appeared(f"_work/parts/{keys[0]}-1.parquet", f"_work/records/{keys[0]}.json")
+    trial.events = SimpleNamespace(seen=seen)
+    assert trial.redone() == (0, 0)
+    assert trial.begun() == {keys[0]: 1, keys[2]: 1}
+    before = len(seen)
+    seen += [*opened("a/1", "b/0", "b/1", "b/2"), *appeared(f"_work/parts/{keys[0]}-1.parquet")]
+    seen += appeared(f"_work/records/{keys[2]}.json", f"_work/parts/{keys[2]}-2.parquet")
+    assert trial.redone() == (2, 1)
+    assert trial.begun() == {keys[0]: 2, keys[2]: 2} and trial.begun(before) == {keys[0]: 1, keys[2]: 1}
+    seen += [*appeared("summary.json"), *opened("a/0", "b/1")]
+    assert trial.redone() == (2, 1) and not trial.problems
+    seen.insert(0, ("overflow", Path()))
+    assert trial.redone() == (2, 1) and trial.problems == ["more happened to files than the kernel could tell"]
 
 
 @pytest.mark.timeout(300)

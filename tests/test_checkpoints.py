@@ -114,8 +114,22 @@ def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, part, damage, sa
 def test_only_those_to_keep_stay(run):
     for epoch in range(1, 6):
         checkpoints.write_checkpoint(run, make(epoch))
-    checkpoints.delete_others(run, {5, 2})
+    checkpoints.delete_older(run, 5, {2})
     assert checkpoints.list_epochs(run) == [5, 2]
+
+
+def test_a_group_that_is_behind_another_deletes_none_of_its_checkpoints(run):
+    for epoch in range(1, 6):
+        checkpoints.write_checkpoint(run, make(epoch))
+    checkpoints.delete_older(run, 3, {2})
+    assert checkpoints.list_epochs(run) == [5, 4, 3, 2]
+
+
+def test_what_appears_while_the_newest_is_looked_for_is_found(run):
+    """Another writer deletes what was listed, and has written newer ones."""
+    storage.delete(storage.join(checkpoints.write_checkpoint(run, make(1)), "manifest.json"))
+    newest = checkpoints.newest_valid(run, on_damaged=lambda line: checkpoints.write_checkpoint(run, make(2)))
+    assert newest is not None and newest.epoch == 2
 
 
 def test_where_the_best_is_damaged_another_stands_for_it(run):
@@ -126,7 +140,7 @@ def test_where_the_best_is_damaged_another_stands_for_it(run):
     assert checkpoints.best_or_this(run, last, on_damaged=said.append).epoch == 3
     assert checkpoints.best_or_this(run, best, on_damaged=said.append) is best
     assert said == []
-    checkpoints.delete_others(run, {5})
+    checkpoints.delete_older(run, 5, ())
     assert checkpoints.best_or_this(run, last, on_damaged=said.append) is last
     (line,) = said
     assert line.endswith("; epoch 5 stands for the best, 3") and "epoch-000003" in line
@@ -136,7 +150,7 @@ def test_a_stranger_among_them_is_left_alone(run):
     checkpoints.write_checkpoint(run, make(1))
     stranger = storage.join(run, "checkpoints", "notes", "mine.txt")
     storage.write_whole(stranger, b"mine")
-    checkpoints.delete_others(run, ())
+    checkpoints.delete_older(run, 2, ())
     assert checkpoints.list_epochs(run) == []
     assert storage.read_bytes(stranger) == b"mine"
 
@@ -144,11 +158,11 @@ def test_a_stranger_among_them_is_left_alone(run):
 WRITER = """
 import sys
 import numpy as np
-from unet_ray.checkpoints import Checkpoint, delete_others, write_checkpoint
+from unet_ray.checkpoints import Checkpoint, delete_older, write_checkpoint
 for epoch in range(1, 10000):
     tensors = {"model/x": np.full((700, 1000), epoch, np.float32)}
     write_checkpoint(sys.argv[1], Checkpoint(epoch=epoch, step=epoch, tensors=tensors, history=(), best_epoch=1))
-    delete_others(sys.argv[1], {epoch, epoch - 1})
+    delete_older(sys.argv[1], epoch, {epoch - 1})
     print(epoch, flush=True)
 """
 

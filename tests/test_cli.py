@@ -85,6 +85,17 @@ def test_a_run_can_be_repeated_from_the_configuration_it_wrote(tmp_path):
     assert cli.parse("segment", ["--config", str(file)]) == told
 
 
+@pytest.mark.parametrize(
+    ("said", "reasons"),
+    [([], None), (["--retry-rejected"], ()), (["--retry-rejected", "crashed", "changed"], ("crashed", "changed"))],
+)
+def test_rejected_frames_are_tried_again_all_or_by_reason(said, reasons, tmp_path):
+    told = cli.parse("segment", ["--model", "m", "--frames", "a", *said, "--out", "o"])
+    assert told.retry_rejected == reasons
+    (tmp_path / "config.yaml").write_text(options.to_yaml(told))
+    assert cli.parse("segment", ["--config", str(tmp_path / "config.yaml")]) == told
+
+
 def test_an_unknown_option_in_a_file_is_named(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("epoch: 7\n")

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.autoscaler.sdk import request_resources
+from ray.experimental.internal_kv import _internal_kv_get
+from ray_nodes import RayNodes
 
 from unet_ray import cli, cluster
+from unet_ray.trials import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -45,6 +52,23 @@ def test_more_than_this_machine_has_is_refused_at_once(local):
     )
 
 
+def test_a_ray_that_was_started_here_with_other_storage_options_is_refused_and_one_of_the_users_own_is_not(
+    local, monkeypatch
+):
+    cluster.connect()
+    monkeypatch.setenv("FSSPEC_S3", '{"anon": true}')
+    with pytest.raises(ValueError, match="^Ray runs already, and its workers have other storage options; call ray"):
+        cluster.connect()
+    monkeypatch.setattr(cluster, "_handed", (("a node that", "is gone"), {}))
+    cluster.connect()
+
+
+def requested() -> object:
+    """Returns what the autoscaler would find that it is asked for."""
+    told = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    return None if told is None else json.loads(told)
+
+
 def test_a_cluster_is_waited_for_and_then_the_reason_is_said(local, monkeypatch, capsys):
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     with pytest.raises(ValueError, match=r"the cluster has \d+ CPUs? after 0\.6 s \(--wait-for-resources-s\); ask for"):
@@ -52,6 +76,26 @@ def test_a_cluster_is_waited_for_and_then_the_reason_is_said(local, monkeypatch,
     said = capsys.readouterr().out
     assert said.startswith("100 model actors want 100 CPUs (1 CPU each); the cluster has ")
     assert said.endswith("; waiting up to 0.6 s for more nodes\n")
+    assert requested() == []
+
+
+def test_the_autoscaler_is_asked_again_when_another_has_put_its_own_request_there_and_no_more_once_there_is_room(
+    local, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    too_many = [{"CPU": 1.0}] * 100
+    is_room = threading.Event()
+    monkeypatch.setattr(cluster, "_fits", lambda bundles: is_room.is_set())
+    waiting = threading.Thread(target=cluster.wait_for_resources, args=[too_many, 3600, "100 model actors"])
+    waiting.start()
+    try:
+        for _ in range(2):
+            assert wait_until(lambda: requested() == too_many)
+            request_resources(bundles=[])  # as Ray Data's AutoscalingCoordinator does every 20 s (Ray 2.60)
+    finally:
+        is_room.set()
+        waiting.join()
+    assert requested() == []
 
 
 def test_a_bundle_must_fit_on_one_node(monkeypatch):
@@ -90,7 +134,17 @@ def test_the_cluster_of_ray_address_is_joined(local):
     )
     n_cpus = int(ray.cluster_resources()["CPU"])
     cpus = f"{n_cpus} CPU{'s' * (n_cpus != 1)}"
-    assert (done.returncode, done.stdout) == (0, f"Ray {ray.__version__} at {address}, nodes: 1: {cpus}, 0 GPUs\n")
+    said = f"Ray {ray.__version__} at {address}, nodes: 1: {cpus}, 0 GPUs\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+
+
+def test_what_is_said_while_ray_starts_comes_through_but_for_its_notice(capfd):
+    with pytest.raises(OSError, match="full"), cluster._without_notice():
+        os.write(2, b"logging.cc: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n")
+        print("the disk is almost full", file=sys.stderr)
+        raise OSError("full")
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "the disk is almost full\nafter\n"
 
 
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
@@ -128,8 +182,31 @@ def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():
     workers = {name: kind for name, kind in told["available_node_types"].items() if name != told["head_node_type"]}
     assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in workers.values())
     starts = [line for key in ("head", "worker") for line in told[f"{key}_start_ray_commands"] if "ray start" in line]
-    assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line and "keepalive_time_ms" in line for line in starts)
+    settings = (
+        *("RAY_AUTH_MODE=token", "RAY_grpc_client_keepalive_time_ms=5000", "RAY_grpc_client_keepalive_timeout_ms=5000"),
+        *("RAY_health_check_period_ms=1000", "RAY_health_check_timeout_ms=3000"),
+        "RAY_health_check_failure_threshold=3",
+    )
+    assert len(starts) == 2 and all(setting in line for line in starts for setting in settings)
     assert "--dashboard-host=127.0.0.1" in starts[0]
+    markets = [kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") for kind in workers.values()]
+    assert set(markets) == {"spot"}
+    assert any("pip install" in line and "unet" in line for line in told["setup_commands"]), told["setup_commands"]
+
+
+def test_a_cluster_without_authentication_is_warned_of_in_one_line():
+    with RayNodes(settings={"RAY_AUTH_MODE": "disabled"}) as nodes:
+        done = subprocess.run(
+            [sys.executable, "-c", "from unet_ray import cluster; cluster.connect()"],
+            env={**nodes.environment, "RAY_ADDRESS": nodes.address},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert done.returncode == 0 and warnings == [
+        "warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token"
+    ], done
 
 
 def test_the_kubernetes_job_gives_options_that_the_job_takes():

@@ -22,6 +22,8 @@ import os, signal, time
 from unet_ray import images
 decode_frame = images.decode_frame
 def faulty(data, **limits):
+    with open(os.environ["LOG"], "a") as log:
+        log.write(f"{os.getpid()} {data[:5]}\\n")
     if data == b"crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if data == b"hang":
@@ -51,6 +53,7 @@ def png(height_px: int, width_px: int) -> bytes:
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.setenv("ONCE", str(tmp_path / "once"))
     (tmp_path / "good.png").write_bytes(png(18, 30))
     monkeypatch.setenv("GOOD", str(tmp_path / "good.png"))
@@ -106,6 +109,27 @@ def test_a_killer_is_rejected_and_its_neighbours_are_not(faults: Path, data: byt
     frames = list(decoding.decode_carefully([png(18, 30), data, png(18, 30)], options))
     assert [frame.reason for frame in frames] == [None, reason, None]
     assert frames[1].error == error
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("data", [b"crash", b"hoard"])
+def test_a_killer_is_rejected_after_three_processes_that_decoded_nothing_else(faults: Path, data: bytes) -> None:
+    options = DecodeOptions(network_size=(6, 10), max_pixels=10_000, timeout_s=20)
+    frames = list(decoding.decode_carefully([png(18, 30), data, png(20, 30), data, png(22, 30)], options))
+    assert [frame.height_px for frame in frames] == [18, None, 20, None, 22]
+    decoded: dict[str, list[str]] = {}
+    for line in (faults / "log").read_text().splitlines():
+        pid, _, what = line.partition(" ")
+        decoded.setdefault(pid, []).append(what)
+    alone = [whats for whats in decoded.values() if whats == [str(data)]]
+    # Of `hoard` a process survives, and the third goes on with the next frames.
+    assert len(alone) == (6 if data == b"crash" else 4)
+    assert sum(whats[0] == str(data) for whats in decoded.values()) == 6
+
+
+def test_pixels_are_counted_by_the_header_and_what_is_refused_has_none() -> None:
+    assert decoding.count_pixels(png(18, 30)[:60], timeout_s=20) == 18 * 30
+    assert decoding.count_pixels(b"text", timeout_s=20) == 0
 
 
 @pytest.mark.timeout(300)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from small_run import HeldFrames, final_weights, held_up, make_config, write_data
+from small_run import HeldFrames, assert_same_end, final_weights, held_up, make_config, write_data
 
 from unet_ray import checkpoints, training
 from unet_ray.endings import NotNow
@@ -41,6 +41,14 @@ class Gated(HeldFrames):
             time.sleep(0.01)
 
 
+def wait_for_line(line: str, run: Future[None], heard: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Adds what a training says to what was heard, until it says that."""
+    while line not in "".join(heard):
+        assert not run.done(), "".join(heard)
+        heard.append(capsys.readouterr().out)
+        time.sleep(0.01)
+
+
 def norm_of_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     return max(float(np.linalg.norm(one[name] - other[name]) / np.linalg.norm(one[name])) for name in one)
 
@@ -66,28 +74,38 @@ def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, t
 
 
 @pytest.mark.timeout(600)
+def test_workers_that_have_lost_their_node_go_on_when_another_comes_in_time(cluster, data, tmp_path, capsys):
+    cluster, nodes = cluster
+    heard: list[str] = []
+    training.connect()
+    told = make_config(data, tmp_path / "run", workers=2, wait_for_resources_s=300)
+    with ThreadPoolExecutor(1) as pool, held_up(Gated, tmp_path / "gate"):  # Ray starts a node in the main thread only
+        run = pool.submit(training.train, told)
+        wait_for_line("epoch  1/", run, heard, capsys)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        wait_for_line("2 workers lack room; waiting up to 300 s for another", run, heard, capsys)
+        cluster.add_node(num_cpus=1)
+        (tmp_path / "gate").touch()
+        run.result()
+    training.train(make_config(data, tmp_path / "whole", workers=2))
+    assert_same_end(tmp_path / "run", tmp_path / "whole", told.epochs)
+
+
+@pytest.mark.timeout(600)
 def test_a_group_shrinks_when_a_node_is_killed_and_grows_when_one_comes(cluster, data, tmp_path, monkeypatch, capsys):
     """The batch is that of all workers together, so their number changes neither it nor the learning rate."""
     cluster, nodes = cluster
     options = {"dropout": 0.0, "epochs": 20, "learning_rate": 1e-3}
     heard: list[str] = []
-
-    def wait_for_line(line: str, timeout_s: float = 400) -> None:
-        deadline = time.monotonic() + timeout_s
-        while line not in "".join(heard):
-            assert time.monotonic() < deadline and not run.done(), "".join(heard)
-            heard.append(capsys.readouterr().out)
-            time.sleep(0.01)
-
     training.connect()
     monkeypatch.setattr(training, "RESIZE_INTERVAL_S", 1.0)
     with ThreadPoolExecutor(1) as pool, held_up(Gated, tmp_path / "gate"):  # Ray starts a node in the main thread only
         run = pool.submit(training.train, make_config(data, tmp_path / "run", workers="1:2", **options))
-        wait_for_line("epoch  2/20")
+        wait_for_line("epoch  2/20", run, heard, capsys)
         cluster.remove_node(nodes[1], allow_graceful=False)
-        wait_for_line("a worker was lost; the group has started again with 1")
+        wait_for_line("a worker was lost; the group has started again with 1", run, heard, capsys)
         cluster.add_node(num_cpus=1)
-        wait_for_line("there is room for more workers; the group has started again with 2")
+        wait_for_line("there is room for more workers; the group has started again with 2", run, heard, capsys)
         (tmp_path / "gate").touch()
         run.result()
     assert "1 to 2 workers x 1 CPU" in "".join(heard)

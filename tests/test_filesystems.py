@@ -108,6 +108,19 @@ def test_workers_get_what_says_where_and_no_secret(monkeypatch):
     assert filesystems.worker_environment(inherited=False) == {**where, "FSSPEC_S3": '{"anon": false}'}
 
 
+@pytest.mark.parametrize("before", [None, '{"anon": true}'])
+def test_a_call_without_options_leaves_the_environment_as_it_was_before_there_were_any(before, monkeypatch):
+    filesystems.configure({}, 60)
+    monkeypatch.delenv("FSSPEC_S3", raising=False)
+    if before:
+        monkeypatch.setenv("FSSPEC_S3", before)
+    environment = filesystems.worker_environment(inherited=True)
+    filesystems.configure({"s3": {"endpoint_url": "http://host"}}, 60)
+    assert filesystems.worker_environment(inherited=True) != environment
+    filesystems.configure({}, 60)
+    assert filesystems.worker_environment(inherited=True) == environment
+
+
 @pytest.fixture
 def proxy(tmp_path, monkeypatch) -> Iterator[Proxy]:
     with run_server(str(tmp_path / "recording")) as server, Proxy(server) as proxy, reach(None, monkeypatch, retry_s=5):

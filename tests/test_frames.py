@@ -9,11 +9,12 @@ import zipfile
 from pathlib import Path
 
 import fsspec
+import labelled
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unet_ray import archives, frames, storage
+from unet_ray import archives, frames, ledger, storage
 from unet_ray.contents import FrameGone, read_frames
 from unet_ray.frames import PathFields, list_archives, natural_key, parse_path
 
@@ -169,6 +170,24 @@ def test_a_tar_that_ends_early_is_unlistable_wherever_it_is_cut(tmp_path):
         assert [uri for uri, _ in listing.unlistable] == [str(path)], f"cut at {cut} of {len(whole)}"
 
 
+@pytest.mark.parametrize("folders", [3, 200])
+def test_the_parts_of_a_folder_are_all_of_it(folders, tmp_path):
+    for name in (*(f"drive{number}/a/0.png" for number in range(folders)), "own.png", "b.txt", "drive0/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "drive0/loop").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "drive1")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
+    parts = storage.list_parts(str(tmp_path))
+    assert len(parts) == (1 + folders + 1 if folders == 3 else 1 + 51)
+    troubles: list[tuple[str, str]] = []
+    whole_troubles: list[tuple[str, str]] = []
+    files = [file for part in parts for file in part(lambda uri, error: troubles.append((uri, str(error))))]
+    whole = storage.list_files(str(tmp_path), on_unreadable=lambda uri, error: whole_troubles.append((uri, str(error))))
+    assert sorted(files, key=lambda file: file.path) == sorted(whole, key=lambda file: file.path)
+    assert troubles == whole_troubles and len(troubles) == 1
+
+
 def test_compressed_tars_are_refused_with_what_to_do(tmp_path):
     (tmp_path / "log.tar.gz").write_bytes(b"\x1f\x8b")
     assert list_archives([str(tmp_path)]).unlistable == (
@@ -244,7 +263,58 @@ def test_the_archive_of_a_chunk_is_looked_at_once(tmp_path, monkeypatch):
     assert list(read_frames(rows)) == [FrameGone("changed", message)] * 3
     assert looks == [[str(tmp_path / "log.tar")]]
     (tmp_path / "log.tar").unlink()
+    (tmp_path / "another.tar").touch()
     assert {gone.reason for gone in read_frames(rows)} == {"missing"}
+
+
+@pytest.mark.parametrize(
+    ("roots", "gone", "unseen"),
+    [
+        (["log"], "log/drive10/a.jpg", None),
+        (["log"], "log/drive10", None),  # a whole drive, which was deleted after the listing
+        (["log"], "log", "log"),
+        (["log/*"], "log/drive10", None),
+        (["log/*"], "log", "log"),
+        (["log", "tars"], "log/drive10", None),
+        (["log", "tars"], "log", "log"),
+        (["tars/log.tar"], "tars/log.tar", None),
+        (["tars/log.tar"], "tars", "tars"),
+        (["lists/log.csv"], "lists/1.png", None),
+        (["lists/log.csv"], "lists", "lists"),
+        (["lists/log.csv"], "elsewhere/2.png", None),
+        (["lists/log.csv"], "elsewhere", "elsewhere"),
+    ],
+)
+def test_a_frame_is_missing_only_where_its_archive_is_seen(roots, gone, unseen, tmp_path):
+    """Another machine may lack the folder, or have the empty place of a disk that is not mounted there."""
+    write_folder(tmp_path / "log")
+    for folder in ("tars", "lists", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    write_tar(tmp_path / "tars" / "log.tar")
+    write_tar(tmp_path / "tars" / "more.tar")
+    (tmp_path / "lists/log.csv").write_text(f"uri\n1.png\n{tmp_path}/elsewhere/2.png\n")
+    for path in ("lists/1.png", "elsewhere/2.png"):
+        (tmp_path / path).write_bytes(b"png")
+    rows = planned([str(tmp_path / root) for root in roots], tmp_path / "out")
+    assert all(isinstance(content, bytes) for content in read_frames(rows))
+    (tmp_path / gone).rename(tmp_path / "gone")
+    if unseen is None:
+        assert {content.reason for content in read_frames(rows) if isinstance(content, FrameGone)} == {"missing"}
+        return
+    with pytest.raises(storage.StorageError, match=f"does not see {tmp_path}/{unseen}, where it was listed"):
+        list(read_frames(rows))
+    (tmp_path / unseen).mkdir()
+    if unseen == "elsewhere":  # which nobody gave
+        assert [isinstance(content, FrameGone) for content in read_frames(rows)] == [False, True]
+        return
+    with pytest.raises(storage.StorageError, match=f"does not see {tmp_path}/{unseen}, where it was listed"):
+        list(read_frames(rows))
+
+
+def planned(roots: list[str], out: Path) -> pa.Table:
+    """The rows as a worker reads them: from the manifest."""
+    plan = ledger.plan(str(out), list_archives(roots), labelled.LINEAGE, labelled.CUTTING, config_yaml="")
+    return pa.concat_tables([ledger.read_rows(chunk) for chunk in plan.chunks])
 
 
 # --- archives that are damaged, or made to do harm ---

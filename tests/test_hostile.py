@@ -126,7 +126,18 @@ def test_a_parquet_file_whose_names_are_deltas_of_one_large_name(tmp_path: Path)
     path = tmp_path / "names.parquet"
     images = [{"bytes": b"x", "path": "a" * MB + str(number)} for number in range(300)]
     write_deltas(path, pa.table({"image": images}, NAMED), "image.path")
-    assert read(path) == ({}, [f"its rows come to more than 100 times its {path.stat().st_size:,} bytes"])
+    assert read(path) == ({"0 MB": 300}, [])  # by their rows: no name has over 4,096 letters
+
+
+@pytest.mark.parametrize("names", [20_000, 30_000])
+def test_a_parquet_file_with_many_names_that_are_as_long_as_may_be(names: int, tmp_path: Path) -> None:
+    path = tmp_path / "names.parquet"
+    images = ({"bytes": None, "path": "a" * 4080 + str(number)} for number in range(names))
+    write_deltas(path, pa.table({"image": pa.array(images, NAMED.field(0).type)}), "image.path")
+    assert path.stat().st_size < MB
+    found, whys = read(path)
+    assert found == {} and len(whys) == (names > 25_000)
+    assert all(why.startswith("its rows come to more than 384 MB; ") for why in whys)
 
 
 def test_a_parquet_file_that_says_one_large_image_many_times(tmp_path: Path) -> None:
@@ -157,7 +168,7 @@ def test_a_parquet_file_of_a_hundred_million_empty_rows(tmp_path: Path) -> None:
         for _ in range(10):
             writer.write_table(table, row_group_size=len(table))
     found, (why,) = read(tmp_path / "rows.parquet")
-    assert found == {} and why.startswith("its rows come to more than 100 times its ")
+    assert found == {} and why.startswith("its rows come to more than 384 MB; ")
 
 
 CATALOGUES: dict[str, tuple[pa.DataType, object, int]] = {
@@ -186,6 +197,70 @@ def test_a_catalogue_that_fills_the_memory(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "c.parquet").stat().st_size < MB
     found, (why,) = read(tmp_path / "c.parquet")
     assert found == {} and why.startswith(f"{tmp_path}/c.parquet was made to fill the memory: its row")
+
+
+def test_a_catalogue_that_is_as_large_as_may_be(tmp_path: Path) -> None:
+    schema = pa.schema([("uri", pa.string()), ("weather", pa.string())])
+    with pq.ParquetWriter(
+        tmp_path / "c.parquet", schema, compression="zstd", dictionary_pagesize_limit=2**30
+    ) as writer:
+        for group in range(19):
+            rows = {"uri": [f"{group}_{row}.png" for row in range(1000)], "weather": ["a" * 20_000] * 1000}
+            writer.write_table(pa.table(rows, schema))
+    assert read(tmp_path / "c.parquet") == ({}, [])
+
+
+def test_a_catalogue_that_is_large_so_that_it_may_say_more(tmp_path: Path) -> None:
+    """Bytes that do not pack, beside a text that is said again or unpacks: no part of a file's size buys memory."""
+    pictures = [os.urandom(10_000) for _ in range(2000)]
+    rows = {"uri": [f"{row}.png" for row in range(2000)], "thumbnail": pictures}
+    how = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "use_dictionary": ["weather"]}
+    again = pa.table(rows | {"weather": pa.array(["a" * 200_000] * 2000)})
+    pq.write_table(again, tmp_path / "again.parquet", **how)
+    unpacks = pa.table(rows | {"weather": pa.array(["a" * 800 * MB] + [None] * 1999)})
+    pq.write_table(unpacks, tmp_path / "unpacks.parquet", **how)
+    assert all((tmp_path / f"{name}.parquet").stat().st_size > 20_000_000 for name in ("again", "unpacks"))
+    found, (why,) = read(tmp_path / "again.parquet")
+    assert found == {} and "made to fill the memory: its rows come to more than 384 MB" in why
+    found, (why,) = read(tmp_path / "unpacks.parquet")
+    assert found == {} and "made to fill the memory: its row group unpacks from " in why
+
+
+def test_a_parquet_file_with_a_page_of_images_that_unpacks(tmp_path: Path) -> None:
+    """Among others of the group that do not pack: 700 MB are not a hundred times the group."""
+    images = [bytes(100 * MB)] * 7 + [os.urandom(8 * MB)]
+    table = pa.table({"image": images}, pa.schema([("image", pa.binary())]))
+    how = {"compression": "zstd", "use_dictionary": False}
+    pq.write_table(table, tmp_path / "page.parquet", write_batch_size=7, **how)
+    found, whys = read(tmp_path / "page.parquet")
+    (reason,) = found
+    assert whys == [] and reason.startswith("too_large: its page unpacks from ") and found[reason] == 8
+
+
+def varint(number: int, length: int = 0) -> bytes:
+    """A number as Thrift writes it, in so many bytes at least."""
+    bits = [number << 1 >> shift & 0x7F for shift in range(0, 7 * max(length, -(-(number << 1).bit_length() // 7)), 7)]
+    return bytes([*(bit | 0x80 for bit in bits[:-1]), bits[-1]])
+
+
+@pytest.mark.parametrize("columns", [["uri", "weather"], ["image"]])
+def test_a_parquet_file_whose_footer_says_less_than_its_pages(columns: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "lies.parquet"
+    table = pa.table({name: ["1.png" if name == "uri" else "a" * 600 * MB] for name in columns})
+    table = table.cast(pa.schema([(name, pa.binary() if name == "image" else pa.string()) for name in columns]))
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    whole = path.read_bytes()
+    footer = whole[-8 - int.from_bytes(whole[-8:-4], "little") :]
+    lying = footer
+    for size in {group.total_byte_size, group.column(len(columns) - 1).total_uncompressed_size}:
+        lying = lying.replace(varint(size), varint(9_999, len(varint(size))))
+    path.write_bytes(whole.replace(footer, lying))
+    why = "its footer says 9,999 bytes and 1 values of a column that comes to more"
+    if columns == ["image"]:
+        assert read(path) == ({f"too_large: {why}": 1}, [])
+    else:
+        assert read(path) == ({}, [f"{path} was made to fill the memory: {why}"])
 
 
 def write_zip_of_names(path: Path, names: int) -> Path:

@@ -138,12 +138,12 @@ from unet_ray.config import ModelConfig
 from unet_ray.unet import weight_shapes
 n_threads, batch_size = int(sys.argv[1]), int(sys.argv[2])
 inference.configure_tensorflow("cpu", n_threads)
-config = ModelConfig(image_height_px=96, image_width_px=128, n_classes=12, n_filters=16)
+config = ModelConfig(image_height_px=96, image_width_px=128, n_classes=12, n_filters=32)
 random = np.random.default_rng(5)
 weights = {n: random.normal(0, 0.05, s).astype(np.float32) for n, s in weight_shapes(config).items()}
 bundle = Bundle(uri="", model_config=config, class_set=None, metrics={}, weights=weights, digest="")
 images = random.integers(0, 256, (7, 96, 128, 3), np.uint8)
-for precision in ("float32", "bfloat16"):
+for precision in ("float32", "bfloat16", "float16"):
     labeler = inference.Labeler(bundle, precision=precision, batch_size=batch_size, n_threads=n_threads)
     labels = labeler.label(images, [(50, 170)] * 7)
     data = [*labels.masks, labels.confidence_NK, labels.confidence_N, labels.low_margin_share_N]
@@ -153,13 +153,13 @@ for precision in ("float32", "bfloat16"):
 
 @pytest.mark.timeout(300)
 def test_threads_and_batch_size_change_no_bit() -> None:
-    """Without rounding the batch up to a multiple of the threads, 5 frames on 4 differ from 4 on 1 in bfloat16."""
-    runs = [("1", "4"), ("2", "3"), ("3", "4"), ("4", "5")]
+    """With threads in an operation instead of in the batch, 2 differ from 1: bfloat16 on AVX-512, float32 on AVX2."""
+    runs = [("1", "4"), ("2", "3"), ("4", "4")]  # batches of 4, 2 and 1 in each thread
     said = [
         subprocess.run([sys.executable, "-c", THREADS, *arguments], capture_output=True, text=True, check=True).stdout
         for arguments in runs
     ]
-    assert len(said[0].splitlines()) == 2 and len(set(said)) == 1
+    assert len(said[0].splitlines()) == 3 and len(set(said)) == 1
 
 
 def test_float16_and_bfloat16_mostly_agree_with_float32(bundle: Bundle) -> None:

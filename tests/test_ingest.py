@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 def cluster(tmp_path_factory):
     with faults.killer_decoder(tmp_path_factory.mktemp("decoder")) as path, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
         yield
         ray.shutdown()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import fsspec
@@ -14,6 +15,7 @@ from small_output import (
     FIRST_DRIVES,
     LINEAGE,
     contents,
+    flipped,
     label,
     listing,
     make_plan,
@@ -21,8 +23,9 @@ from small_output import (
     work,
 )
 
-from unet_ray import ledger, storage
+from unet_ray import ledger, listings, manifest, publish, storage
 from unet_ray.classes import PRESETS
+from unet_ray.endings import JobFailed
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
 
 
@@ -54,17 +57,22 @@ def test_chunks_are_of_one_drive_and_camera_and_shards_of_whole_chunks(out):
 
 
 def test_a_chunk_holds_fewer_frames_where_they_are_large(out):
-    cutting = ledger.Cutting(chunk_frames=3, shard_rows=100, frame_pixels=lambda: 90, max_chunk_pixels=200)
+    cutting = ledger.Cutting(chunk_frames=3, shard_rows=100, frame_pixels=lambda rows: 90, max_chunk_pixels=200)
     assert [chunk.n_rows for chunk in make_plan(out, cutting=cutting).chunks] == [2, 2, 1, 2, 2, 2]
-    assert ledger.Cutting(chunk_frames=3, shard_rows=5, frame_pixels=lambda: 900, max_chunk_pixels=200).n_frames == 1
 
 
-def test_no_frame_is_looked_at_where_all_are_planned(out):
-    def look():
-        raise AssertionError("a frame was read")
+def test_no_frame_is_looked_at_that_is_planned(out):
+    seen: list[str] = []
 
-    planned = make_plan(out)
-    assert make_plan(out, cutting=dataclasses.replace(CUTTING, frame_pixels=look)).chunks == planned.chunks
+    def look(rows):
+        seen.extend(rows["frame_id"].to_pylist())
+        return 0
+
+    planned, cutting = make_plan(out), dataclasses.replace(CUTTING, frame_pixels=look)
+    assert make_plan(out, cutting=cutting).chunks == planned.chunks
+    assert seen == []
+    make_plan(out, listing({("a", ""): 5, ("b", "left"): 4, ("b", "right"): 2, ("c", ""): 1}), cutting=cutting)
+    assert seen == ["c//0.png"]
 
 
 def test_a_large_manifest_is_read_by_the_rows_of_a_chunk(out):
@@ -193,6 +201,64 @@ def test_the_folder_of_a_training_is_refused_and_left_alone(out, overwrite):
     assert contents(out) == before
 
 
+def damage(uri: str, how: str) -> None:
+    data = storage.read_bytes(uri)
+    place = data.index(b"\n") + 9
+    torn = {"cut": data[:place], "0xff": data[:place] + b"\xff" + data[place + 1 :], "bit": flipped(data, place)}
+    storage.delete(uri)
+    if how != "gone":
+        storage.write_whole(uri, torn[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "0xff", "bit", "gone"])
+@pytest.mark.parametrize("name", ["_g000.json", "_g001.json"])
+def test_a_generation_whose_mark_is_damaged_is_named_and_never_planned_anew(name, how, out):
+    grown = listing({**FIRST_DRIVES, ("c", ""): 2})
+    segment(out)
+    segment(out, grown)
+    uri = storage.join(out, "manifest", name)
+    damage(uri, how)
+    before = contents(out)
+    reason = "missing" if how == "gone" else r"damaged \(.*\)"
+    for archive in (grown, listing({**FIRST_DRIVES, ("c", ""): 4})):
+        with pytest.raises(JobFailed, match=f"^{uri}: {reason}; restore it, or start anew with --overwrite$"):
+            make_plan(out, archive)
+    assert contents(out) == before
+    assert any(f"manifest/{name}: {'missing' if how == 'gone' else 'damaged'}" in line for line in publish.verify(out))
+    make_plan(out, grown, overwrite=True)
+    segment(out, grown)
+    assert publish.verify(out) == []
+
+
+@pytest.mark.parametrize("when", ["planned", "published"])
+@pytest.mark.parametrize("how", ["cut", "0xff", "bit", "gone"])
+def test_a_damaged_run_json_is_named(how, when, out):
+    make_plan(out) if when == "planned" else segment(out)
+    uri = storage.join(out, "run.json")
+    damage(uri, how)
+    before = contents(out)
+    message = f"^{uri}: {'missing' if how == 'gone' else 'damaged .*'}; restore it, or give another --out$"
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(JobFailed, match=message):
+            make_plan(out, **options)
+    if how != "gone":
+        with pytest.raises(JobFailed, match=message):
+            ledger.options_of(out)
+    assert contents(out) == before
+
+
+def test_a_changed_byte_of_the_manifest_plans_no_frame_twice(out):
+    """Arrow reads such a file without a word: its pages have no digests."""
+    make_plan(out)
+    (file,) = (file for file in manifest.list_folder(storage.join(out, "manifest")) if file.path.endswith("parquet"))
+    table = pq.read_table(io.BytesIO(storage.read_bytes(file.uri)))
+    ids = table["frame_id"].to_pylist()
+    renamed = table.set_column(0, "frame_id", pa.array([ids[0].replace("0", "8"), *ids[1:]]))
+    storage.write_whole(file.uri, ledger.parquet_bytes(renamed))
+    with pytest.raises(JobFailed, match="its content is not what was planned.*; restore it, or start anew with"):
+        make_plan(out)
+
+
 def test_overwrite_starts_anew_and_leaves_what_is_not_ours(out):
     segment(out)
     storage.write_whole(storage.join(out, "notes.txt"), b"mine")
@@ -292,6 +358,20 @@ def test_a_part_is_plain_parquet(tmp_path):
 
 
 # --- other jobs ---
+
+
+def test_files_that_go_while_they_are_listed_are_passed_over(tmp_path, monkeypatch):
+    """Another job publishes and clears its work away."""
+    for name in "abc":
+        storage.write_whole(str(tmp_path / "_work/records" / name), b"1")
+    original = listings._local_info
+
+    def look(path, relative):
+        (tmp_path / "_work/records/b").unlink(missing_ok=True)
+        return original(path, relative)
+
+    monkeypatch.setattr(listings, "_local_info", look)
+    assert [file.path for file in manifest.list_folder(str(tmp_path / "_work/records"))] == ["a", "c"]
 
 
 def test_another_jobs_sign_of_life_is_seen_while_it_is_fresh(out):

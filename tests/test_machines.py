@@ -41,9 +41,24 @@ def nodes(folders: tuple[Path, Path]) -> Iterator[RayNodes]:
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("a mount namespace takes root")
     with RayNodes() as nodes:
-        other = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folders[1])]
-        nodes.add(f"--node-ip-address={ADDRESS}", prefix=other)
+        add_machine(nodes, ADDRESS, folders)
         yield nodes
+
+
+def add_machine(nodes: RayNodes, address: str, folders: tuple[Path, Path]) -> Path:
+    """Adds a machine with a folder and a processor of its own; returns the file that says what this can do."""
+    shared, own = folders
+    processor = shared / f"cpuinfo-{address}"
+    processor.write_text(Path("/proc/cpuinfo").read_text())
+    mounted = 'mount -t tmpfs none "$0" && mount --bind "$1" /proc/cpuinfo && shift && exec "$@"'
+    other = ["unshare", "--mount", "sh", "-c", mounted, str(own), str(processor)]
+    nodes.add(f"--node-ip-address={address}", prefix=other)
+    return processor
+
+
+@pytest.fixture(scope="module")
+def model(folders: tuple[Path, Path]) -> Path:
+    return trials._write_model(folders[0] / "random", 0)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +113,9 @@ def test_a_path_that_another_machine_does_not_see_is_refused(nodes, folders):
 
 
 @pytest.mark.timeout(1800)
-def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log):
-    shared, own = folders
+def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log, model):
+    _, own = folders
     before = os.listdir(own)
-    model = trials._write_model(shared / "random", 0)
     jobs = {
         "train": [*pairs(log), "--workers", "1", "--out", f"{own}/run"],
         "segment": ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", f"{own}/labels"],
@@ -128,3 +142,42 @@ def test_the_machines_share_nothing_but_the_paths_that_are_given(nodes, folders,
         told = run(nodes, command, {"TMPDIR": str(own)})
         assert told.returncode == 0, told.stdout + told.stderr
     assert publish.verify(f"{shared}/labels") == []
+
+
+PRECISION = """
+from unet_ray import cluster, segmentation
+cluster.connect()
+print(segmentation.resolve_precision("auto", "cpu"))
+"""
+
+
+@pytest.mark.timeout(1800)
+def test_auto_is_bfloat16_where_every_machine_that_works_has_it(nodes, folders):
+    processors = folders[0] / f"cpuinfo-{ADDRESS}", add_machine(nodes, "127.0.0.3", folders)
+    for flags, expected in ((("avx512_bf16", "avx2"), "float32"), (("avx512_bf16", "fpu amx_bf16"), "bfloat16")):
+        for processor, of_processor in zip(processors, flags, strict=True):
+            processor.write_text(f"flags : {of_processor}\n")
+        told = run(nodes, ["-c", PRECISION])
+        assert told.stdout.splitlines()[-1] == expected, told.stdout + told.stderr
+
+
+@pytest.mark.timeout(1800)
+def test_a_machine_that_comes_when_the_job_waits_for_it_is_asked_too(nodes, folders, model, tmp_path):
+    shared, own = folders
+    synthetic.write_log(f"{own}/log", seed=0, drives=1, frames_per_drive=3, height_px=24, width_px=48)
+    told = ["--frames", f"{own}/log/CameraRGB", "--out", f"{shared}/late", "--precision", "float32", "--device", "cpu"]
+    with RayNodes() as growing, (tmp_path / "said").open("w+") as said:
+        environment = {**growing.environment, "RAY_ADDRESS": growing.address}
+        command = [sys.executable, str(ROOT / "jobs/segment.py"), "--model", str(model), *told]
+        job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            waits = "the job wants 1 CPU; the cluster has 0 CPUs; waiting"
+            assert trials.wait_until(lambda: waits in (tmp_path / "said").read_text(), job)
+            add_machine(growing, ADDRESS, folders)
+            assert job.wait() == 2, (tmp_path / "said").read_text()
+        finally:
+            job.kill()
+            job.wait()
+        lines = (tmp_path / "said").read_text().splitlines()
+        assert lines[-1].startswith(f"unet-ray: error: --frames {own}/log/CameraRGB/"), lines
+        assert f" that the node {ADDRESS} does not see; " in lines[-1]

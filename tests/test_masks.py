@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from unet_ray import cli, ledger, masks, storage
+from unet_ray import cli, ledger, manifest, masks, storage
 from unet_ray.config import ExportMasksConfig
 from unet_ray.pairs import find_pairs
 
@@ -45,10 +45,10 @@ def rename(labels: str, names: dict[str, str]) -> None:
         table = pq.read_table(file.uri)
         ids = [names.get(frame_id, frame_id) for frame_id in table["frame_id"].to_pylist()]
         pq.write_table(table.set_column(0, "frame_id", [ids]), file.uri)
-    summary = json.loads(storage.read_bytes(storage.join(labels, "summary.json")))
+    summary = ledger.read_summary(labels)
     for entry in summary["files"]:
         entry["bytes"] = len(storage.read_bytes(storage.join(labels, entry["path"])))
-    storage.write_whole(storage.join(labels, "summary.json"), json.dumps(summary).encode())
+    storage.write_whole(storage.join(labels, "summary.json"), manifest.sealed(summary))
 
 
 # --- PNG ---

@@ -1,14 +1,21 @@
-"""Catalogues of all encodings and types are carried as they are; a damaged one is refused in one line."""
+"""Catalogues of all encodings and types are carried as they are; a damaged one is refused in one line.
+
+Of a damaged file of images, what can be read is.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from unet_ray import parquet_pages
+from unet_ray.contents import FrameGone, read_frames
 from unet_ray.frames import list_archives
+from unet_ray.parquet_pages import TooMuch
 
 TABLE = pa.table(
     {
@@ -57,3 +64,49 @@ def test_a_catalogue_with_a_damaged_byte_is_refused_in_one_line_or_read(tmp_path
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert refused > 10
+
+
+def test_a_name_in_a_catalogue_has_a_bounded_length(tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.parquet"
+    pq.write_table(pa.table({"uri": ["1.png", "a" * 5000]}), path)
+    with pytest.raises(ValueError, match=r"catalogue.parquet: a uri has 5,000 bytes; at most 4,096 are read$"):
+        list_archives([str(path)])
+
+
+def test_a_damaged_page_costs_its_row_group_alone(tmp_path: Path) -> None:
+    images = [os.urandom(3000) for _ in range(90)]
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"image": images}), path, row_group_size=30, compression="gzip", use_dictionary=False)
+    whole = bytearray(path.read_bytes())
+    middle = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    whole[middle.data_page_offset + middle.total_compressed_size // 2] ^= 0xFF
+    path.write_bytes(whole)
+    found = list(read_frames(list_archives([str(path)]).table))
+    assert found[:30] == images[:30] and found[60:] == images[60:]
+    assert {content.reason for content in found[30:60] if isinstance(content, FrameGone)} == {"truncated"}
+    assert all(isinstance(content, FrameGone) for content in found[30:60])
+
+
+PAGE = bytes.fromhex("1500 15d00f 1500 2c 1502 00 00")
+"""A data page of 1,000 bytes unpacked and none packed, with one value."""
+
+
+@pytest.mark.parametrize("column", [PAGE, bytes.fromhex("1504 1502 1500 2c 1502 00 00") + PAGE])
+def test_a_page_counts_whatever_an_index_or_dictionary_before_it_says_of_values(column: bytes) -> None:
+    with pytest.raises(TooMuch, match="its footer says 999 bytes and 1 values of a column that comes to more"):
+        parquet_pages._check(column, 0, parquet_pages._Chunk(packed=len(column), unpacked=999, n_values=1))
+    parquet_pages._check(column, 0, parquet_pages._Chunk(packed=len(column), unpacked=1001, n_values=1))
+
+
+@pytest.mark.parametrize(
+    "header", [b"\x19" * 100_000, b"\x1c" * 100_000, b"\x18\xff\xff\x03", PAGE[:-1], b"\0", b"\x1c\0\0"]
+)
+def test_a_page_without_a_whole_header_is_damaged(header: bytes) -> None:
+    with pytest.raises(pa.ArrowInvalid, match="a page's header "):
+        parquet_pages._check(header, 0, parquet_pages._Chunk(packed=len(header), unpacked=10**6, n_values=9))
+
+
+def test_a_column_of_forty_megabytes_is_read(tmp_path: Path) -> None:
+    images = [os.urandom(1_000_000) for _ in range(40)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "log.parquet")
+    assert list(read_frames(list_archives([str(tmp_path / "log.parquet")]).table.slice(35))) == images[35:]

@@ -138,7 +138,7 @@ def test_a_retry_killed_anywhere_ends_as_one_that_was_not(moment, tmp_path, root
     expected, place, killed = published(str(tmp_path / "clean")), 0, True
 
     def retry(out: str) -> list[str]:
-        publish.retry_rejected(make_plan(root, out), "truncated")
+        publish.retry_rejected(make_plan(root, out), ["truncated"])
         seen: list[str] = []
         run(root, out, seen=seen)
         return seen
@@ -269,8 +269,8 @@ def test_rejected_frames_are_tried_again_and_no_others(when, root, tmp_path):
     else:
         with pytest.raises(JobFailed):
             run(root, out, reject=("b/4.png",), max_rejected=0)
-    assert publish.retry_rejected(make_plan(root, out), "crashed") == 0
-    assert publish.retry_rejected(make_plan(root, out), "truncated") == 1
+    assert publish.retry_rejected(make_plan(root, out), ["crashed"]) == 0
+    assert publish.retry_rejected(make_plan(root, out), ["truncated"]) == 1
     seen: list[str] = []
     run(root, out, seen=seen)
     assert seen == ["000-000003"]
@@ -279,8 +279,10 @@ def test_rejected_frames_are_tried_again_and_no_others(when, root, tmp_path):
 
 def test_an_unknown_reason_to_retry_is_refused(root, tmp_path):
     run(root, str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="--retry-rejected is 'crash'; the reasons are missing, .*, or all"):
-        publish.retry_rejected(make_plan(root, str(tmp_path / "out")), "crash")
+    with pytest.raises(
+        ValueError, match="--retry-rejected is 'crash'; the reasons are .*, out_of_memory; without one, all"
+    ):
+        publish.retry_rejected(make_plan(root, str(tmp_path / "out")), ["changed", "crash"])
 
 
 def test_another_lineage_is_refused_with_the_difference(root, tmp_path):
@@ -324,10 +326,10 @@ def test_chunks_hold_one_drive_and_keys_say_versions_and_options(root, tmp_path)
     assert [key in keys for key in changed] == [True, True, True, False, True, True]
 
 
-def test_large_frames_make_small_chunks():
-    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=lambda: 480 * 640).n_frames == 96
-    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=lambda: 8_000_000).n_frames == 25
-    assert ledger.Cutting(chunk_frames=96, shard_rows=1, frame_pixels=lambda: 900_000_000).n_frames == 1
+@pytest.mark.parametrize(("pixels", "frames"), [(480 * 640, 96), (8_000_000, 25), (900_000_000, 1)])
+def test_large_frames_make_small_chunks(pixels, frames):
+    cutting = ledger.Cutting(chunk_frames=96, shard_rows=1)
+    assert cutting.most_frames(pixels) == frames
 
 
 def test_a_second_job_is_noticed(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import small_output
 from test_boundaries import MODULES
 
-from unet_ray import cli, monitor, results, segmentation
+from unet_ray import cli, labelling, monitor, results
 from unet_ray.classes import ClassSet, SegmentationClass
 
 ROOT = Path(__file__).parent.parent
@@ -109,8 +109,8 @@ def test_the_table_of_a_row_is_the_schema():
 def test_the_table_of_metrics_names_those_there_are():
     table = README[README.index("| metric | |") :].split("\n\n")[0]
     told = set(re.findall(r"`(ray_\w+)`", table))
-    counters = {f"ray_{name}_total" for name in segmentation.COUNTERS}
-    segmenting = {f"ray_unet_ray_segment_{name}" for name in segmentation.GAUGES}
+    counters = {f"ray_{name}_total" for name in labelling.COUNTERS}
+    segmenting = {f"ray_unet_ray_segment_{name}" for name in labelling.GAUGES}
     assert told == counters | segmenting | {f"ray_unet_ray_train_{name}" for name, _ in monitor.GAUGES.values()}
 
 

@@ -38,10 +38,10 @@ def bucket(server, monkeypatch) -> Iterator[str]:
 
 
 class Recorded:
-    """Counts the requests by method while the block runs."""
+    """Counts the requests by method, and the parts of files asked for, while the block runs."""
 
     def __init__(self, server: str):
-        self._server, self.by_method = server, Counter[str]()
+        self._server, self.by_method, self.ranges = server, Counter[str](), list[str]()
 
     def __enter__(self) -> Recorded:
         ask(self._server, "recorder/reset-recording")
@@ -51,7 +51,10 @@ class Recorded:
     def __exit__(self, *_: object) -> None:
         ask(self._server, "recorder/stop-recording")
         with urllib.request.urlopen(f"{self._server}/moto-api/recorder/download-recording") as answer:
-            self.by_method.update(json.loads(line)["method"] for line in answer.read().splitlines())
+            requests = [json.loads(line) for line in answer.read().splitlines()]
+        self.by_method.update(request["method"] for request in requests)
+        headers = ({name.lower(): value for name, value in request["headers"].items()} for request in requests)
+        self.ranges += [told["range"] for told in headers if "range" in told]
 
 
 def write_log(bucket: str, n_frames: int = 6) -> dict[str, bytes]:
@@ -71,6 +74,23 @@ def test_files_are_written_listed_read_and_deleted(bucket):
     assert not storage.exists(file.uri)
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(file.uri)
+
+
+@pytest.mark.parametrize("strange", ["log//0.png", "log/drive//0.png", "log/drive", "log/drive/", "log/log", "log/x/"])
+def test_keys_that_no_path_would_be_are_listed_once_and_read(bucket, strange):
+    s3 = fsspec.filesystem("s3")
+    for key in ("log/drive/1.png", "log/2.png", strange):
+        s3.call_s3("put_object", Bucket=bucket.removeprefix("s3://"), Key=key, Body=key.encode())
+    parts = storage.list_parts(f"{bucket}/log")
+    files = {file.path: file for part in parts for file in part(None)}
+    whole = {file.path: file for file in storage.list_files(f"{bucket}/log")}
+    assert {path: file for path, file in files.items() if not path.endswith("/")} == {
+        path: file for path, file in whole.items() if not path.endswith("/")
+    }
+    wanted = {"drive/1.png", "2.png", *([] if strange.endswith("/") else [strange.removeprefix("log/")])}
+    assert wanted <= files.keys()
+    for path in wanted:
+        assert storage.read_bytes(files[path].uri) == f"log/{path}".encode()
 
 
 def test_only_the_first_is_put(bucket):
@@ -124,6 +144,8 @@ def test_frames_in_a_tar_are_read_by_range(bucket, server):
     with Recorded(server) as requests:
         assert list(read_frames(rows.slice(1, 2))) == [b"\1" * 1000, b"\2" * 1000]
     assert requests.by_method == {"GET": 2}
+    offsets = rows["offset_bytes"].to_pylist()[1:3]
+    assert sorted(requests.ranges) == sorted(f"bytes={offset}-{offset + 999}" for offset in offsets)
     storage.write_whole(f"{bucket}/log.tar", file.getvalue() + b"\0")
     assert all(isinstance(item, FrameGone) and item.reason == "changed" for item in read_frames(rows))
 

@@ -245,6 +245,6 @@ def test_labels_made_in_bad_weather_have_the_same_bytes_at_half_as_many_requests
     assert code == 0, said
     seen = store.proxy.seen.copy()
     print(f"{fair.total()} requests in fair weather, {seen.total()} in bad: {shares(seen)}")
-    assert min(seen[name] for name in ("slow_down", "reset", "cut", "dark")) > 0
+    assert min(seen[name] for name in ("slow_down", "reset", "cut", "wait", "dark")) > 0
     assert read_tree(f"{store.bucket}/foul") == read_tree(f"{store.bucket}/labels")
     assert seen.total() <= 1.5 * fair.total()

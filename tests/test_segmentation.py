@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
+import sys
 import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +22,16 @@ import scraping
 import small_output
 from PIL import Image
 
-from unet_ray import images, publish, segmentation
+from unet_ray import cli, faults, images, labelling, ledger, publish, segmentation, waves
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.cluster import Gauges
+from unet_ray.cluster import Gauges, connect
 from unet_ray.config import ModelConfig, SegmentConfig
 from unet_ray.endings import JobFailed
 from unet_ray.frames import list_archives
+from unet_ray.progress import Progress
 from unet_ray.segmentation import SegmentResult, segment
+from unet_ray.trials import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -35,16 +42,19 @@ CLASSES = ClassSet(
 CONFIG = ModelConfig(image_height_px=24, image_width_px=32, n_classes=K, n_filters=4, depth=2, dropout=0.0)
 SIZES = ((48, 66), (33, 52), (24, 32))
 
-# Python runs this in every process that Ray starts: a stand-in for a decoder that falls over one frame.
+# Python runs this in every process that Ray starts: a stand-in for a decoder that falls over some frames.
 FAULT = """
-import os, signal
+import os, signal, time
 from unet_ray import images
-decode_frame = images.decode_frame
-def faulty(data, **limits):
-    if data.startswith(b"segfault"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return decode_frame(data, **limits)
-images.decode_frame = faulty
+def faulty(read):
+    def read_faultily(data, **limits):
+        if data.startswith(b"segfault"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if data.startswith(b"hang"):
+            time.sleep(600)
+        return read(data, **limits)
+    return read_faultily
+images.decode_frame, images.frame_size = faulty(images.decode_frame), faulty(images.frame_size)
 """
 
 
@@ -112,21 +122,29 @@ def digests(out: Path) -> dict[str, str]:
     }
 
 
-def test_chunks_are_cut_by_the_largest_camera(tmp_path: Path) -> None:
-    """The frames of one camera are small, those of another large, and one drive begins with no image."""
+def test_chunks_are_cut_by_the_largest_camera(cluster, tmp_path: Path) -> None:
+    """The frames of one camera are small, those of another large, and some drives begin with what is no image or ends
+    the process that looks at it."""
+
+    def frame_pixels(archive: Path) -> int:
+        return segmentation._frame_pixels(list_archives([str(archive)]).table, timeout_s=5)
+
     for path, content in {
         "a/0.png": png(0, 24, 32),
         "b/0.png": b"no image",
         "b/1.png": png(1, 240, 320),
-        "c/0.png": png(2, 48, 66),
-        "c/1.png": png(3, 96, 132),
+        "c/0.png": b"segfault",
+        "d/0.png": b"hang",
+        "e/0.png": png(2, 48, 66),
+        "e/1.png": png(3, 96, 132),
     }.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(content)
-    assert segmentation._frame_pixels(list_archives([str(tmp_path)])) == 48 * 66
-    (tmp_path / "c/0.png").unlink()
-    assert segmentation._frame_pixels(list_archives([str(tmp_path)])) == 96 * 132
-    assert segmentation._frame_pixels(list_archives([str(tmp_path / "b/0.png")])) == 0
+    connect()
+    assert frame_pixels(tmp_path) == 48 * 66
+    (tmp_path / "e/0.png").unlink()
+    assert frame_pixels(tmp_path) == 96 * 132
+    assert frame_pixels(tmp_path / "b/0.png") == frame_pixels(tmp_path / "c/0.png") == 0
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +185,16 @@ def test_the_output_verifies_and_the_result_names_the_classes(labelled: Path, mo
     assert dict(again.class_pixels) == {f"c{k}": sum(table[f"pixels_c{k}"].to_pylist()) for k in range(K)}
 
 
-def test_a_finished_output_is_left_alone(labelled: Path, model: str, archive: Path, capsys) -> None:
+def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
+    labelled: Path, model: str, archive: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmentation.cluster, "connect", None)
     before = {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()}
+    events = faults.FileEvents([archive / "a", archive / "bb"])
     result = run(model, archive, labelled, shard_rows=10)
+    (archive / "bb/0.png").read_bytes()  # events come in order: with this one, all before it are there
+    assert wait_until(lambda: events.are_more_than(0), timeout_s=30)
+    assert events.seen == [("opened", archive / "bb/0.png")], "frames of a finished output were read"
     assert (result.listed, result.ok, result.frames_per_s) == (18, 18, 0.0)
     assert {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()} == before
     said = capsys.readouterr().out
@@ -193,19 +218,20 @@ def test_auto_is_the_precision_that_an_output_was_begun_with(labelled, model, ar
 def test_a_tar_gives_the_rows_of_its_folder_in_other_chunks_and_several_waves(
     cluster, labelled: Path, model: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waves: list[int] = []
+    seen: list[list[int]] = []
 
-    def run_wave(job, chunks, *, carefully):
-        waves.append(len(chunks))
-        return segmentation_run_wave(job, chunks, carefully=carefully)
+    def run_wave(job, blocks, *, carefully):
+        seen.append([len(chunks) for chunks in blocks])
+        return waves.run_wave(job, blocks, carefully=carefully)
 
-    segmentation_run_wave = segmentation.run_wave
-    monkeypatch.setattr(segmentation, "run_wave", run_wave)
-    monkeypatch.setattr(segmentation, "WAVE_CHUNKS", 3)
+    monkeypatch.setattr(labelling, "run_wave", run_wave)
+    monkeypatch.setattr(labelling, "WAVE_TASKS", 2)
+    monkeypatch.setattr(waves, "BLOCKS_PER_ACTOR", 1)
+    monkeypatch.setattr(waves, "TASK_FRAMES", 7)
     with tarfile.open(tmp_path / "log.tar", "w") as tar:
         tar.add(archive, arcname=".", filter=lambda member: None if member.name.startswith("/") else member)
     run(model, tmp_path / "log.tar", tmp_path / "out", batch_size=5, chunk_frames=3)
-    assert waves == [3, 3, 1]
+    assert [sum(wave) for wave in seen] == [5, 2] and max(map(max, seen)) == 3
     folder, packed = rows_of(labelled), rows_of(tmp_path / "out")
     assert [name.rpartition("!")[2].removeprefix("./") for name in packed["frame_id"].to_pylist()] == folder[
         "frame_id"
@@ -328,7 +354,7 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
 
     before, counted = digests(tmp_path / "out"), scraping.scrape()
     with scraping.watching() as seen:
-        run(model, archive, tmp_path / "out", max_rejected=0.5, retry_rejected="crashed", **options)
+        run(model, archive, tmp_path / "out", max_rejected=0.5, retry_rejected=("crashed",), **options)
     said = capsys.readouterr().out
     assert "rejected frames that are tried again: 1\n" in said and "18 frames in 5 chunks, 3 in 1 to do" in said
     assert digests(tmp_path / "out") == before
@@ -341,6 +367,142 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     }
     assert seen["ray_unet_ray_segment_frames_listed"] == {18}
     assert 3 in seen["ray_unet_ray_segment_frames_left"] <= {0, 3}
+
+
+class _DyingActor(waves._ModelActor):
+    """A model actor that one frame ends, as a fault in the network's libraries would."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if "a/5.png" in table["frame_id"].to_pylist():
+            os._exit(1)
+        return super().__call__(table)
+
+
+def test_a_chunk_that_ends_its_actor_also_alone_is_named_and_the_others_are_done(
+    cluster, model: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waves, "_ModelActor", _DyingActor)
+    monkeypatch.setattr(waves, "TASK_RETRIES", 0)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        with pytest.raises(
+            JobFailed, match="^1 chunks ended every process that labelled them, the first is 000-000001$"
+        ):
+            run(model, archive, tmp_path / "out")
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    (left,) = ledger.pending(ledger.read_plan(str(tmp_path / "out")))
+    assert "a/5.png" in ledger.read_rows(left)["frame_id"].to_pylist()
+
+
+@pytest.fixture
+def changed(cluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, dict[str, str]]:
+    """An archive and an output of which `bb/4.png` is rejected, as it had changed when it was read; and the digests of
+    an output without that."""
+    archive, out = write_archive(tmp_path / "log", {"a": 7, "bb": 11}), tmp_path / "out"
+    run(model, archive, tmp_path / "undisturbed")
+
+    def change_and_run_wave(*arguments, **options):
+        overwrite(archive / "bb/4.png", png(9, 33, 52), mtime_ns=0)
+        return waves.run_wave(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "run_wave", change_and_run_wave)
+        assert run(model, archive, out, max_rejected=0.1).rejected == {"changed": 1}
+    return archive, out, digests(tmp_path / "undisturbed")
+
+
+def overwrite(frame: Path, data: bytes, mtime_ns: int) -> None:
+    frame.write_bytes(data)
+    os.utime(frame, ns=(mtime_ns, mtime_ns))
+
+
+def test_a_frame_that_is_again_as_it_was_listed_is_labelled_when_it_is_tried_again(
+    changed, model: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    archive, out, undisturbed = changed
+    listed = {row["frame_id"]: row for row in manifest_of(out)}["bb/4.png"]
+    overwrite(archive / "bb/4.png", png(204, *SIZES[4 % 3]), mtime_ns=int(listed["version"].partition("-")[0]))
+    result = run(model, archive, out, max_rejected=0.1, retry_rejected=("truncated", "changed"))
+    assert (result.ok, result.rejected) == (18, {})
+    assert digests(out) == undisturbed and publish.verify(str(out)) == []
+    said = capsys.readouterr().out
+    assert "rejected frames that are tried again: 1\n" in said and "other files now" not in said
+
+
+def test_a_frame_that_is_still_another_is_rejected_again_and_that_is_said_before(changed, model: str, capsys) -> None:
+    archive, out, _ = changed
+    before = digests(out)
+    overwrite(archive / "bb/4.png", png(10, 33, 52), mtime_ns=1)
+    result = run(model, archive, out, max_rejected=0.1, retry_rejected=())
+    assert (result.ok, result.rejected) == (17, {"changed": 1})
+    assert digests(out) == before and publish.verify(str(out)) == []
+    (row,) = (row for row in rows_of(out).to_pylist() if row["frame_id"] == "bb/4.png")
+    assert row["mask"] is None and row["error"] == f"{archive}/bb/4.png has changed since it was listed"
+    said = capsys.readouterr().out
+    assert (
+        "warning: 1 of the frames to do are other files now than when they were listed, and will be rejected as "
+        "changed; to label them as they are now, give another --out, or --overwrite for all of it\n" in said
+    )
+
+
+def manifest_of(out: Path) -> list[dict]:
+    return pa.concat_tables(pq.read_table(file) for file in sorted((out / "manifest").glob("*.parquet"))).to_pylist()
+
+
+def test_a_folder_that_cannot_be_listed_fails_the_job_by_its_name(
+    cluster, model: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    scandir = os.scandir
+
+    def refuse(folder: str):  # for root, who may read everything
+        if folder == str(archive / "bb"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    told = ["--model", model, "--frames", str(archive), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(["segment", *told]) == 1
+    assert capsys.readouterr().err == (
+        f"unet-ray: error: {archive}/bb could not be listed: Permission denied; mend it or leave it out, so that no "
+        "frame is passed over\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_rejected_frames_end_a_job_while_it_works(monkeypatch) -> None:
+    asked: list[int] = []
+
+    def receipts(job: object, blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+        for block in blocks:
+            asked.append(block)
+            yield [{"trouble": None, "kind": None, "rejected": json.dumps({"truncated": block % 2}), "n_rows": 4}]
+
+    monkeypatch.setattr(labelling, "run_wave", receipts)
+    meters = SimpleNamespace(add=lambda rejected, n_rows: None)
+    with (
+        Progress(40, "frames") as progress,
+        pytest.raises(JobFailed, match="^2 of 16 frames are rejected "),
+    ):
+        labelling._label(None, range(10), progress, labelling._Tally(40, 0.025), meters, carefully=False)
+    assert asked == [0, 1, 2, 3]
+
+
+def test_tasks_that_all_fail_end_the_careful_pass_and_only_that(monkeypatch) -> None:
+    asked: list[int] = []
+
+    def receipts(job: object, blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+        for block in blocks:
+            asked.append(block)
+            yield [{"trouble": "RuntimeError in inference.py:1: OOM", "kind": "failed", "rejected": "{}", "n_rows": 4}]
+
+    monkeypatch.setattr(labelling, "run_wave", receipts)
+    tally = labelling._Tally(4000, 0.0)
+    with Progress(4000, "frames") as progress:
+        labelling._label(None, range(3000), progress, tally, None, carefully=False)
+        with pytest.raises(JobFailed, match="^8 tasks could not be done: RuntimeError in inference.py:1: OOM; for "):
+            labelling._label(None, range(1000), progress, tally, None, carefully=True)
+    assert asked == [*range(labelling.WAVE_TASKS), *range(8)]
 
 
 def test_a_number_for_prometheus_stays_while_its_job_runs(labelled: Path) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from unet_ray.config import TrainConfig
 from unet_ray.pairs import ImagePair
 from unet_ray.splits import Split, difference_hash, leak_rate, leak_warning, split_pairs
+from unet_ray.training_data import find_data
 
 
 def pair(sequence: str, index: int | None, camera: str = "", name: str | None = None) -> ImagePair:
@@ -133,6 +136,34 @@ def test_neighbours_in_time_leak() -> None:
     assert leak_rate(split, guard_frames=2) == 0
     other_camera = tuple(pair("a", item.frame_index, "rear_") for item in frames[12:])
     assert leak_rate(Split(train=split.train, validation=other_camera, how=""), guard_frames=4) == 0
+
+
+@pytest.mark.parametrize("below", ["", "day1/"])
+def test_own_folders_with_equal_names_are_drives_of_their_own(tmp_path: Path, below: str) -> None:
+    for town in ("town01", "town02"):
+        for folder in ("rgb", "seg", "rgb/night", "seg/night"):
+            (tmp_path / town / folder / below).mkdir(parents=True, exist_ok=True)
+            for index in range(3):
+                file = tmp_path / town / folder / below / f"{index:06d}.png"
+                Image.fromarray(np.full((4, 5), 7, np.uint8)).save(file)
+
+    def leaks(val_images: str, path_pattern: str | None = None) -> float:
+        told = TrainConfig(
+            images=str(tmp_path / "town01/rgb"),
+            masks=str(tmp_path / "town01/seg"),
+            val_images=str(tmp_path / val_images),
+            val_masks=str(tmp_path / val_images.replace("rgb", "seg")),
+            path_pattern=path_pattern,
+            classes="carla23",
+            out=str(tmp_path / "run"),
+            mask_format="ids",
+        )
+        return leak_rate(find_data(told).split)
+
+    assert leaks("town02/rgb") == 0
+    assert leaks("town02/rgb", r"(?P<frame_index>\d+)\.png") == 0
+    assert leaks("town02/rgb", r"^(?P<sequence>.*?)/?(?P<frame_index>\d+)\.png") == 1  # whose names are the user's
+    assert leaks("town01/rgb/night") == 1  # one root within the other
 
 
 def test_a_frame_in_both_leaks() -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 
 import fsspec
 import pytest
 
-from unet_ray import storage
+from unet_ray import listings, storage
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -102,6 +103,69 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkey
         storage.write_whole(uri, b"new")
     assert storage.read_bytes(uri) == b"old"
     assert os.listdir(tmp_path) == ["x"]
+
+
+WRITES = {"write_whole": "replace", "put_if_absent": "link"}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_file_that_is_not_yet_whole_has_no_ending(write, tmp_path, monkeypatch):
+    """DuckDB's `*.parquet` finds files that begin with a dot, too."""
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.extend(os.listdir(tmp_path)))
+    getattr(storage, write)(str(tmp_path / "part.parquet"), b"whole")
+    (name,) = seen
+    assert name.startswith(storage.TEMPORARY_PREFIX) and "." not in name[1:]
+    assert os.listdir(tmp_path) == ["part.parquet"]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("what", ["temporary", "folder"])
+def test_what_another_job_clears_away_meanwhile_is_written_again(what, write, tmp_path, monkeypatch):
+    folder = tmp_path / "_work"
+    original = getattr(os, WRITES[write])
+    cleared = []
+
+    def clear_up_before(*arguments):
+        if len(cleared) < 2:
+            cleared.append(os.listdir(folder))
+            storage.delete_unfinished(str(folder)) if what == "temporary" else shutil.rmtree(folder)
+        return original(*arguments)
+
+    monkeypatch.setattr(os, WRITES[write], clear_up_before)
+    getattr(storage, write)(str(folder / "x"), b"whole")
+    assert [len(names) for names in cleared] == [1, 1]
+    assert (folder / "x").read_bytes() == b"whole" and os.listdir(folder) == ["x"]
+
+
+def test_only_what_writers_left_is_unfinished(tmp_path):
+    others = (".hidden", "x.parquet", f"{storage.TEMPORARY_PREFIX}{'0' * 32}", f"{storage.TEMPORARY_PREFIX}mine")
+    left = (f"{storage.TEMPORARY_PREFIX}0123456789ab", f"{storage.TEMPORARY_PREFIX}0123456789ab-part-00000.parquet")
+    for name in (*others, *left, "below/.tmp-0123456789ab"):
+        storage.write_whole(str(tmp_path / name), b"1")
+    storage.delete_unfinished(str(tmp_path))
+    assert {file.path for file in storage.list_files(str(tmp_path))} == {*others, "below/.tmp-0123456789ab"}
+    storage.delete_unfinished(str(tmp_path / "gone"))
+
+
+def test_a_tree_is_deleted_but_for_what_is_written_there_meanwhile(tmp_path, monkeypatch):
+    root, kept = tmp_path / "_work", tmp_path / "kept"
+    for path in (root / "a/1", root / "b/2", root / "b/c/3", kept / "4"):
+        storage.write_whole(str(path), b"1")
+    (root / "b/link").symlink_to(kept)
+    original = os.rmdir
+
+    def late(path, **options):
+        if str(path).endswith("b") and not (root / "b/late").exists():
+            (root / "b/late").write_bytes(b"another job's")
+        return original(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    storage.delete_tree(str(root))
+    assert [file.path for file in storage.list_files(str(tmp_path))] == ["_work/b/late", "kept/4"]
+    monkeypatch.undo()
+    storage.delete_tree(str(root))
+    assert os.listdir(tmp_path) == ["kept"]
 
 
 def test_many_files_and_a_file_in_pieces_are_written_whole(root):
@@ -204,7 +268,7 @@ class Elsewhere:
         return f"sftp://{name}"
 
     def find(self, path, detail):
-        return {f"{path}/a/{n}.png": {"name": f"{path}/a/{n}.png", "type": "file", "size": 3} for n in range(2)}
+        return {f"{path}/a/{n}.png": {"name": f"{path}/a/{n}.png", "type": "file", "size": 3} for n in (1, 0)}
 
     def glob(self, path):
         return [path.replace("*", "0")]
@@ -215,7 +279,7 @@ class Elsewhere:
 
 def test_a_host_stays_in_the_uri(monkeypatch):
     fs = Elsewhere()
-    monkeypatch.setattr(storage, "filesystem", lambda uri: (fs, fs._strip_protocol(uri)))
+    monkeypatch.setattr(listings, "filesystem", lambda uri: (fs, fs._strip_protocol(uri)))
     files = list(storage.list_files("sftp://host/log"))
     assert [(file.path, file.uri) for file in files] == [
         ("a/0.png", "sftp://host/log/a/0.png"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +23,12 @@ from unet_ray import checkpoints, config, faults, ingest, runs, training, traini
 from unet_ray.bundle import read_bundle
 from unet_ray.config import EvaluateConfig, TrainConfig
 from unet_ray.endings import JobFailed
+from unet_ray.images import resize_nearest
 from unet_ray.metrics import confusion_matrix
 from unet_ray.monitor import Monitor
 from unet_ray.pairs import ImagePair
 from unet_ray.training import evaluate, train
+from unet_ray.unet import build_unet
 
 
 @pytest.fixture(scope="module")
@@ -235,14 +240,41 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed):
     )
 
 
+def about_of(told: TrainConfig) -> dict[str, Any]:
+    found = training_data.find_data(told)
+    return runs.describe(found.split, found.class_set, found.mask_format, found.class_weights_K)
+
+
 @pytest.mark.timeout(300)
 def test_other_data_are_refused(data, tmp_path):
     told = make_config(data, tmp_path / "run")
-    about = runs.describe(training_data.find_data(told).split, config.load_class_set(told.classes), "channel-max")
+    about = about_of(told)
     runs.begin(told, about | {"train_frames": 99, "frames_sha256": "0"})
     with pytest.raises(
         ValueError, match=r"holds a run that began with other data: train_frames was 99, now 14, frames_"
     ):
+        train(told)
+
+
+@pytest.mark.timeout(300)
+def test_files_of_classes_and_weights_that_were_edited_are_refused(data, tmp_path):
+    weights, classes = tmp_path / "weights.yaml", tmp_path / "classes.yaml"
+    weights.write_text("{sky: 2, road: 0.5, car: 1}")
+    classes.write_text((data / "classes.yaml").read_text())
+    told = make_config(data, tmp_path / "run", classes=str(classes), class_weights=str(weights))
+    runs.begin(told, about_of(told))
+    weights.write_text("{car: 1.0, sky: 2, road: 0.5} # as before")
+    runs.require_same_data(told, about_of(told))
+    weights.write_text("{sky: 3, road: 0.5, car: 1}")
+    with pytest.raises(ValueError) as caught:
+        train(told)
+    assert str(caught.value) == (
+        f"--out {told.out} holds a run that began with other data: class_weights/sky was 2.0, now 3.0; restore the"
+        " data, give another --out, or --overwrite to delete that run and start anew"
+    )
+    weights.write_text("{sky: 2, road: 0.5, car: 1}")
+    classes.write_text(classes.read_text().replace("142", "143"))
+    with pytest.raises(ValueError, match=r"began with other data: classes_sha256 was [0-9a-f]{64}, now [0-9a-f]{64};"):
         train(told)
 
 
@@ -342,6 +374,79 @@ def test_class_weights_from_a_file(data, tmp_path):
     assert training_data.read_class_weights("log", class_set) is None
 
 
+def cross_entropy(model, pairs: Sequence[ImagePair], weights: Sequence[float]) -> float:
+    """Mean of -log p(true class) over the valid pixels at the network's size, weighted by their true class."""
+    total = of = 0.0
+    for pair in pairs:
+        image, raw = (resize_nearest(np.asarray(Image.open(uri)), 24, 32) for uri in (pair.image_uri, pair.mask_uri))
+        logits = np.asarray(model(image[None])[0], np.float64)
+        for value, weight, logit in zip((7, 13, 10), weights, np.moveaxis(logits, -1, 0), strict=True):
+            true = raw[..., 0] == value
+            entropy = np.log(np.exp(logits).sum(axis=-1)) - logit
+            total, of = total + weight * entropy[true].sum(), of + weight * true.sum()
+    return total / of
+
+
+@pytest.mark.timeout(300)
+def test_class_weights_from_a_file_weigh_the_loss(data, cluster, tmp_path):
+    """All frames are in one batch: the only step's loss is that of the untrained network."""
+    (tmp_path / "weights.yaml").write_text("{sky: 2, road: 0.5, car: 8}")
+    changes = {"workers": 1, "epochs": 1, "batch_size": 14, "dropout": 0.0}
+    told = make_config(data, tmp_path / "run", class_weights=str(tmp_path / "weights.yaml"), **changes)
+    result = train(told)
+    split = training_data.find_data(told).split
+    untrained = build_unet(told.model_config(3), seed=told.seed)
+    found = [cross_entropy(untrained, split.train, weights) for weights in ((0.5, 2, 8), (1, 1, 1))]
+    assert result.history[0]["loss"] == pytest.approx(found[0], rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+    trained = read_bundle(result.run).build_model()
+    assert result.metrics["val/loss"] == pytest.approx(cross_entropy(trained, split.validation, (0.5, 2, 8)), rel=1e-4)
+
+
+class Weighed(HeldFrames):
+    """Each worker writes down its own memory and the driver's, in MB, whenever it has read ten epochs' frames.
+
+    `marker` is a folder with the driver's process id in the file `driver`.
+    """
+
+    def hold(self, index: int) -> None:
+        if self.n_reads % (80, 60)[self.rank] == 0:  # of 14 frames by 4, rank 0 takes 8 an epoch
+            pids = {"worker": os.getpid(), "driver": int((self.marker / "driver").read_text())}
+            with open(self.marker / f"rank{self.rank}.jsonl", "a") as file:
+                file.write(json.dumps({name: own_mb(pid) for name, pid in pids.items()}) + "\n")
+
+
+def own_mb(pid: int) -> float:
+    """A process's memory without shared pages, of which Ray's object store is made."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1000
+
+
+@pytest.mark.timeout(300)
+def test_memory_of_driver_and_workers_stays_flat_over_fifty_epochs(data, cluster, tmp_path):
+    (tmp_path / "driver").write_text(str(os.getpid()))
+    with held_up(Weighed, tmp_path):
+        train(make_config(data, tmp_path / "run", epochs=70, augment=True))
+    for rank in range(2):
+        seen = [json.loads(line) for line in (tmp_path / f"rank{rank}.jsonl").read_text().splitlines()]
+        for name in ("worker", "driver"):
+            print(f"{name}, MB after 10, 20, … 70 epochs:", *(told[name] for told in seen))
+            assert len(seen) == 7 and seen[6][name] - seen[1][name] < 10
+
+
+class Measured(HeldFrames):
+    """Writes down the sizes of the frames and masks that are read."""
+
+    def read(self, index: int):
+        image, mask = super().read(index)
+        with open(self.marker, "a") as file:
+            file.write(f"{image.shape} {mask.shape}\n")
+        return image, mask
+
+    def hold(self, index: int) -> None:
+        pass
+
+
 @pytest.mark.timeout(180)
 def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
     from mlflow import MlflowClient
@@ -369,7 +474,9 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
         precision="bfloat16",
         mlflow=True,
     )
-    result = train(told)
+    with held_up(Measured, tmp_path / "sizes"):
+        result = train(told)
+    assert set((tmp_path / "sizes").read_text().splitlines()) == {"(37, 53, 3) (37, 53)"}  # crops are cut from these
     best = result.metrics["best_epoch"]
     assert result.metrics["epochs"] == len(result.history) == best + 3 < 40
     said = capsys.readouterr().out

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ import ray
 from small_run import HeldFrames, assert_same_end, held_up, make_config, wait_for_epoch, write_data
 
 from unet_ray import checkpoints, faults, ingest, options, training
+from unet_ray.config import TrainConfig
 from unet_ray.training import train
 
 
@@ -56,44 +58,68 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault(rank=0, part="train", at_read=5, after_epoch=0, how=signal.SIGKILL),  # there is no checkpoint yet
-    Fault(rank=1, part="train", at_read=9, after_epoch=1, how=signal.SIGKILL),  # in the middle of an epoch
-    Fault(rank=0, part="validation", at_read=2, after_epoch=3, how=signal.SIGSTOP),
-    Fault(rank=1, part="train", at_read=3, after_epoch=6, how=signal.SIGSTOP),
+    Fault(rank=1, part="train", at_read=9, after_epoch=1, how=signal.SIGSTOP),  # in the middle of an epoch
+    Fault(rank=0, part="validation", at_read=2, after_epoch=6, how=signal.SIGKILL),
     Fault(rank=0, part="shown", at_read=1, after_epoch=12, how=signal.SIGKILL),  # for samples.png, after the end
 )
 
 
 class Struck(HeldFrames):
-    """Every fault happens once, in this order; `marker` is a folder with a file for each that has happened."""
+    """Every fault happens once, in this order.
+
+    `marker` is a folder with a file for each that has happened, `fault0`, and one for the first frame that the next
+    group read, `back0`.
+    """
 
     PARTS = ("train", "validation", "shown")
 
+    def open(self):
+        self.at_start = self.n_happened()
+        return super().open()
+
+    def n_happened(self) -> int:
+        return len(list(self.marker.glob("fault*")))
+
     def hold(self, index: int) -> None:
-        happened = len(list(self.marker.iterdir()))
+        if self.at_start:
+            with contextlib.suppress(FileExistsError):
+                (self.marker / f"back{self.at_start - 1}").touch(exist_ok=False)
+        happened = self.n_happened()
         if happened == len(FAULTS):
             return
         fault = FAULTS[happened]
         newest = max(checkpoints.list_epochs(str(self.marker.parent / "run")), default=0)
         is_due = self.n_reads >= fault.at_read and newest >= fault.after_epoch
         if (self.rank, self.part) == (fault.rank, fault.part) and is_due:
-            (self.marker / str(happened)).write_text(str(newest))
+            (self.marker / f"fault{happened}").write_text(str(newest))
             os.kill(os.getpid(), fault.how)
 
 
 @pytest.mark.timeout(900)
 def test_workers_that_die_or_stop_anywhere_change_nothing(undisturbed, data, tmp_path, capsys, monkeypatch):
-    """Here the frames are streamed from their files, there they were blocks in the object store."""
+    """Here the frames are streamed from their files, there they were blocks in the object store.
+
+    A group is to read again within 60 s of the detection of a fault, which takes 1 s after a kill, 9 s after a stop.
+    From the fault itself it took 20 to 31 s on 2 free cores (2026-11-21), and 54 to 156 s in a suite on two slow and
+    busy ones (2026-11-28): so it is printed here, and not asserted.
+    """
     monkeypatch.setattr(ingest, "STORE_SHARE", 1e-9)
-    (tmp_path / "faults").mkdir()
-    with held_up(Struck, tmp_path / "faults"):
+    struck = tmp_path / "faults"
+    struck.mkdir()
+    with held_up(Struck, struck):
         train(make_config(data, tmp_path / "run", augment=True, checkpoint_every_epochs=3, max_failures=len(FAULTS)))
     said = capsys.readouterr().out
     assert "are read and decoded again in every epoch" in said
     assert said.count("a worker was lost; the group has started again") == len(FAULTS)
-    newest = [int(path.read_text()) for path in sorted((tmp_path / "faults").iterdir())]
+    newest = [int(path.read_text()) for path in sorted(struck.glob("fault*"))]
     resumed = [int(epoch) for epoch in re.findall("going on after epoch ([0-9]+) of 12", said)]
     assert newest[0] == 0 and len(resumed) == len(FAULTS) - 1
     assert all(epoch >= at_least for epoch, at_least in zip(resumed, newest[1:], strict=True))
+    took_s = [
+        (struck / f"back{number}").stat().st_mtime - (struck / f"fault{number}").stat().st_mtime
+        for number in range(len(FAULTS))
+    ]
+    print("seconds from a fault to the next group's first frame:", *(round(seconds, 1) for seconds in took_s))
     assert_same_end(tmp_path / "run", undisturbed.out, 12)
 
 
@@ -110,9 +136,10 @@ class StuckOnce(HeldFrames):
 @pytest.mark.timeout(600)
 def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
     with held_up(StuckOnce, tmp_path / "stuck"):
-        train(make_config(data, tmp_path / "run", augment=True, collective_timeout_s=15))
-    assert (tmp_path / "stuck").exists()
-    assert capsys.readouterr().out.count("a worker was lost; the group has started again") == 1
+        train(make_config(data, tmp_path / "run", augment=True, collective_timeout_s=30))
+    said = capsys.readouterr().out
+    assert " has got nowhere for 30 s (--collective-timeout-s) and ends itself\n" in said
+    assert said.count("a worker was lost; the group has started again") == 1
     assert_same_end(tmp_path / "run", undisturbed.out, 12)
 
 
@@ -126,8 +153,61 @@ def test_a_worker_that_is_stuck_alone_ends_itself(data, cluster, tmp_path, capsy
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
 
 
+class StoppedOnce(HeldFrames):
+    """The first worker that asks for its 30th frame is stopped."""
+
+    def hold(self, index: int) -> None:
+        if self.n_reads == 30:
+            with contextlib.suppress(FileExistsError):
+                self.marker.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.fixture
+def impatient_cluster(monkeypatch):
+    """A cluster whose workers have 10 s to answer Ray Train, not 60."""
+    ray.shutdown()
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "10")
+    training.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_stopped_alone_is_given_up(impatient_cluster, data, tmp_path, capsys):
+    """No other worker waits for it, and what watches over it is stopped, too: Ray's own check is left."""
+    with held_up(StoppedOnce, tmp_path / "stopped"):
+        result = train(make_config(data, tmp_path / "run", workers=1, epochs=4, max_failures=1))
+    said = capsys.readouterr().out
+    assert said.count("a worker was lost; the group has started again") == 1 and "going on after epoch 2 of 4" in said
+    assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
+
+
+class StuckAtStart(HeldFrames):
+    """The first worker that opens its frames never gets them."""
+
+    def open(self):
+        with contextlib.suppress(FileExistsError):
+            self.marker.touch(exist_ok=False)
+            threading.Event().wait()
+        return super().open()
+
+    def hold(self, index: int) -> None:
+        pass
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_stuck_before_its_first_epoch_ends_itself(data, cluster, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "START_TIMEOUT_S", 30.0)
+    with held_up(StuckAtStart, tmp_path / "stuck"):
+        result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, collective_timeout_s=15))
+    assert "warning: worker 0 has come to no epoch for 30 s and ends itself\n" in capsys.readouterr().out
+    assert [row["epoch"] for row in result.history] == [1, 2]
+
+
 DRIVER = """
 import sys, yaml
+from unet_ray.config import TrainConfig
 from unet_ray.config import TrainConfig
 from unet_ray.training import train
 options = yaml.safe_load(open(sys.argv[1]))
@@ -135,12 +215,17 @@ train(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in optio
 """
 
 
+def start_driver(folder: Path, told: TrainConfig) -> tuple[list[str], subprocess.Popen]:
+    """Starts a training in a process of its own; returns the command and the process."""
+    (folder / "told.yaml").write_text(options.to_yaml(told))
+    command = [sys.executable, "-c", DRIVER, str(folder / "told.yaml")]
+    return command, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 @pytest.mark.timeout(900)
 def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(undisturbed, data, tmp_path):
     run = tmp_path / "run"
-    (tmp_path / "told.yaml").write_text(options.to_yaml(make_config(data, run, augment=True)))
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "told.yaml")]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command, driver = start_driver(tmp_path, make_config(data, run, augment=True))
     wait_for_epoch(run, 4)
     # With all that it started: Ray would end them too, some seconds later, when so small a run has finished.
     faults.kill([driver.pid, *faults.descendants(driver.pid)])
@@ -153,4 +238,22 @@ def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(un
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"going on after epoch {epoch - 1} of 12, from its checkpoint" in done.stdout
+    assert_same_end(run, undisturbed.out, 12)
+
+
+@pytest.mark.timeout(900)
+def test_a_driver_killed_alone_goes_on_while_its_workers_still_write(undisturbed, data, tmp_path):
+    """They live until Ray misses the driver, 3 s on 2 busy cores (2026-11-24), and finished an epoch meanwhile."""
+    run = tmp_path / "run"
+    command, driver = start_driver(tmp_path, make_config(data, run, augment=True))
+    wait_for_epoch(run, 4)
+    left = faults.titled_below(driver.pid, "ray::")
+    faults.kill([driver.pid])
+    driver.wait()
+    assert not faults.are_gone(left)
+    epoch = checkpoints.list_epochs(str(run))[0]  # which may not be whole yet
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (resumed,) = re.findall("going on after epoch ([0-9]+) of 12", done.stdout)
+    assert int(resumed) >= epoch - 1
     assert_same_end(run, undisturbed.out, 12)

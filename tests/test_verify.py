@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from labelled import label, make_plan, published, run, write_archive
+from small_output import flipped
 
-from unet_ray import ledger, publish, storage
+from unet_ray import cli, ledger, manifest, publish, storage
 
 
 @pytest.fixture
@@ -56,6 +59,142 @@ def test_damage_beside_the_frames_is_found_and_mended(root, tmp_path):
     assert seen == [] and published(out) == expected
 
 
+PROOFS = ("run.json", "manifest/_g000.json", "summary.json")
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_any_flipped_bit_of_what_proves_the_output_is_named(name, root, tmp_path):
+    out = str(tmp_path / "out")
+    run(root, out, reject=("b/4.png",))
+    path = tmp_path / "out" / name
+    data = path.read_bytes()
+    for place in range(0, len(data), 5):
+        path.write_bytes(flipped(data, place, place % 8))
+        (problem,) = publish.verify(out)
+        assert name in problem and "\n" not in problem, place
+    path.write_bytes(data)
+    assert publish.verify(out) == []
+
+
+@pytest.mark.parametrize("after", ["listed", "files", "sha256", '"ok": 1', '"rows": 5', '"sha256": "', '"seal": "'])
+def test_a_flipped_bit_of_the_summary_is_mended_and_no_frame_labelled(after, root, tmp_path):
+    """Of its keys, its counts and its digests."""
+    out = str(tmp_path / "out")
+    run(root, out)
+    expected = published(out)
+    data = expected["summary.json"]
+    place = data.index(after.encode()) + len(after) - (not after.endswith('"'))
+    (tmp_path / "out/summary.json").write_bytes(flipped(data, place, 1))
+    (problem,) = publish.verify(out)
+    assert "/summary.json: missing or damaged" in problem
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == [] and published(out) == expected
+
+
+OUTPUT = (*PROOFS, "manifest/g000-00000-*.parquet", "frames/part-00001.parquet", "class_statistics.parquet")
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+@pytest.mark.parametrize("how", ["flip", "0xff", "delete"])
+def test_the_command_fails_for_damage_and_names_the_file(how, name, root, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    run(root, out)
+    assert cli.main(["verify", out]) == 0
+    assert capsys.readouterr().out == f"{out}: whole: every file and row agrees with its record\n"
+    (path,) = (tmp_path / "out").glob(name)
+    data = path.read_bytes()
+    middle = len(data) // 2
+    if how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(flipped(data, middle) if how == "flip" else data[:middle] + b"\xff" + data[middle + 1 :])
+    assert cli.main(["verify", out]) == 1
+    said = capsys.readouterr()
+    assert f"{path.relative_to(out)}: " in said.out and said.out.endswith(f"\n{out}: damaged\n") and not said.err
+
+
+def test_a_folder_that_is_no_output_is_a_wrong_command(tmp_path, capsys):
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"unet-ray: error: {tmp_path} is no output of segment: run.json is missing\n"
+
+
+def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    for chunk in plan.chunks:
+        ledger.commit(out, chunk, label(chunk), writer="test")
+    storage.delete(ledger.record_uri(out, plan.chunks[3].key))
+    assert cli.main(["verify", out]) == 1
+    assert ", 1 of 6 chunks are to be done (first 000-000003, from frame b/3.png on); run" in capsys.readouterr().out
+
+
+def change_record(out: str, chunk: ledger.Chunk, write) -> None:
+    """Makes a record tell of frames that were never rejected."""
+    (receipt,) = ledger.read_receipts(out, [chunk.key])
+    told = dataclasses.replace(receipt, ok=receipt.ok - 2, rejected={"crashed": 2})
+    storage.write_whole(ledger.record_uri(out, chunk.key), write(dataclasses.asdict(told)))
+
+
+def test_a_record_whose_counts_were_changed_is_damaged(root, tmp_path):
+    run(root, str(tmp_path / "undisturbed"))
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    for chunk in plan.chunks:
+        ledger.commit(out, chunk, label(chunk), writer="test")
+    change_record(out, plan.chunks[1], manifest.json_bytes)
+    with pytest.raises(storage.StorageError, match=f"{plan.chunks[1].key}.json is damaged; run the same command again"):
+        publish.publish(plan, max_rejected=1)
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == ["000-000001"] and published(out) == published(str(tmp_path / "undisturbed"))
+
+
+def test_counts_that_are_not_those_of_the_rows_are_found_and_mended(root, tmp_path):
+    """As a mistake of ours would give them, in a record that is whole."""
+    run(root, str(tmp_path / "undisturbed"))
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    for chunk in plan.chunks:
+        ledger.commit(out, chunk, label(chunk), writer="test")
+    change_record(out, plan.chunks[1], manifest.sealed)
+    assert publish.publish(plan, max_rejected=1)["rejected"] == {"crashed": 2}
+    assert publish.verify(out) == ["frames/part-00000.parquet: its rows are 5 ok; summary.json says 2 crashed, 3 ok"]
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == ["000-000000", "000-000001"] and published(out) == published(str(tmp_path / "undisturbed"))
+
+
+def test_sums_that_are_not_those_of_the_files_are_found(root, tmp_path):
+    out = str(tmp_path / "out")
+    summary = run(root, out, reject=("b/4.png",))
+    wrong = {**summary, "ok": 11, "rejected": {"truncated": 2}}
+    storage.write_whole(storage.join(out, "summary.json"), manifest.sealed(wrong))
+    assert publish.verify(out) == [
+        "summary.json: 13 frames listed, 11 ok, {'truncated': 2} rejected; the manifest lists 13, and of 13 rows "
+        "{'truncated': 1} are rejected"
+    ]
+
+
+def test_what_another_job_writes_while_the_work_goes_does_no_harm(root, tmp_path, monkeypatch):
+    run(root, str(tmp_path / "undisturbed"))
+    out = str(tmp_path / "out")
+    original = os.rmdir
+
+    def late(path, **options):
+        if str(path).endswith("_work"):
+            ledger.heartbeat(out, "another-job")
+        return original(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    assert run(root, out)["listed"] == 13
+    monkeypatch.undo()
+    assert storage.exists(storage.join(out, "_work/jobs/another-job.json"))
+    assert publish.verify(out) == []
+    run(root, out)
+    assert published(out) == published(str(tmp_path / "undisturbed"))
+
+
 @pytest.mark.parametrize("damage", [None, b"", b'{"listed": '])
 def test_a_lost_summary_is_written_again_and_no_frame_is_labelled(damage, root, tmp_path):
     out = str(tmp_path / "out")
@@ -86,8 +225,8 @@ def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
     plan = make_plan(root, out)
     ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
     assert publish.verify(out) == [
-        f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks are to be done; "
-        "run segment again"
+        f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks are to be done "
+        "(first 000-000001, from frame a/3.png on); run segment again"
     ]
 
 
@@ -114,7 +253,7 @@ def test_a_retry_of_a_damaged_file_does_it_again_whole(root, tmp_path):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert publish.retry_rejected(make_plan(root, out), "truncated") == 1
+    assert publish.retry_rejected(make_plan(root, out)) == 1
     seen: list[str] = []
     run(root, out, seen=seen)
     assert {"000-000003"} < set(seen)

@@ -10,7 +10,7 @@ from object_store import make_bucket, reach, run_server
 from small_output import contents, segment
 from weather import Proxy, Weather, shares
 
-from unet_ray import filesystems, publish, storage
+from unet_ray import filesystems, listings, publish, storage
 from unet_ray.contents import read_frames
 from unet_ray.frames import list_archives
 from unet_ray.pairs import find_pairs, read_pairs
@@ -51,17 +51,19 @@ def test_a_worker_has_many_requests_in_flight(bucket, proxy, record_property):
     assert list(read_frames(rows)) == frames
     assert proxy.most_in_flight == filesystems.REQUESTS_IN_FLIGHT
     assert proxy.seen == {"passed": 96}
-    proxy.reset_counts(Weather(latency_s=0.05))
-    started_s = time.perf_counter()
-    for row in range(12):
-        list(read_frames(rows.slice(row, 1)))
-    one_at_a_time = 12 / (time.perf_counter() - started_s)
-    started_s = time.perf_counter()
-    list(read_frames(rows))
-    at_once = 96 / (time.perf_counter() - started_s)
-    line = f"{one_at_a_time:.0f} frames/s one at a time, {at_once:.0f} at once: {at_once / one_at_a_time:.1f} times"
-    print(line)
-    record_property("frames_per_s", line)
+    for latency_s, n_single in ((0.05, 12), (1.0, 2)):
+        proxy.reset_counts(Weather(latency_s=latency_s))
+        started_s = time.perf_counter()
+        for row in range(n_single):
+            list(read_frames(rows.slice(row, 1)))
+        one_at_a_time = n_single / (time.perf_counter() - started_s)
+        started_s = time.perf_counter()
+        list(read_frames(rows))
+        at_once = 96 / (time.perf_counter() - started_s)
+        line = f"{one_at_a_time:.0f} frames/s one at a time, {at_once:.0f} at once: {at_once / one_at_a_time:.1f} times"
+        print(line)
+        record_property(f"frames_per_s_at_{latency_s}_s", line)
+    assert at_once >= 10 * one_at_a_time  # where the latency is so long that how busy this machine is does not count
 
 
 def test_pairs_are_read_many_at_once_and_each_file_once(bucket, proxy):
@@ -83,6 +85,26 @@ def test_listing_and_reading_cost_one_request_a_frame_and_few_more(bucket, proxy
         assert len(list(read_frames(list_archives([f"{bucket}/log"]).table))) == n_frames
         counted.append(proxy.seen.total())
     assert counted == [3 + 3, 8 + 3]  # twice whether it is a folder, and the listing
+
+
+def test_the_folders_of_a_log_are_listed_at_once_with_a_request_each(bucket, proxy, monkeypatch):
+    for drive in range(8):
+        write_log(bucket, 3, f"log/drive{drive}/camera")
+    write_log(bucket, 2)
+    proxy.reset_counts(Weather())
+    parts = storage.list_parts(f"{bucket}/log")
+    assert proxy.methods == {"GET": 1}
+    proxy.reset_counts(Weather(hold_until=8))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "is_folder", lambda uri: True)
+        patch.setattr(storage, "list_parts", lambda uri: parts)
+        listed = list_archives([f"{bucket}/log"]).table
+    assert proxy.methods == {"GET": 8}
+    whole = {file.path: file.version for file in storage.list_files(f"{bucket}/log")}
+    assert dict(zip(listed["frame_id"].to_pylist(), listed["version"].to_pylist(), strict=True)) == whole
+    assert len(whole) == 26
+    monkeypatch.setattr(listings, "_MOST_PARTS", 7)
+    assert list_archives([f"{bucket}/log"]).table == listed
 
 
 def test_a_chunk_costs_two_requests_to_commit_and_two_to_publish(bucket, proxy):

@@ -40,7 +40,7 @@ _COMPRESSED_TAR = re.compile(r"(?i)\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4
 _MAX_HEADER_BYTES = 2**20  # of a tar; its attributes take 24 times as much memory as room
 _MAX_DIRECTORY_BYTES = 100 * 2**20  # of a zip, which is 1,000,000 members with 55 letters each
 _MAX_ZIP_MEMBERS = 1_000_000  # of which zipfile holds 456 bytes each; 990,000 are listed in 0.6 GB (2026-11-22)
-_MAX_NAME_BYTES = 4096  # as Linux has it
+MAX_NAME_BYTES = 4096  # as Linux has it
 _MAX_REFUSED = 1_000  # members, which are named each
 _READ_AHEAD_BYTES = 128 * 2**10  # one request a tar header where frames are larger, several headers where smaller
 _ZIP_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # magic, method, sizes of name and extra field (APPNOTE.TXT 4.3.7)
@@ -189,8 +189,8 @@ def list_members(file: storage.FileInfo, findings: Findings, image_column: str |
 def _why_refused_name(path: str) -> str | None:
     if not is_utf8(path) or "\0" in path:
         return "a name that is not UTF-8"
-    if len(path) > _MAX_NAME_BYTES:
-        return f"a name of more than {_MAX_NAME_BYTES:,} letters"
+    if len(path) > MAX_NAME_BYTES:
+        return f"a name of more than {MAX_NAME_BYTES:,} letters"
     parts = path.replace("\\", "/").split("/")
     return _LEAVES if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:", path) else None
 
@@ -201,7 +201,7 @@ def _accept(path: str, refused: str | None, file: storage.FileInfo, findings: Fi
     if refused is not None:
         if len(findings.unlistable) == _MAX_REFUSED:
             raise _Broken(f"has more than {_MAX_REFUSED:,} members that cannot be listed")
-        findings.refuse(f"{file.uri}!{path[:_MAX_NAME_BYTES]}", refused)
+        findings.refuse(f"{file.uri}!{path[:MAX_NAME_BYTES]}", refused)
     elif not is_frame(path):
         findings.ignore(path)
     else:
@@ -361,7 +361,8 @@ def find_image_column(schema: pa.Schema, name: str | None) -> str | None:
 def _list_parquet(file: storage.FileInfo, findings: Findings, image_column: str | None) -> Iterator[Member]:
     """Yields one frame a row of a Parquet file with encoded images; a file without them is ignored and counted.
 
-    A frame's path is the image's own where every row has one and no two the same, else the row's number.
+    A frame's path is the image's own where every row has one, none is too long and no two are the same, else the row's
+    number.
     """
     with open_parquet(file.uri, as_dictionaries=True) as parquet:
         column = find_image_column(parquet.schema, image_column)
@@ -369,7 +370,7 @@ def _list_parquet(file: storage.FileInfo, findings: Findings, image_column: str 
             findings.ignored[".parquet without images"] += 1
             return
         n_rows = sum(parquet.rows_of_groups)
-        Allowance(file.size_bytes).take(n_rows, 0)
+        Allowance().take(n_rows, 0)
         folder, dot, _ = column.rpartition(".")
         has_paths = bool(dot) and parquet.schema.field(folder).type.get_field_index("path") >= 0
         if has_paths and _all_differ(_paths(parquet, f"{folder}.path", file)):
@@ -381,14 +382,14 @@ def _list_parquet(file: storage.FileInfo, findings: Findings, image_column: str 
 
 
 def _paths(parquet: ParquetRows, column: str, file: storage.FileInfo) -> Iterator[Any]:
-    for piece in parquet.pieces(Allowance(file.size_bytes), _NAMES_AT_ONCE, column):
+    for piece in parquet.pieces(Allowance(), _NAMES_AT_ONCE, column, n_times=4):
         yield from piece.column(0).field("path").to_pylist()
 
 
 def _all_differ(paths: Iterable[Any]) -> bool:
     seen: set[str] = set()
     for path in paths:
-        if not path or path in seen:
+        if not path or len(path) > MAX_NAME_BYTES or path in seen:
             return False
         seen.add(path)
     return True
@@ -431,11 +432,16 @@ class ParquetImages:
             if (why := self._parquet.why_too_much(group, self._column)) is not None:
                 found |= dict.fromkeys(wanted, BadMember("too_large", why))
                 continue
-            for row, image in self._images(group, wanted):
-                n_bytes += image.size if image else 0
-                if n_bytes > 2 * _PIECE_BYTES and len(rows) > 1:
-                    return None
-                found[row] = _bytes(image)
+            try:
+                for row, image in self._images(group, wanted):
+                    n_bytes += image.size if image else 0
+                    if n_bytes > 2 * _PIECE_BYTES and len(rows) > 1:
+                        return None
+                    found[row] = _bytes(image)
+            except (pa.ArrowException, TooMuch) as error:
+                reason = "too_large" if isinstance(error, TooMuch) else "truncated"
+                damaged = BadMember(reason, " ".join(str(error).split()))
+                found |= dict.fromkeys(wanted - found.keys(), damaged)
         return found
 
     def _images(self, group: int, wanted: set[int]) -> Iterator[tuple[int, pa.Buffer | None]]:

@@ -10,14 +10,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv
 
 from unet_ray import storage
-from unet_ray.archives import extension, find_image_column
+from unet_ray.archives import MAX_NAME_BYTES, extension, find_image_column
 from unet_ray.parquet_files import Allowance, TooMuch, is_plain, open_parquet
 
 _TYPES = {
@@ -62,7 +64,8 @@ def read_catalogue(uri: str) -> Iterator[tuple[pa.Table, list[storage.FileInfo]]
     A file that is not there has the version `""`, which no file has: it becomes a row with the reason `missing`.
 
     Raises:
-        ValueError: no column `uri`, a row without one, a column of the wrong type, or no rows.
+        ValueError: no column `uri`, a row without one, a column of the wrong type, a name of over 4,096 bytes, or no
+            rows.
         StorageError: the store did not answer.
     """
     folder = uri.rpartition("/")[0]
@@ -72,6 +75,7 @@ def read_catalogue(uri: str) -> Iterator[tuple[pa.Table, list[storage.FileInfo]]
         uris = table["uri"].to_pylist()
         if any(not entry for entry in uris):
             raise ValueError(f"{uri}: row {n_rows + uris.index(next(e for e in uris if not e)) + 1} has no uri")
+        _refuse_long_names(table, uri)
         if "frame_id" not in table.column_names:
             table = table.append_column("frame_id", table["uri"])
         n_rows += table.num_rows
@@ -82,19 +86,31 @@ def read_catalogue(uri: str) -> Iterator[tuple[pa.Table, list[storage.FileInfo]]
         raise ValueError(f"{uri} holds no frame: it has no rows")
 
 
+def _refuse_long_names(table: pa.Table, uri: str) -> None:
+    for name in (name for name, kind in _TYPES.items() if kind == pa.string() and name in table.column_names):
+        longest = pc.max(pc.binary_length(table[name])).as_py() or 0
+        if longest > MAX_NAME_BYTES:
+            raise ValueError(f"{uri}: a {name} has {longest:,} bytes; at most {MAX_NAME_BYTES:,} are read")
+
+
 def _look(uri: str) -> storage.FileInfo:
     try:
         return storage.info(uri)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)) and error.errno != errno.ENAMETOOLONG:
+            raise
         return storage.FileInfo(path=storage.name(uri), uri=uri, size_bytes=0, version="")
 
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:
     if extension(uri) == ".parquet":
         with open_parquet(uri, as_dictionaries=True) as parquet:
+            allowance = Allowance()
             try:
-                for piece in parquet.pieces(Allowance(storage.info(uri).size_bytes), _BATCH_ROWS):
-                    yield piece.cast(parquet.schema)
+                for piece in parquet.pieces(allowance, _BATCH_ROWS):
+                    rows = piece.cast(parquet.schema)
+                    allowance.take(0, 3 * rows["uri"].nbytes)  # an id, a sequence and a key to sort by come of each
+                    yield rows
             except TooMuch as error:
                 raise ValueError(f"{uri} was made to fill the memory: {error}") from error
             except pa.ArrowInvalid as error:

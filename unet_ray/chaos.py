@@ -22,7 +22,9 @@ from unet_ray.trials import Stage, Trial, frames_of, rows_of, wait_until
 from unet_ray.waves import CPU_SHARE_OF_ACTORS, WRITE_CPUS
 
 # Titles that Ray Data gives to the tasks of `waves`. Not every `ray::` will do: with an agent goes the whole node.
-_DECODER, _ACTOR, _WRITER = "ray::ReadFrames", "ray::MapWorker", "ray::MapBatches(write_chunk)"
+_DECODER, _ACTOR, _WRITER = "ray::ReadFrames", "ray::MapWorker", "ray::MapBatches(write_chunks)"
+
+_IN_WORDS = {_DECODER: "decode worker", _ACTOR: "actor", _WRITER: "writer"}
 
 _SPOILT = ("--max-rejected", "0.5")
 
@@ -91,13 +93,7 @@ def driver_stopped(stage: Stage) -> Trial:
         before = len(trial.records())
         with trial.started() as job:
             trial.require(wait_until(partial(trial.has_records, before + 1), job), "the job ended too early")
-            started = faults.descendants(job.pid)
-            sent_s = time.monotonic()
-            job.send_signal(sent)
-            wait_until(partial(faults.are_gone, started), timeout_s=60)
-            job.wait(60)
-            trial.did(f"{sent.name}, out in {time.monotonic() - sent_s:.1f} s with {len(trial.records())} done")
-            trial.require(faults.are_gone(started), f"processes still run a minute after {sent.name}")
+            trial.stop(job, sent)
         trial.require_exit(128 + sent, "the same command goes on where this one stopped")
     trial.run()
     trial.require_exit(0)
@@ -129,13 +125,10 @@ def processes_killed(stage: Stage) -> Trial:
     trial.watch()
     step = max(1, len(ledger.read_plan(str(stage.undisturbed)).chunks) // 8)
     with trial.started() as job:
-        for number, title in enumerate((_DECODER, _ACTOR, _WRITER, _ACTOR, _WRITER)):
+        for number, title in enumerate(_TO_KILL):
             wait_until(partial(trial.has_records, number * step), job)
-            if wait_until(partial(faults.titled_below, job.pid, title), job, timeout_s=60):
-                pids = faults.titled_below(job.pid, title)
-                faults.kill([trial.random.choice(pids)] if pids else [])
-                trial.did({_DECODER: "decode worker", _ACTOR: "actor", _WRITER: "writer"}[title])
-    trial.require("actor" in trial.deeds and "decode worker" in trial.deeds, f"only these were killed: {trial.deeds}")
+            wait_until(partial(_kill_one, trial, job.pid, title), job, timeout_s=60)
+    trial.require(trial.deeds == [_IN_WORDS[title] for title in _TO_KILL], f"only these were killed: {trial.deeds}")
     trial.require_exit(0)
     # A writer that dies between its record and its receipt is started again.
     trial.require(trial.redone()[0] <= len(trial.deeds), "more done chunks were done again than processes died")
@@ -143,12 +136,28 @@ def processes_killed(stage: Stage) -> Trial:
     return trial
 
 
+_TO_KILL = (_DECODER, _ACTOR, _WRITER, _ACTOR, _WRITER)
+
+
+def _kill_one(trial: Trial, job: int, title: str) -> bool:
+    """Kills one process of a job, and notes it, if there is one that has this title just now."""
+    pids = faults.titled_below(job, title)
+    if not pids:
+        return False
+    try:
+        os.kill(trial.random.choice(pids), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    trial.did(_IN_WORDS[title])
+    return True
+
+
 def node_lost(stage: Stage) -> Trial:
     """One of three nodes dies with all of its processes, its actor and its share of the object store."""
     import ray
 
     trial = Trial(stage, "node_lost")
-    trial.watch()
+    events = trial.watch()
     with _cluster(stage, n_nodes=3, cpus=1) as raylets:
         ray.init(
             stage.address, log_to_driver=False, logging_level=logging.ERROR
@@ -157,15 +166,21 @@ def node_lost(stage: Stage) -> Trial:
             working = wait_until(lambda: trial.has_records(3) and faults.titled_below(raylets[1], _ACTOR), job)
             lost = {raylets[1], *faults.descendants(raylets[1])}
             faults.kill(sorted(lost))
-            killed_s, n_done = time.monotonic(), len(trial.records())
+            killed_s, done, n_events = time.monotonic(), set(trial.records()), len(events.seen)
             noticed = wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, timeout_s=600)
             noticed_s = time.monotonic() - killed_s
             trial.require(working and noticed, "the node was not lost while it worked")
-        trial.did(f"a node's {len(lost)} processes with {n_done} done; noticed in {noticed_s:.1f} s")
+        trial.did(f"a node's {len(lost)} processes with {len(done)} done; noticed in {noticed_s:.1f} s")
         ray.shutdown()
     trial.require_exit(0)
     in_flight = round((1 - CPU_SHARE_OF_ACTORS) / WRITE_CPUS)  # records whose receipts had not yet left the node
     trial.require(trial.redone()[0] <= in_flight, "more done chunks were done again than the node was writing")
+    begun = trial.begun(n_events).keys() - done
+    again = [key for key, times in trial.begun().items() if times > 1]
+    trial.require(
+        len(again) <= len(begun) + in_flight,
+        f"{len(again)} chunks were begun twice, of {len(begun)} begun and not done",
+    )
     trial.require_same_bytes(stage.undisturbed)
     return trial
 
@@ -176,7 +191,8 @@ def node_lost(stage: Stage) -> Trial:
 def killer_frames(stage: Stage) -> Trial:
     """Frames that segfault, hang and eat memory, beside good ones."""
     trial = Trial(stage, "killer_frames", archive=stage.copy_archive("killers"))
-    chosen = trial.random.sample(frames_of(trial.archive), len(faults.KILLERS))
+    first, *others = frames_of(trial.archive)
+    chosen = [first, *trial.random.sample(others, len(faults.KILLERS) - 1)]  # the first is looked at for the plan, too
     reasons = {}
     for frame, (data, reason) in zip(chosen, faults.KILLERS.items(), strict=True):
         frame.write_bytes(data)
@@ -267,8 +283,7 @@ def _until_summary(trial: Trial, events: faults.FileEvents) -> Iterator[tuple[st
 
 
 def _is_old(path: Path, trial: Trial) -> bool:
-    header_of_new_chunks = frames_of(trial.archive)[0]  # its size decides how many frames a new chunk has
-    return path.parent.parent == trial.archive and path.parent.name != "drive9" and path != header_of_new_chunks
+    return path.parent.parent == trial.archive and path.parent.name != "drive9"
 
 
 # --- the output ---

@@ -138,9 +138,12 @@ def newest_valid(run: str, *, on_damaged: Callable[[str], None]) -> Checkpoint |
         run: URI of the run's folder.
         on_damaged: called with one line for each newer one that does not.
     """
-    for epoch in list_epochs(run):
+    tried: set[int] = set()
+    # Listed again after each: a group whose driver was killed may still write newer ones and delete these.
+    while epochs := [epoch for epoch in list_epochs(run) if epoch not in tried]:
+        tried.add(epochs[0])
         try:
-            return read_checkpoint(checkpoint_uri(run, epoch))
+            return read_checkpoint(checkpoint_uri(run, epochs[0]))
         except CheckpointDamaged as error:
             on_damaged(str(error))
     return None
@@ -157,11 +160,14 @@ def best_or_this(run: str, this: Checkpoint, *, on_damaged: Callable[[str], None
         return this
 
 
-def delete_others(run: str, keep: Iterable[int]) -> None:
-    """Deletes the checkpoints of all epochs but those to keep; manifests first: a kill leaves none that looks whole."""
+def delete_older(run: str, epoch: int, keep: Iterable[int]) -> None:
+    """Deletes the checkpoints of the epochs before one, but those to keep; newer ones are another writer's.
+
+    That is a group that went on where this one was given up. Manifests go first: a kill leaves none that looks whole.
+    """
     kept = set(keep)
-    for epoch in list_epochs(run):
-        if epoch not in kept:
-            folder = checkpoint_uri(run, epoch)
+    for older in list_epochs(run):
+        if older < epoch and older not in kept:
+            folder = checkpoint_uri(run, older)
             storage.delete(storage.join(folder, MANIFEST_FILE))
             storage.delete_tree(folder)

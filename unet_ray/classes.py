@@ -167,12 +167,13 @@ class ClassSet:
         if ids_HW.dtype == np.uint8:
             # An index array would take eight times the mask's memory, and as long as half of its decoding.
             found = ids_HW.tobytes().translate(self._output_of_id.tobytes())
-            mask_HW = np.frombuffer(found, np.uint8).reshape(ids_HW.shape)
+            mask_HW, is_known = np.frombuffer(found, np.uint8).reshape(ids_HW.shape), _UNKNOWN_ID not in found
         else:
             in_range_HW = (ids_HW >= 0) & (ids_HW <= 255)
             mask_HW = np.where(in_range_HW, self._output_of_id[np.clip(ids_HW, 0, 255)], np.uint8(_UNKNOWN_ID))
-        unknown_HW = mask_HW == _UNKNOWN_ID
-        if unknown_HW.any():
+            is_known = not (mask_HW == _UNKNOWN_ID).any()
+        if not is_known:
+            unknown_HW = mask_HW == _UNKNOWN_ID
             known = np.flatnonzero(self._output_of_id != _UNKNOWN_ID)
             raise self._unknown_values("id", _counts(ids_HW[unknown_HW]), f"ids {_ranges(known)}")
         return mask_HW

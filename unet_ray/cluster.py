@@ -11,13 +11,16 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Gauge
 
 from unet_ray import filesystems
@@ -28,8 +31,13 @@ WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
 }
 
-_handed: dict[str, str] | None = None
-"""What the workers of the Ray that was started here know of storage."""
+_handed: tuple[tuple[str, str], dict[str, str]] | None = None
+"""The connection to a Ray that was made here, and what that Ray's workers know of storage."""
+
+ASK_EVERY_S = 2.0
+"""How often the autoscaler is asked for what is still missing: of all requests it knows the last one only, and looks at
+it every 5 s. An actor that Ray Data and Ray Train leave on the head (`AutoscalingCoordinator`, Ray 2.60) puts its own
+in that place every 20 s, be it empty and its job long over: asked once, no node came in 600 s (in CI, 2026-11-22)."""
 
 ROOM_EVERY_S = 2.0
 """How often is looked whether the cluster still has room."""
@@ -49,12 +57,11 @@ def connect() -> None:
         NotNow: Ray did not start.
     """
     global _handed
-    storage_variables = filesystems.worker_environment(inherited=_is_local())
+    storage_variables = filesystems.worker_environment(inherited=is_local())
     if ray.is_initialized():
-        if _handed not in (None, storage_variables):
+        if _handed and _handed[0] == _connection() and _handed[1] != storage_variables:
             raise ValueError("Ray runs already, and its workers have other storage options; call ray.shutdown() first")
         return
-    _handed = storage_variables
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns of this change of default
     # Ray Data makes Ray call every actor that it can restart an error, on the terminal (Ray 2.60).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -62,15 +69,13 @@ def connect() -> None:
     # task, whose imports alone take 1.3 s of a core (`time python -c "import unet_ray.waves"`, 2026-11-21). Decoding,
     # labelling and writing share CPUs, and take turns by the chunk.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    arguments: dict[str, Any] = {
-        "runtime_env": {"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}},
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     stop_handler = signal.getsignal(signal.SIGTERM)
-    if _is_local():
+    if is_local():
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        # Workers have this environment anyway; with one of its own, none of those that Ray starts ahead would do.
+        os.environ.update({**WORKER_ENVIRONMENT, **os.environ, **storage_variables})
         _start_ray(arguments)
         atexit.register(end_ray)
         _end_with_ray()
@@ -78,24 +83,64 @@ def connect() -> None:
         address = os.environ["RAY_ADDRESS"]
         try:
             _knock(address)
-            ray.init(**arguments)
+            with _without_notice():
+                ray.init(runtime_env={"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}}, **arguments)
         except (OSError, RuntimeError) as error:
             cause = " ".join(str(error).split())
             raise ValueError(f"RAY_ADDRESS is {address}; no cluster lets us in there: {cause}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop_handler)  # Ray's own prints a stack trace of C++ before it ends the process
+    _handed = _connection(), storage_variables
     nodes = [node for node in ray.nodes() if node["Alive"]]
     have = ray.cluster_resources()
-    where = "on this machine" if _is_local() else f"at {os.environ['RAY_ADDRESS']}, nodes: {len(nodes)}"
+    where = "on this machine" if is_local() else f"at {os.environ['RAY_ADDRESS']}, nodes: {len(nodes)}"
     say(f"Ray {ray.__version__} {where}: {_text({key: have.get(key, 0) for key in ('CPU', 'GPU')})}")
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         say("warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token")
 
 
+def _connection() -> tuple[str, str]:
+    """What no other connection to a Ray has: the node, and this process' job on its cluster."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
+
+
+@contextlib.contextmanager
+def without_ray_warnings() -> Iterator[None]:
+    """What Ray 2.60 warns of and nobody can help: retries have no named parameter yet, its own copying of a context
+    touches options that will go, and a wave of chunks that all crash keeps no actor busy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
+        yield
+
+
+@contextlib.contextmanager
+def _without_notice() -> Iterator[None]:
+    """Keeps one line off the terminal: Ray 2.60's C++ says on it that it heeds `RAY_BACKEND_LOG_LEVEL`.
+
+    Everything else that is said meanwhile comes out at the end.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if b"RAY_BACKEND_LOG_LEVEL" not in line))
+
+
 def _start_ray(arguments: Mapping[str, Any]) -> None:
     """Starts a Ray of this machine. Ray 2.60 raises a bare Exception where its processes do not come up in time."""
     try:
-        ray.init(address="local", include_dashboard=False, **arguments)
+        with _without_notice():
+            ray.init(address="local", include_dashboard=False, **arguments)
     except Exception as error:
         ray.shutdown()
         cause = " ".join(str(error).split()).rstrip(".")
@@ -154,7 +199,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _is_local() -> bool:
+def is_local() -> bool:
     """Whether the job runs on a Ray of its own, which nothing can add nodes to."""
     return "RAY_ADDRESS" not in os.environ
 
@@ -171,7 +216,7 @@ def resolve_device(device: str) -> str:
         ValueError: `gpu` was asked for and the cluster has none.
     """
     n_gpus = ray.cluster_resources().get("GPU", 0)
-    if device == "gpu" and n_gpus == 0 and _is_local():
+    if device == "gpu" and n_gpus == 0 and is_local():
         raise ValueError("--device is gpu and this machine has no GPU; use --device cpu, or auto to take what there is")
     resolved = device if device != "auto" else ("gpu" if n_gpus else "cpu")
     say(f"device: {resolved}" + (" (auto)" if device == "auto" else ""))
@@ -199,25 +244,29 @@ def wait_for_resources(bundles: list[dict[str, float]], wait_s: float, what: str
     Raises:
         ValueError: it did not come in time; the message tells what is there.
     """
-    wait_s = 0 if _is_local() else wait_s
+    wait_s = 0 if is_local() else wait_s
     deadline = time.monotonic() + wait_s
-    asked = False
-    while not _fits(bundles):
-        want = {key: sum(bundle[key] for bundle in bundles) for key in bundles[0]}
-        have = ray.cluster_resources()
-        there = _text({key: have.get(key, 0) for key in want})
-        each = f"want {_text(want)} ({_text(bundles[0])} each)" if len(bundles) > 1 else f"wants {_text(want)}"
-        shortage = f"{what} {each}; the cluster has {there}"
-        if time.monotonic() >= deadline:
-            waited = f" after {wait_s:g} s (--wait-for-resources-s)" if wait_s else ""
-            raise ValueError(f"{shortage}{waited}; ask for fewer, or add nodes")
-        if not asked:
-            say(f"{shortage}; waiting up to {wait_s:g} s for more nodes")
-            request_resources(bundles=bundles)  # a hint to the autoscaler, where there is one
-            asked = True
-        time.sleep(0.5)
-    if asked:
-        request_resources(num_cpus=0)  # the request would stand for ever
+    asked_s = -math.inf
+    try:
+        while not _fits(bundles):
+            want = {key: sum(bundle[key] for bundle in bundles) for key in bundles[0]}
+            have = ray.cluster_resources()
+            there = _text({key: have.get(key, 0) for key in want})
+            each = f"want {_text(want)} ({_text(bundles[0])} each)" if len(bundles) > 1 else f"wants {_text(want)}"
+            shortage = f"{what} {each}; the cluster has {there}"
+            now_s = time.monotonic()
+            if now_s >= deadline:
+                waited = f" after {wait_s:g} s (--wait-for-resources-s)" if wait_s else ""
+                raise ValueError(f"{shortage}{waited}; ask for fewer, or add nodes")
+            if asked_s == -math.inf:
+                say(f"{shortage}; waiting up to {wait_s:g} s for more nodes")
+            if now_s - asked_s >= ASK_EVERY_S:
+                request_resources(bundles=bundles)  # a hint to the autoscaler, where there is one
+                asked_s = now_s
+            time.sleep(0.5)
+    finally:
+        if asked_s != -math.inf:
+            request_resources(num_cpus=0)  # the request would stand for ever, also of a job that was stopped
 
 
 def worker_resources(cpus: int, device: str) -> dict[str, float]:

@@ -335,8 +335,9 @@ class SegmentConfig(ClusterConfig):
     """Seconds after which the decoding of one frame is given up."""
     max_rejected: float = 0.01
     """Largest share of rejected frames with which the output is published."""
-    retry_rejected: str | None = None
-    """Try rejected frames again: `all`, or one reason such as crashed."""
+    retry_rejected: tuple[str, ...] | None = None
+    """Try rejected frames again: all, or those rejected for the reasons that follow, such as crashed. One whose file is
+    not what was listed stays rejected as changed: another `--out` or `--overwrite` labels it as it is now."""
     overwrite: bool = False
     """Delete what lies in `--out` and start anew."""
 

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from unet_ray import archives, storage
+from unet_ray.frames import ROOTS_KEY
 from unet_ray.parquet_files import open_parquet
 
 _WINDOW_BYTES = 128 * 2**20
@@ -40,14 +43,44 @@ def read_frames(rows: pa.Table) -> Iterator[bytes | FrameGone]:
     the listed one then, it was so before, too. The look costs one request a file (a tar with a thousand frames is one).
     What is read ahead is bounded: 128 MB as the frames lie there, of which one at a time is unpacked.
 
+    A local file that is not there is `missing` only where this machine sees the archive at all: the folder that was
+    given to `--frames`, or in which that file or glob lies, is there and is not empty, as the place of a disk is that
+    is not mounted. (The same command, given again, refuses such a folder, too.) Of a catalogue's frame that lies
+    elsewhere, and in a plan of an older version, it is the frame's own folder that must be there.
+
     Yields:
         In the order of the rows: the frame's file, or why its bytes are not those that were listed.
 
     Raises:
-        StorageError: the store did not answer; never a row.
+        StorageError: the store did not answer, or this machine does not see the archive; never a row.
     """
+    roots: list[str] = json.loads((rows.schema.metadata or {}).get(ROOTS_KEY, b"[]"))
     columns = rows.select(["uri", "kind", "offset_bytes", "size_bytes", "column", "row", "version"])
     refs = [_Reference(*row) for row in zip(*(column.to_pylist() for column in columns.columns), strict=True)]
+    for ref, content in zip(refs, _read_listed(refs), strict=True):
+        if isinstance(content, FrameGone) and content.reason == "missing" and ref.version:
+            _require_seen(ref.uri, roots)
+        yield content
+
+
+def _require_seen(uri: str, roots: Sequence[str]) -> None:
+    """Raises StorageError where this machine does not see the archive that a local file was listed in."""
+    if not storage.is_local(uri):
+        return
+    root = next((root for root in roots if uri.startswith(storage.join(root, ""))), None)
+    folder = os.path.dirname(uri) if root is None else root
+    with suppress(OSError), os.scandir(folder) as entries:
+        if root is None or any(entries):
+            return
+    raise storage.StorageError(
+        errno.ENXIO,
+        f"{os.uname().nodename} does not see {folder}, where it was listed, or sees it empty; mount that folder at the "
+        "same place on each machine, or give a URI that all of them reach",
+        uri,
+    )
+
+
+def _read_listed(refs: Sequence[_Reference]) -> Iterator[bytes | FrameGone]:
     for (uri, column), group in groupby(refs, lambda ref: (ref.uri, ref.column) if ref.column else (None, None)):
         if uri is None or column is None:
             yield from _read_windows(list(group), lambda ref: ref.size_bytes or 0, _read_spans)

@@ -9,12 +9,14 @@ and memory, and a frame which alone has died `ATTEMPTS` times is rejected with w
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -24,7 +26,10 @@ import numpy as np
 from unet_ray import images
 
 ATTEMPTS = 3
-"""Times that a frame may end a process of its own before it is rejected."""
+"""Times that a frame may end a process in which no other frame was decoded, before it is rejected."""
+
+_DEATHS = ("crashed", "timed_out", "out_of_memory")
+"""Reasons that may be another frame's doing, or the machine's."""
 
 _START_TIMEOUT_S = 120.0
 """Most that the import of NumPy and Pillow in a child may take; not the frame's fault, so not its `timeout_s`."""
@@ -80,37 +85,49 @@ def decode_here(contents: Iterable[bytes | DecodedFrame], options: DecodeOptions
         contents: the bytes of each frame, or what is known of it already (that it is missing, say).
         options: as for `decode`.
     """
-    try:
-        for content in contents:
-            if isinstance(content, DecodedFrame):
-                yield content
-                continue
-            faulthandler.dump_traceback_later(options.timeout_s, exit=True, file=sys.__stderr__ or 2)
+    for content in contents:
+        if isinstance(content, DecodedFrame):
+            yield content
+            continue
+        with _within(options.timeout_s):
             frame = decode(content, options)
-            faulthandler.cancel_dump_traceback_later()
-            yield frame
+        yield frame
+
+
+@contextmanager
+def _within(timeout_s: float) -> Iterator[None]:
+    """Ends this process where the block takes longer."""
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__ or 2)
+    try:
+        yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def count_pixels(data: bytes, timeout_s: float) -> int:
+    """Returns a frame's pixels by its header, 0 where it is refused; one that hangs ends this process."""
+    with _within(timeout_s), suppress(images.ImageRefused, MemoryError):
+        return math.prod(images.frame_size(data))
+    return 0
 
 
 def decode_carefully(contents: Iterable[bytes | DecodedFrame], options: DecodeOptions) -> Iterator[DecodedFrame]:
     """As `decode_here`, but a frame that crashes, hangs or takes all memory is a rejected frame."""
     with _Child(options) as child:
         for content in contents:
-            yield content if isinstance(content, DecodedFrame) else _decode_alone(content, child)
+            yield content if isinstance(content, DecodedFrame) else _decode_in(child, content)
 
 
-def _decode_alone(data: bytes, child: _Child) -> DecodedFrame:
-    death: DecodedFrame | None = None
-    for attempt in range(ATTEMPTS):
-        if attempt or not child.is_alive():
-            child.restart()  # a process that no other frame has touched
+def _decode_in(child: _Child, data: bytes) -> DecodedFrame:
+    """Decodes a frame behind others, and where that fails, of which these may be at fault, alone `ATTEMPTS` times."""
+    answer = child.ask(data) if child.is_alive() else None
+    for _ in range(ATTEMPTS):
+        if answer is not None and answer.reason not in _DEATHS:
+            break
+        child.restart()
         answer = child.ask(data)
-        if answer.reason not in ("crashed", "timed_out", "out_of_memory"):
-            return answer
-        death = answer
-    assert death is not None
-    return death
+    assert answer is not None
+    return answer
 
 
 class _Child:

@@ -12,11 +12,11 @@ from multiprocessing import get_context
 
 import numpy as np
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from unet_ray import images, metrics, storage, synthetic
 from unet_ray.classes import PRESETS, ClassSet
 from unet_ray.config import DemoConfig, SegmentConfig, TrainConfig
+from unet_ray.manifest import read_parquet
 
 HEIGHT_PX, WIDTH_PX = 240, 320
 TRAINING_DRIVES, TRAINING_FRAMES = 12, 24
@@ -131,7 +131,7 @@ def pack_tar(folder: str) -> bytes:
 
 def class_pixel_table(labels: str) -> str:
     """Returns the per-class pixels of an output of `segment`, read from its class_statistics.parquet, as text."""
-    statistics = pq.read_table(storage.join(labels, "class_statistics.parquet"))
+    statistics = read_parquet(storage.read_bytes(storage.join(labels, "class_statistics.parquet")))
     totals = statistics.group_by("class_name").aggregate([("pixels", "sum"), ("frames_with_class", "sum")]).to_pylist()
     everything = sum(row["pixels_sum"] for row in totals)
     lines = [f"{'class':16}{'pixels':>12}{'share':>9}{'frames':>8}"]

@@ -166,17 +166,19 @@ try:
     from unet_ray import images
 except ImportError:
     images = None
-def faulty(data, **limits):
-    if data.startswith(b"segfault"):
-        ctypes.string_at(0)
-    if data.startswith(b"hang"):
-        time.sleep(100_000)
-    if data.startswith(b"memory"):
-        hoard = [bytearray(3 << 29) for _ in range(2)]
-        os.kill(os.getpid(), signal.SIGKILL)
-    return decode_frame(data, **limits)
+def faulty(read):
+    def read_faultily(data, **limits):
+        if data.startswith(b"segfault"):
+            ctypes.string_at(0)
+        if data.startswith(b"hang"):
+            time.sleep(100_000)
+        if data.startswith(b"memory"):
+            hoard = [bytearray(3 << 29) for _ in range(2)]
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(data, **limits)
+    return read_faultily
 if images:
-    decode_frame, images.decode_frame = images.decode_frame, faulty
+    images.decode_frame, images.frame_size = faulty(images.decode_frame), faulty(images.frame_size)
 '''
 
 KILLERS = {b"segfault": "crashed", b"hang": "timed_out", b"memory": "out_of_memory"}

@@ -29,7 +29,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -196,22 +197,30 @@ def _find_secret(options: Any, path: str = "") -> str | None:
     return None
 
 
-_before: dict[str, tuple[str, dict[str, Any]]] = {}
-"""What the environment and fsspec's configuration said of a protocol before `configure`."""
+_before: dict[str, tuple[str | None, dict[str, Any]]] = {}
+"""What the environment and fsspec's configuration said of a protocol that `configure` has options of."""
 
 
 def configure(options: Mapping[str, Mapping[str, Any]], retry_s: float) -> None:
     """Makes options by protocol count in this process and in those that it starts, over what the environment says.
 
-    What an earlier call said counts no more.
+    What an earlier call said counts no more: a protocol without options is left as it was before it had any.
     """
     for protocol in {*_before, *options}:
         variable = f"FSSPEC_{protocol.upper()}"
-        here = os.environ.get(variable, "{}"), dict(fsspec.config.conf.get(protocol, {}))
-        text, known = _before.setdefault(protocol, here)
-        told = options.get(protocol, {})
-        os.environ[variable] = json.dumps({**_read_json(text), **told})
-        fsspec.config.conf[protocol] = {**known, **told}
+        text, known = _before.setdefault(
+            protocol, (os.environ.get(variable), dict(fsspec.config.conf.get(protocol, {})))
+        )
+        if told := options.get(protocol):
+            os.environ[variable] = json.dumps({**_read_json(text or ""), **told})
+            fsspec.config.conf[protocol] = {**known, **told}
+            continue
+        del _before[protocol]
+        fsspec.config.conf[protocol] = known
+        if text is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = text
     os.environ[RETRY_VARIABLE] = str(float(retry_s))
 
 
@@ -376,3 +385,11 @@ def persistently(uri: str, act: Callable[[], T]) -> T:
                 raise
         time.sleep(pause_s)
     raise AssertionError("unreachable")
+
+
+def at_once(act: Callable[[Any], T], items: Sequence[Any], uris: Sequence[str]) -> list[T]:
+    """As `map`, with many requests in flight where something of it is not local."""
+    if all(is_local(uri) for uri in uris):
+        return list(map(act, items))
+    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(items))) as pool:
+        return list(pool.map(act, items))

@@ -9,6 +9,7 @@ image extension), or unlistable (an unreadable folder, a tar that ends early), w
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 from unet_ray import archives, storage
 from unet_ray.archives import IMAGE_EXTENSIONS, Findings
 from unet_ray.catalogues import is_catalogue, read_catalogue
+from unet_ray.listings import ListPart
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -42,8 +44,12 @@ MANIFEST_SCHEMA = pa.schema(
 )
 """The manifest: one row a listed frame. A catalogue's own columns follow behind these."""
 
+ROOTS_KEY = b"unet_ray.roots"
+"""In the metadata of a manifest's schema, as JSON: the local folders that the archives are or lie in. A machine that
+does not see one of them says nothing of the frames below it."""
+
 _ARCHIVES_AT_ONCE = 8
-_ROWS_A_BATCH = 50_000
+_ROWS_A_BATCH = 50_000 // _ARCHIVES_AT_ONCE  # each of so many holds that as objects
 
 RunEach = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """What `map` is, perhaps over many processes: the answers come in order."""
@@ -82,7 +88,11 @@ def natural_key(text: str) -> str:
 
     Each number is preceded by how many digits it has: `a2` becomes `a012`, `a10` becomes `a0210`.
     """
-    return f"{_NUMBER.sub(_number_key, text)}\0{text}"
+    return f"{_with_digits(text)}\0{text}"
+
+
+def _with_digits(text: str) -> str:
+    return _NUMBER.sub(_number_key, text)
 
 
 def _number_key(match: re.Match[str]) -> str:
@@ -177,7 +187,14 @@ def list_archives(
     found: list[tuple[str, storage.FileInfo]] = []
     told = [storage.resolve(uri) for uri in uris]
     for label, uri in _roots(told):
-        found += _list_root(label, uri, rows, findings, image_column, is_told=uri in told)
+        if storage.is_folder(uri):
+            list_some = partial(_list_part, f"{label}/" if label else "", path_pattern)
+            for table, of_part, archives_there in _in_threads(list_some, storage.list_parts(uri)):
+                rows.add_table(table)
+                findings.add(of_part)
+                found += archives_there
+        else:
+            found += _list_file(label, uri, rows, findings, image_column, is_told=uri in told)
     list_one = partial(list_archive, path_pattern=path_pattern, image_column=image_column)
     for table, of_archive in (run_each or _in_threads)(list_one, found):
         rows.add_table(table)
@@ -187,8 +204,13 @@ def list_archives(
         ignored = f"{sum(findings.ignored.values()):,} other files" if findings.ignored else "nothing"
         raise ValueError(f"{', '.join(uris)} holds {ignored}; frames are {', '.join(IMAGE_EXTENSIONS)}")
     _require_distinct(table)
+    order, columns, schema = _order(table), table.columns, _with_roots(table.schema, told)
+    del table, rows
+    _take(columns, order)
     return Listing(
-        table=_sorted(table), ignored=dict(sorted(findings.ignored.items())), unlistable=tuple(findings.unlistable)
+        table=pa.Table.from_arrays(columns, schema=schema),
+        ignored=dict(sorted(findings.ignored.items())),
+        unlistable=tuple(findings.unlistable),
     )
 
 
@@ -262,8 +284,7 @@ def _roots(uris: Sequence[str]) -> list[tuple[str, str]]:
             raise ValueError(f"{twice} has the path of another of --frames; their frames' ids would be the same")
     for uri in uris:
         if uri in matched:
-            base = uri[: re.search(r"[*?\[]", uri).start()].rpartition("/")[0]  # type: ignore[union-attr]
-            matches = storage.glob(uri)
+            base, matches = _glob_base(uri), storage.glob(uri)
             if not matches:
                 raise ValueError(f"{uri}: nothing matches")
             roots += [(match.removeprefix(base).strip("/"), match) for match in matches]
@@ -276,24 +297,45 @@ def _is_glob(uri: str) -> bool:
     return bool(re.search(r"[*?\[]", uri)) and not storage.exists(uri)
 
 
+def _glob_base(uri: str) -> str:
+    return re.split(r"[*?\[]", uri)[0].rpartition("/")[0]
+
+
+def _with_roots(schema: pa.Schema, told: Iterable[str]) -> pa.Schema:
+    return schema.with_metadata({ROOTS_KEY: json.dumps([_folder(uri) for uri in told if storage.is_local(uri)])})
+
+
+def _folder(uri: str) -> str:
+    """The folder that a root is or lies in."""
+    if _is_glob(uri):
+        return _glob_base(uri)
+    return uri if storage.is_folder(uri) else uri.rpartition("/")[0]
+
+
 def _tail(uri: str, depth: int) -> str:
     return "/".join(uri.partition("://")[2 if "://" in uri else 0].strip("/").split("/")[-depth:])
 
 
-def _list_root(
+def _list_part(
+    prefix: str, path_pattern: str | None, list_some: ListPart
+) -> tuple[pa.Table, Findings, list[tuple[str, storage.FileInfo]]]:
+    """Lists a part of a folder: the frames that are files, and the archives."""
+    rows, findings = _Rows(path_pattern), Findings()
+
+    def note(where: str, error: OSError) -> None:
+        if isinstance(error, storage.StorageError):
+            raise error
+        findings.refuse(where, error.strerror or str(error))
+
+    files = list_some(note)
+    found = [archive for file in files for archive in _sort_out(prefix + file.path, file, rows, findings)]
+    return rows.table(), findings, found
+
+
+def _list_file(
     label: str, uri: str, rows: _Rows, findings: Findings, image_column: str | None, *, is_told: bool
 ) -> list[tuple[str, storage.FileInfo]]:
-    """Adds the frames that are files or a catalogue's, and returns the archives; a glob's match may be ignored."""
-    if storage.is_folder(uri):
-
-        def note(where: str, error: OSError) -> None:
-            if isinstance(error, storage.StorageError):
-                raise error
-            findings.refuse(where, error.strerror or str(error))
-
-        files = storage.list_files(uri, on_unreadable=note)
-        prefix = f"{label}/" if label else ""
-        return [found for file in files for found in _sort_out(prefix + file.path, file, rows, findings)]
+    """Adds the frame that a file is or those of a catalogue, returns an archive; a glob's match may be ignored."""
     try:
         file = storage.info(uri)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -352,19 +394,30 @@ def _require_distinct(table: pa.Table) -> None:
     raise ValueError(f"two frames have the id {doubled!r}; give each root once, and no name twice in an archive")
 
 
-def _sorted(table: pa.Table) -> pa.Table:
+def _order(table: pa.Table) -> pa.Array:
+    """Returns the rows by sequence, camera and name."""
     keys = pa.table(
         {
             "sequence": _ranks(table["sequence"]),
             "camera": _ranks(table["camera"]),
-            "name": pa.chunked_array(map(_natural_keys, table["frame_id"].chunks), pa.large_string()),
+            "name": pa.chunked_array(map(_all_with_digits, table["frame_id"].chunks), pa.large_string()),
+            "frame_id": table["frame_id"],  # on a tie, as in `natural_key`
         }
     )
-    return table.take(pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in keys.column_names]))
+    return pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in keys.column_names])
 
 
-def _natural_keys(texts: pa.Array) -> pa.Array:
-    return pa.array((natural_key(text) for text in texts.to_pylist()), pa.large_string(), size=len(texts))
+def _take(columns: list[pa.ChunkedArray], order: pa.Array) -> None:
+    """Orders columns in their place: at most one of them is there twice at a time."""
+    for place in range(len(columns)):
+        # Arrow would combine them for itself, and keep the chunks meanwhile.
+        columns[place] = pa.table([columns[place]], names=[""]).combine_chunks().column(0)
+        pa.default_memory_pool().release_unused()  # of what was freed, which the pool keeps for later
+        columns[place] = columns[place].take(order)
+
+
+def _all_with_digits(texts: pa.Array) -> pa.Array:
+    return pa.array((_with_digits(text.as_py()) for text in texts), pa.large_string(), size=len(texts))
 
 
 def _ranks(column: pa.ChunkedArray) -> pa.ChunkedArray:

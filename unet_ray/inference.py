@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,18 @@ class Labels:
     """Share of pixels with a low margin, float32."""
 
 
-def configure_tensorflow(device: str, n_threads: int) -> None:
+def configure_tensorflow(device: str, n_threads: int, *, op_threads: int = 1) -> None:
     """Sets the device and the threads of this process; must come before TensorFlow computes anything.
 
     Ray sets OMP_NUM_THREADS to an actor's CPUs and TensorFlow looks at all cores of the machine: neither is meant.
+
+    Args:
+        device: `gpu` or `cpu`.
+        n_threads: threads that may run TensorFlow's operations.
+        op_threads: threads of one operation. More than one, and some of its sums come out in an order that depends on
+            how many: a frame's last bits would too. A `Labeler` spreads frames over its threads instead.
     """
-    tf.config.threading.set_intra_op_parallelism_threads(n_threads)
+    tf.config.threading.set_intra_op_parallelism_threads(op_threads)
     tf.config.threading.set_inter_op_parallelism_threads(n_threads)
     if device == "cpu":
         tf.config.set_visible_devices([], "GPU")
@@ -88,12 +95,13 @@ class Labeler:
         Args:
             bundle: the trained model.
             precision: `float32`, `bfloat16` or `float16`: of activations and weights; the last layer is float32.
-            batch_size: frames (or windows) that the network takes at once; fewer are padded.
+            batch_size: frames (or windows) that are in the network at once; on a CPU, rounded up to a multiple of the
+                threads, each of which takes its part.
             mask_size: `native` (the frame's own size) or `model` (the network's).
             tiling: show the network windows of the frame at its own scale instead of the frame, resized.
             tta: `flip` takes the mean of the logits with those of the mirrored images; `none` does not.
             device: `gpu` or `cpu`: on the former, XLA compiles the network too.
-            n_threads: threads of a CPU, as given to `configure_tensorflow`; the batch is rounded up to a multiple.
+            n_threads: threads of a CPU, as given to `configure_tensorflow`.
         """
         config = bundle.model_config
         self.model_size = (config.image_height_px, config.image_width_px)
@@ -105,11 +113,12 @@ class Labeler:
         self._mask_size = mask_size
         self._tiling = tiling
         self._fused = device == "gpu"
-        self._n_threads = n_threads
-        self._threads = ThreadPoolExecutor(n_threads)
-        # oneDNN gives each thread whole images where it can. Where it cannot (32 over 3 threads), it cuts an image and
-        # its sums come out in another order: a frame's last bits would depend on the machine (TF 2.21, 2026-11-21).
-        self._batch_size = batch_size if self._fused else -(-batch_size // n_threads) * n_threads
+        # A batch for each thread, never threads within one: oneDNN on AVX2 and Eigen (half precision where oneDNN has
+        # none) cut sums by their number, and a frame's last bits would depend on it. As fast: 96x128, 32 filters,
+        # float32, two threads: 48 to 53 ms a frame either way (TF 2.21, 2 cores with AVX2, 2026-11-24).
+        self._n_batches = 1 if self._fused else n_threads
+        self._threads = ThreadPoolExecutor(self._n_batches)
+        self._batch_size = -(-batch_size // self._n_batches)
         # On 2 cores at 96x128 in bfloat16: 171 img/s; with XLA fewer (float32: 58 against 91); `predict` 49.
         self._network = tf.function(
             lambda images_BHWC: _predict(model, images_BHWC, flip=tta == "flip"),
@@ -132,15 +141,14 @@ class Labeler:
         mask_sizes = sizes if self._mask_size == "native" else [self.model_size] * len(sizes)
         if self._tiling:
             return _concatenate([self._label_tiled(*item) for item in zip(images, mask_sizes, strict=True)])
-        parts = []
-        for start in range(0, len(images), self._batch_size):
-            batch = np.asarray(images[start : start + self._batch_size])
-            logits_BhwK = self._logits(batch)
-            if self._mask_size == "model" and not self._fused:
-                parts.append(self._label_unscaled(logits_BhwK, len(batch)))
-            else:
-                parts.append(self._label_logits(logits_BhwK[: len(batch)], mask_sizes[start : start + len(batch)]))
-        return _concatenate(parts)
+        batches = _cut(images, self._batch_size), _cut(mask_sizes, self._batch_size)
+        return _concatenate(list(self._threads.map(self._label_batch, *batches)))
+
+    def _label_batch(self, images_NHWC: Sequence[np.ndarray] | np.ndarray, sizes: Sequence[tuple[int, int]]) -> Labels:
+        logits_BhwK = self._logits(np.asarray(images_NHWC))
+        if self._mask_size == "model" and not self._fused:
+            return _label_unscaled(logits_BhwK, len(sizes))
+        return self._label_logits(logits_BhwK[: len(sizes)], sizes)
 
     def _logits(self, images_NHWC: np.ndarray) -> tf.Tensor:
         """At most a batch of images to the logits of a whole batch [B, h, w, K]: those of the padding come last."""
@@ -150,14 +158,7 @@ class Labeler:
     def _label_logits(self, logits_NhwK: tf.Tensor, sizes: Sequence[tuple[int, int]]) -> Labels:
         if self._fused:
             return self._label_fused(logits_NhwK, sizes)
-        return _concatenate(list(self._threads.map(_label_scanned, tf.unstack(logits_NhwK), sizes)))
-
-    def _label_unscaled(self, logits_BhwK: tf.Tensor, n_frames: int) -> Labels:
-        """Where a mask has the size of the logits, a frame is one row of `_scan`: 0.3 ms a frame instead of 1.6."""
-        slices = tf.split(logits_BhwK, self._n_threads)
-        n_rows = len(slices[0])
-        counts = [min(n_rows, max(0, n_frames - start)) for start in range(0, self._batch_size, n_rows)]
-        return _concatenate(list(self._threads.map(_label_rows, slices[: -(-n_frames // n_rows)], counts)))
+        return _concatenate([_label_scanned(*item) for item in zip(tf.unstack(logits_NhwK), sizes, strict=True)])
 
     def _label_fused(self, logits_NhwK: tf.Tensor, sizes: Sequence[tuple[int, int]]) -> Labels:
         """As many frames at once as the GPU has room for; always as many, so that shapes stay static."""
@@ -185,19 +186,26 @@ class Labeler:
         weights_hw = self._tiling.weights()
         sums = tf.Variable(tf.zeros((padded_height_px * padded_width_px, self._n_classes)))
         total_HW = np.zeros((padded_height_px, padded_width_px), np.float32)
-        for start in range(0, len(corners), self._batch_size):
-            batch = corners[start : start + self._batch_size]
+
+        def weighted(batch: Sequence[tuple[int, int]]) -> list[tf.Tensor]:
             windows = [image_HWC[y : y + window_height_px, x : x + window_width_px] for y, x in batch]
-            weighted = self._logits(np.stack(windows)) * weights_hw[..., None]
-            for place, (y, x) in enumerate(batch):
+            return tf.unstack(self._logits(np.stack(windows)) * weights_hw[..., None])[: len(batch)]
+
+        for some in _cut(corners, self._batch_size * self._n_batches):  # all at once would fill memory
+            updates = self._threads.map(weighted, _cut(some, self._batch_size))
+            for (y, x), update in zip(some, chain.from_iterable(updates), strict=True):
                 # No pixel twice in one call, so the order of the sums is fixed, on a GPU too.
                 rows = np.arange(y, y + window_height_px)[:, None] * padded_width_px
                 rows = rows + np.arange(x, x + window_width_px)
-                update = tf.reshape(weighted[place], (-1, self._n_classes))
-                sums.scatter_add(tf.IndexedSlices(update, rows.ravel()))
+                sums.scatter_add(tf.IndexedSlices(tf.reshape(update, (-1, self._n_classes)), rows.ravel()))
                 total_HW[y : y + window_height_px, x : x + window_width_px] += weights_hw
+
         logits = tf.reshape(sums, (padded_height_px, padded_width_px, self._n_classes)) / total_HW[..., None]
         return self._label_logits(logits[None, :height_px, :width_px], [size])
+
+
+def _cut(items: Any, n_items: int) -> list[Any]:
+    return [items[start : start + n_items] for start in range(0, len(items), n_items)]
 
 
 def _predict(model: Any, images_BHWC: tf.Tensor, *, flip: bool) -> tf.Tensor:
@@ -231,28 +239,22 @@ def _label_scanned(logits_hwK: tf.Tensor, size: tuple[int, int]) -> Labels:
     return _count(mask_HW, confidence_HW, low_margins_H.sum(), logits_hwK.shape[2])
 
 
-def _label_rows(logits_NhwK: tf.Tensor, n_frames: int) -> Labels:
-    """Some frames on a CPU whose masks have the size of the logits."""
-    n_rows, height_px, width_px, n_classes = logits_NhwK.shape
-    pixels = height_px * width_px
-    scanned = _scan_to(tf.reshape(logits_NhwK, (n_rows, pixels, n_classes)), (n_rows, pixels), n_frames)
-    rows = zip(*(array[:n_frames] for array in scanned), strict=True)
-    return _concatenate(
-        [_count(mask.reshape(height_px, width_px), confidence, low, n_classes) for mask, confidence, low in rows]
-    )
+def _label_unscaled(logits_NhwK: tf.Tensor, n_frames: int) -> Labels:
+    """Where masks have the size of the logits: 0.7 ms of a core a frame, with `_scan` 1.7 (23 classes, 96x128)."""
+    masks_Nhw, confidence_Nhw, low_margins_N = (array.numpy() for array in _scan_unscaled(logits_NhwK))
+    n_classes = logits_NhwK.shape[3]
+    found = zip(masks_Nhw[:n_frames], confidence_Nhw, low_margins_N, strict=False)
+    return _concatenate([_count(mask, confidence, low, n_classes) for mask, confidence, low in found])
 
 
-def _scan_to(
-    logits_hwK: tf.Tensor, size: tuple[int, int], n_rows: int | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`_scan` to any size, only the first `n_rows` of it: mask, confidence [H, W] and low margins of each row [H]."""
+def _scan_to(logits_hwK: tf.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_scan` to any size: mask, confidence [H, W] and low margins of each row [H]."""
     height_px, width_px = size
     lookup = []
     for in_px, out_px in zip(logits_hwK.shape[:2], size, strict=True):
         padding = (0, -out_px % _SIZE_STEP_PX)
         lookup += [np.pad(array, padding) for array in interpolation(in_px, out_px)]
-    n_rows = height_px if n_rows is None else n_rows
-    mask, confidence, low_margins = _scan(logits_hwK, *lookup, np.int32(n_rows), np.int32(width_px))
+    mask, confidence, low_margins = _scan(logits_hwK, *lookup, np.int32(height_px), np.int32(width_px))
     mask_HW = np.ascontiguousarray(mask.numpy()[:height_px, :width_px])
     return mask_HW, confidence.numpy()[:height_px, :width_px], low_margins.numpy()[:height_px]
 
@@ -261,6 +263,13 @@ def _count(mask_HW: np.ndarray, confidence_HW: np.ndarray, low_margins: Any, n_c
     ids = mask_HW.ravel().astype(np.int64)  # bincount casts too, but in 2.9 ms a frame instead of 1.1 with this
     sums_K = np.bincount(ids, confidence_HW.ravel().astype(np.float64), n_classes)
     return _one_frame(mask_HW, np.bincount(ids, minlength=n_classes), sums_K, low_margins)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _scan_unscaled(logits_NhwK):
+    """Reads each logit once: mask uint8 and confidence [N, h, w], pixels of low margin [N]."""
+    ids, confidence, low = _best_class(tf.unstack(logits_NhwK, axis=3))
+    return tf.cast(ids, tf.uint8), confidence, tf.reduce_sum(tf.cast(low, tf.int32), (1, 2))
 
 
 @tf.function(jit_compile=True, autograph=False)

@@ -1,6 +1,7 @@
 """What is to be done, what is done, and the proof: plan, chunks and their commit records.
 
-    OUT/run.json                   the lineage: model, classes and options that every label of this output comes from
+    OUT/run.json                   the lineage: model, classes and options that every label of this output comes from;
+                                   sealed by its own digest (`manifest.sealed`), as is every JSON file below
     OUT/manifest/*.parquet         the plan: a row a frame, with the chunk and the shard that it belongs to
     OUT/manifest/_g000.json        a generation of the plan is whole; frames found later are a new generation
     OUT/_work/parts/*.parquet      rows of a finished chunk, named by its key and their digest
@@ -20,6 +21,7 @@ they are nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,7 +39,7 @@ import pyarrow.parquet as pq
 from unet_ray import manifest, storage
 from unet_ray.classes import ClassSet
 from unet_ray.frames import MANIFEST_SCHEMA, Listing, carried_schema
-from unet_ray.manifest import CHUNK_SCHEMA, Chunk, Cutting, json_bytes, parquet_bytes, read_rows
+from unet_ray.manifest import CHUNK_SCHEMA, Chunk, Cutting, json_bytes, parquet_bytes, read_rows, sealed, unsealed
 from unet_ray.results import FORMAT_VERSION, frames_schema
 
 __all__ = ["Chunk", "Cutting", "read_rows"]  # what a job needs of the manifest, beside what is defined here
@@ -94,6 +96,8 @@ class Plan:
     """Package versions and machines of the first run."""
     manifest_files: tuple[dict[str, Any], ...]
     """Path, rows, bytes and sha256 of the manifest's files."""
+    frame_pixels: int = 0
+    """Pixels of the largest frame that was looked at when chunks were cut; 0 where none said its size."""
     n_new: int = 0
     """Frames that this plan added."""
     n_changed: int = 0
@@ -150,12 +154,14 @@ def plan(
 
     Raises:
         ValueError: the folder holds something else, or an output of another lineage; the message shows the difference.
+        JobFailed: what is planned is damaged or gone; the message names the file.
         StorageError: trying again may help.
     """
     frames_schema(lineage.class_set, carried_schema(listing.table.schema))  # a catalogue's column may have a taken name
     run = _claim(out, lineage, recorded or {}, overwrite)
     if overwrite or not storage.exists(storage.join(out, "config.yaml")):
         storage.write_whole(storage.join(out, "config.yaml"), config_yaml.encode())
+    _refuse_lost_marks(out)
     known, new = manifest.known_and_new(out, listing.table)
     n_known = len(known)
     if n_known and len(new):
@@ -176,6 +182,14 @@ def plan(
     )
 
 
+def _refuse_lost_marks(out: str) -> None:
+    """Raises JobFailed where a generation that was published has no mark any more: its frames would be planned anew."""
+    there = {f"manifest/{file.path}" for file in manifest.list_folder(storage.join(out, "manifest"))}
+    for file in (read_summary(out) or {"files": ()})["files"]:
+        if file["path"].startswith("manifest/_g") and file["path"] not in there:
+            raise manifest.lost(storage.join(out, file["path"]), FileNotFoundError())
+
+
 def _refuse_other_columns(here: pa.Schema, there: pa.Schema) -> None:
     if here != there:
         shown = [", ".join(f"{field.name} {field.type}" for field in schema) or "none" for schema in (there, here)]
@@ -186,7 +200,7 @@ def _refuse_other_columns(here: pa.Schema, there: pa.Schema) -> None:
 
 
 def read_plan(out: str) -> Plan:
-    """Returns the plan of an output as it stands. Raises ValueError where there is none."""
+    """Returns the plan of an output as it stands. Raises ValueError where there is none, JobFailed for damage."""
     return _read_plan(out, _read_run(out))
 
 
@@ -198,21 +212,22 @@ def options_of(out: str) -> dict[str, Any] | None:
 
 
 def _read_run(out: str) -> dict[str, Any]:
+    uri = storage.join(out, "run.json")
     try:
-        run = json.loads(storage.read_bytes(storage.join(out, "run.json")))
-    except FileNotFoundError as error:
-        raise ValueError(f"{out} is no output of segment: run.json is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{out}/run.json is damaged: {error}") from error
-    if "lineage" not in run:
-        raise ValueError(f"{out} is no output of segment, but the folder of another job; give another --out")
-    return run
+        return unsealed(storage.read_bytes(uri))
+    except (FileNotFoundError, ValueError) as error:
+        if manifest.read_generations(out):
+            raise manifest.lost(uri, error, "restore it, or give another --out") from error
+        whose = "run.json is missing"
+        if not isinstance(error, FileNotFoundError):
+            whose = "its run.json is another job's, or damaged; give another --out"
+        raise ValueError(f"{out} is no output of segment: {whose}") from error
 
 
 def _strangers(out: str) -> Iterator[str]:
     """Yields files that neither a job that was killed early nor one that starts beside this one leaves."""
     for file in manifest.list_folder(out):
-        if not file.path.startswith("_work/") and not storage.name(file.path).startswith(storage.TEMPORARY_PREFIX):
+        if not file.path.startswith("_work/"):
             yield file.path
 
 
@@ -222,15 +237,17 @@ def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: b
     ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "lineage": lineage.to_dict(), "recorded": dict(recorded)}
     if not storage.exists(uri):
         stranger = next(_strangers(out), None)
-        if stranger is not None:
+        if stranger is None:
+            storage.put_if_absent(uri, sealed(ours))
+        elif not manifest.read_generations(out):
             raise ValueError(f"{out} holds files that are no output of segment ({stranger}); give another --out")
-        storage.put_if_absent(uri, json_bytes(ours))
     run = _read_run(out)
     if overwrite:
-        for file in manifest.list_folder(out):
+        # What proves the output goes before what it proves.
+        for file in sorted(manifest.list_folder(out), key=lambda file: "/" in file.path):
             if _OURS.fullmatch(file.path):
                 storage.delete(file.uri)
-        storage.write_whole(uri, json_bytes(ours))  # last: until then the folder is an output of ours
+        storage.write_whole(uri, sealed(ours))  # last: until then the folder is an output of ours
         return ours
     if run["format_version"] != FORMAT_VERSION:
         raise ValueError(
@@ -276,6 +293,7 @@ def _read_plan(out: str, run: Mapping[str, Any]) -> Plan:
         ignored=marks[-1]["ignored"] if marks else {},
         recorded=run["recorded"],
         manifest_files=files,
+        frame_pixels=max((mark.get("frame_pixels", 0) for mark in marks), default=0),
     )
 
 
@@ -315,27 +333,34 @@ def _files_of_statistics(out: str) -> list[dict[str, Any]]:
     try:
         with storage.open_read(storage.join(out, "class_statistics.parquet")) as file:
             metadata = pq.read_schema(file).metadata or {}
+        return unsealed(metadata.get(FILES_KEY.encode(), b""))["files"]
     except storage.StorageError:
         raise
-    except (OSError, pa.ArrowInvalid):  # there is none, or it is damaged, for which Arrow has either
+    except (OSError, ValueError):  # there is none, or it is damaged, for which Arrow has either
         return []
-    return json.loads(metadata.get(FILES_KEY.encode(), b"[]"))
 
 
 def read_notes(out: str) -> list[dict[str, Any]]:
-    """Returns the notes of the files that a job has published and that summary.json may not know yet."""
+    """Returns the notes of the files that a job has published and that summary.json may not know yet.
+
+    A note that is damaged is none.
+    """
     listed = manifest.list_folder(storage.join(out, "_work", "shards"))
     contents = storage.read_many([(file.uri, 0, None) for file in listed]) if listed else []
+    notes = []
     for content in contents:
         if isinstance(content, storage.StorageError):  # a note that is gone is another job's doing
             raise content
-    return [json.loads(content) for content in contents if isinstance(content, bytes)]
+        if isinstance(content, bytes):
+            with contextlib.suppress(ValueError):
+                notes.append(unsealed(content)["file"])
+    return notes
 
 
 def let_work_go(out: str, file: Mapping[str, Any], receipts: Sequence[Receipt]) -> None:
     """Notes that a file of frames/ is whole, and deletes the records and parts that it was made of."""
     name = storage.name(file["path"])
-    storage.write_whole(storage.join(out, "_work", "shards", f"{name}.json"), json_bytes(file))
+    storage.write_whole(storage.join(out, "_work", "shards", f"{name}.json"), sealed({"file": file}))
     storage.delete(storage.join(out, "_work", "damaged", name))
     # Records first: while one counts its part is needed.
     storage.delete_many([record_uri(out, receipt.key) for receipt in receipts])
@@ -345,7 +370,7 @@ def let_work_go(out: str, file: Mapping[str, Any], receipts: Sequence[Receipt]) 
 def read_summary(out: str) -> dict[str, Any] | None:
     """Returns summary.json, None where there is none or it is damaged."""
     try:
-        return json.loads(storage.read_bytes(storage.join(out, "summary.json")))
+        return unsealed(storage.read_bytes(storage.join(out, "summary.json")))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -399,7 +424,7 @@ def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Receipt:
         writer=writer,
     )
     storage.write_whole(part_uri(out, receipt.part), data)
-    if storage.put_if_absent(record_uri(out, chunk.key), json_bytes(dataclasses.asdict(receipt))):
+    if storage.put_if_absent(record_uri(out, chunk.key), sealed(dataclasses.asdict(receipt))):
         return receipt
     return read_receipts(out, [chunk.key])[0]
 
@@ -413,7 +438,7 @@ def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
     receipts = []
     for key, content in zip(keys, contents, strict=True):
         try:
-            receipts.append(Receipt(**json.loads(content)))  # type: ignore[arg-type]
+            receipts.append(Receipt(**unsealed(content)))  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             storage.delete(record_uri(out, key))
             raise storage.StorageError(
@@ -440,7 +465,7 @@ def rejected_share(receipts: Iterable[Receipt]) -> float:
 
 def heartbeat(out: str, writer: str) -> None:
     """Leaves a sign of life of this job, to warn others."""
-    storage.write_whole(storage.join(out, "_work", "jobs", f"{writer}.json"), json_bytes({"time_s": time.time()}))
+    storage.write_whole(storage.join(out, "_work", "jobs", f"{writer}.json"), sealed({"time_s": time.time()}))
 
 
 def end_heartbeat(out: str, writer: str) -> None:
@@ -453,7 +478,7 @@ def other_job(out: str, writer: str, *, within_s: float = 60.0) -> str | None:
     for file in manifest.list_folder(storage.join(out, "_work", "jobs")):
         other = file.path.removesuffix(".json")
         try:
-            told = json.loads(storage.read_bytes(file.uri))
+            told = unsealed(storage.read_bytes(file.uri))
         except (FileNotFoundError, ValueError):
             continue
         if other != writer and time.time() - told["time_s"] < within_s:

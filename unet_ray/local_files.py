@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
-"""Start of the name of a file that is not yet whole. The dot hides it from every Parquet reader."""
+"""Start of the name of a file that is not yet whole. It has no ending: DuckDB's `*.parquet` finds hidden files, too."""
+
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{12}}(-.*)?")
+# The file's own name, with its ending, was once behind it.
+
+_TIMES = 4
+"""That a file is written before it is an error that its folder or temporary is taken away each time."""
 
 
 def write_whole(path: str, data: bytes) -> None:
     """Writes a file, replacing what was there."""
-    os.replace(_write_temporary(path, data), path)
+
+    def write() -> None:
+        with _temporary(path, data) as temporary:
+            os.replace(temporary, path)
+
+    _though_cleared_up(write)
 
 
 def create(path: str, data: bytes) -> None:
@@ -24,38 +37,80 @@ def create(path: str, data: bytes) -> None:
     Raises:
         FileExistsError: it is there.
     """
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-            raise
-        if os.path.exists(path):  # a disk without hard links (FAT, some network mounts)
-            raise FileExistsError(errno.EEXIST, "exists", path) from None
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+
+    def write() -> None:
+        with _temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                if os.path.exists(path):  # a disk without hard links (FAT, some network mounts)
+                    raise FileExistsError(errno.EEXIST, "exists", path) from None
+                os.replace(temporary, path)
+
+    _though_cleared_up(write)
 
 
-def _write_temporary(path: str, data: bytes) -> str:
+def _though_cleared_up(write: Callable[[], None]) -> None:
+    """Writes again where another process cleared the folder or the temporary away: a job that ends on this output."""
+    for _ in range(_TIMES - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return write()
+    return write()
+
+
+@contextmanager
+def _temporary(path: str, data: bytes) -> Iterator[str]:
     with temporary_beside(path) as file:
         file.write(data)
-    return file.name
+    try:
+        yield file.name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file.name)
 
 
 @contextmanager
 def temporary_beside(path: str) -> Iterator[BinaryIO]:
     """Yields a new file in the folder of `path`, on the disk when the block ends, gone where it fails."""
-    folder, base = os.path.split(path)
+    folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{base}")
+    temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}")
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        if os.path.exists(temporary):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def delete_unfinished(folder: str) -> None:
+    """Deletes the temporaries in a folder (not below it): a killed writer's for good, a live one writes its anew."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if _TEMPORARY.fullmatch(name):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+
+
+def delete_tree(folder: str) -> None:
+    """Deletes a folder and all that lies below it now; what another process writes there meanwhile stays."""
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for here, folders, files in os.walk(folder, topdown=False, onerror=unless_gone):
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        for name in [*files, *links]:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(here, name))
+        try:
+            os.rmdir(here)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise

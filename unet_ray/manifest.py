@@ -1,7 +1,7 @@
 """The manifest of an output: every listed frame, cut into chunks and shards, generation after generation.
 
     OUT/manifest/g000-00000-DIGEST.parquet   a row a frame, with the chunk and the shard that it belongs to
-    OUT/manifest/_g000.json                  the generation is whole: its files and their digests
+    OUT/manifest/_g000.json                  the generation is whole: its files and their digests, sealed by its own
 
 What is planned never moves: frames that are found later are a new generation with chunks and shards of its own.
 """
@@ -28,8 +28,18 @@ from unet_ray.frames import MANIFEST_SCHEMA
 CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()), ("shard", pa.int32())])
 """Columns of the manifest beside a frame's own."""
 
+MAX_PIXELS = 200_000_000
+"""Decoded pixels that a process holds at once (600 MB), by the frames' first sizes."""
+
 _FILE_ROWS, _GROUP_ROWS = 50_000, 1_024
 # A chunk's rows lie in one row group or two of a file whose footer is small.
+
+_SMALL_BYTES = 2**20  # of a Parquet file whose columns are not worth a thread each
+
+
+def frames_together(n_frames: int, frame_pixels: int, max_pixels: int = MAX_PIXELS) -> int:
+    """Returns how many frames a process may hold decoded, at least 1 and at most `n_frames`; 0 pixels: unknown."""
+    return max(1, min(n_frames, max_pixels // frame_pixels if frame_pixels else n_frames))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +50,14 @@ class Cutting:
     """Most frames of a chunk."""
     shard_rows: int
     """Rows from which on a published file is full."""
-    frame_pixels: Callable[[], int] = int
-    """Finds out the pixels of a frame, 0 where unknown; asked only where there are frames to cut."""
-    max_chunk_pixels: int = 200_000_000
-    """Bound on the decoded pixels of a chunk (600 MB)."""
+    frame_pixels: Callable[[pa.Table], int] = lambda rows: 0
+    """Finds out the pixels of a frame among new rows of the manifest, 0 where unknown."""
+    max_chunk_pixels: int = MAX_PIXELS
+    """Bound on the decoded pixels of a chunk."""
 
-    @property
-    def n_frames(self) -> int:
-        """Most frames of a chunk, by both bounds."""
-        frame_pixels = self.frame_pixels()
-        by_pixels = self.max_chunk_pixels // frame_pixels if frame_pixels else self.chunk_frames
-        return max(1, min(self.chunk_frames, by_pixels))
+    def most_frames(self, frame_pixels: int) -> int:
+        """Returns the most frames of a chunk, by both bounds, of frames with so many pixels (0: unknown)."""
+        return frames_together(self.chunk_frames, frame_pixels, self.max_chunk_pixels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +108,40 @@ def _places(table: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(*texts, "\n")
 
 
+_MARK = re.compile(r"_g(\d{3,})\.json")
+
+
+def mark_path(generation: int) -> str:
+    """Returns the path of a generation's mark within the output."""
+    return f"manifest/_g{generation:03d}.json"
+
+
+def mark_of(path: str) -> str:
+    """Returns the path of the mark of the generation that a file of the manifest belongs to."""
+    return f"manifest/_{storage.name(path).partition('-')[0]}.json"
+
+
 def read_generations(out: str) -> list[dict[str, Any]]:
-    """Returns the marks of all whole generations, in order."""
-    folder = storage.join(out, "manifest")
-    names = sorted(
-        file.path for file in list_folder(folder) if file.path.startswith("_g") and file.path.endswith(".json")
-    )
-    return [json.loads(storage.read_bytes(storage.join(folder, name))) for name in names]
+    """Returns the marks of all whole generations, in order.
+
+    Raises:
+        JobFailed: a mark is damaged, or one before it is missing.
+    """
+    found = (_MARK.fullmatch(file.path) for file in list_folder(storage.join(out, "manifest")))
+    n_generations = max((int(match[1]) + 1 for match in found if match), default=0)
+    marks = []
+    for uri in (storage.join(out, mark_path(number)) for number in range(n_generations)):
+        try:
+            marks.append(unsealed(storage.read_bytes(uri)))
+        except (FileNotFoundError, ValueError) as error:
+            raise lost(uri, error) from error
+    return marks
+
+
+def lost(uri: str, error: Exception, remedy: str = "restore it, or start anew with --overwrite") -> JobFailed:
+    """Returns the error that says of a file of the plan that it is missing or damaged, and what to do."""
+    missing = isinstance(error, FileNotFoundError)
+    return JobFailed(f"{uri}: {'missing' if missing else f'damaged ({str(error).splitlines()[0]})'}; {remedy}")
 
 
 def append_generation(
@@ -117,7 +151,8 @@ def append_generation(
     marks = read_generations(out)
     number = len(marks)
     first_shard = max((mark["last_shard"] for mark in marks), default=-1) + 1
-    starts = _chunk_starts(rows, cutting.n_frames)
+    frame_pixels = cutting.frame_pixels(rows)
+    starts = _chunk_starts(rows, cutting.most_frames(frame_pixels))
     sizes = np.diff([*starts, len(rows)])
     shards = first_shard + _fill(sizes, cutting.shard_rows)
     planned = _with_chunks(rows, starts, sizes, shards, number, lineage_digest)
@@ -128,8 +163,13 @@ def append_generation(
         path = f"manifest/g{number:03d}-{len(files):05d}-{digest[:16]}.parquet"
         storage.write_whole(storage.join(out, path), data)
         files.append({"path": path, "rows": length, "bytes": len(data), "sha256": digest})
-    mark = {"files": files, "last_shard": int(shards[-1]), "ignored": dict(ignored)}
-    storage.put_if_absent(storage.join(out, "manifest", f"_g{number:03d}.json"), json_bytes(mark))
+    mark = {
+        "files": files,
+        "last_shard": int(shards[-1]),
+        "ignored": dict(ignored),
+        "frame_pixels": frame_pixels,
+    }
+    storage.put_if_absent(storage.join(out, mark_path(number)), sealed(mark))
 
 
 def delete_unmarked(out: str) -> None:
@@ -229,19 +269,36 @@ def open_manifest(uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(storage.open_read(uri))
 
 
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Returns the rows of a Parquet file that lies in memory.
+
+    `pq.read_table` may still hold `data` in a thread when it has returned, and a process that ends then is aborted: one
+    of 20 (Arrow 26 with other work beside it, 2026-11-24; github.com/apache/arrow/issues/34314).
+    """
+    names = None if columns is None else list(columns)
+    # Of a frame's part threads cost 2.0 ms instead of 1.4, `pq.read_table` 3.5 (70 columns, 2 cores, 2026-11-24).
+    return pq.ParquetFile(io.BytesIO(data)).read(columns=names, use_threads=len(data) > _SMALL_BYTES)
+
+
 def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
     try:
-        return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=list(columns))
-    except storage.StorageError:
-        raise
-    except (pa.ArrowInvalid, OSError) as error:  # gone, or bytes that are no Parquet
-        reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({str(error).splitlines()[0]})"
-        raise JobFailed(f"{uri}: {reason}; restore it, or start anew with --overwrite") from error
+        data = storage.read_bytes(uri)
+        if storage.sha256(data)[:16] not in storage.name(uri):
+            raise ValueError("its content is not what was planned")
+        return read_parquet(data, columns)
+    except (FileNotFoundError, ValueError) as error:
+        raise lost(uri, error) from error
 
 
 def list_folder(folder: str) -> list[storage.FileInfo]:
-    """Returns the files below a folder; none where it is not there."""
-    return list(storage.list_files(folder, must_exist=False))
+    """Returns the files below a folder but those that are not yet whole, or go just now; none where it is not there."""
+
+    def unless_gone(uri: str, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    files = storage.list_files(folder, must_exist=False, on_unreadable=unless_gone)
+    return [file for file in files if not storage.name(file.path).startswith(storage.TEMPORARY_PREFIX)]
 
 
 def parquet_bytes(table: pa.Table, *, row_group_size: int | None = None) -> bytes:
@@ -254,3 +311,23 @@ def parquet_bytes(table: pa.Table, *, row_group_size: int | None = None) -> byte
 def json_bytes(value: Any) -> bytes:
     """Returns a value as the JSON that the output holds."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode()
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """Returns a value as JSON with the digest of all that it says, by which damage is noticed when it is read."""
+    return json_bytes({**value, "seal": _seal(value)})
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """Returns the value that `sealed` was given. Raises ValueError where these are not its bytes any more."""
+    value = json.loads(data)
+    seal = value.pop("seal", None) if isinstance(value, dict) else None
+    if seal is None or seal != _seal(value):
+        raise ValueError("its content is not what was written")
+    return value
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    # Outputs of two runs are the same but for the figures of summary.json: so they have the same seal.
+    told = {name: told for name, told in value.items() if name != "figures"}
+    return storage.sha256(json.dumps(told).encode())  # without indent, a third of the time; jobs have many records

@@ -29,7 +29,7 @@ GAUGES = {
 
 
 class Mailbox:
-    """Events of the workers, until the driver takes them; it runs as an actor, which all of them reach."""
+    """Events of the workers, until the driver takes them: a part of an actor, which all of them reach."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []

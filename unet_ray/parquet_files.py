@@ -9,42 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray import storage
+from unet_ray.parquet_pages import PageGuard, TooMuch
 
-_GROUP_BYTES = 256 * 2**20  # what any row group may unpack to
-_BATCH_BYTES = 64 * 2**20  # what a batch of its rows may come to; Arrow takes twice that while it is made
+_GROUP_BYTES = 256 * 2**20  # what any row group may unpack to; one of images 100 times its size, if that is more
+_BATCH_BYTES = 16 * 2**20  # what a batch of its rows may come to; Arrow takes twice that while it is made
 _MOST_UNPACKED = 100  # bytes out of one; encoded images hardly pack at all, blank ones of BMP reach this
-_SMALL_FILE_BYTES = 128 * 2**20  # what the rows of any file may come to
-_MANIFEST_ROW_BYTES = 100  # what a row costs besides what it says; a catalogue of 1,000,000 comes to 27 times its size
+_LISTED_BYTES = 384 * 2**20  # what the rows of a file may come to
+_MANIFEST_ROW_BYTES = 100  # what a row costs besides what it says
 _DICTIONARY_ENCODINGS = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY", "BIT_PACKED"}  # Arrow 26 has no others
 _VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
-class TooMuch(ValueError):
-    """A file that comes to so much more than lies in it that it was made for that."""
-
-
 class Allowance:
-    """What the rows of a file may still come to: 100 times its size, of a small one 128 MB.
+    """What the rows of a file may still come to, of 384 MB: 1,000,000 rows that say 70 letters each.
 
-    Listing takes three times that: a catalogue of 3.1 MB that says one text in 20,000 rows reached 1.0 GB, one of
-    8.1 MB 2.5 GB (2026-11-22). An honest one is listed in memory just so, and comes to 27 times its size.
+    So listing stays under 1 GB (the worst found: 0.92 GB, 2026-11-22). The file's size allows no more: honest
+    catalogues come to 13 to 50 times theirs, and a bad one may be as large as it likes.
     """
 
-    def __init__(self, size_bytes: int):
-        self._size_bytes, self._taken = size_bytes, 0
+    def __init__(self) -> None:
+        self._taken = 0
 
     def take(self, n_rows: int, n_bytes: int) -> None:
         """Counts rows that are about to be made, and the bytes that they hold. Raises `TooMuch`."""
         self._taken += n_rows * _MANIFEST_ROW_BYTES + n_bytes
-        if self._taken > max(_SMALL_FILE_BYTES, _MOST_UNPACKED * self._size_bytes):
-            raise TooMuch(f"its rows come to more than {_MOST_UNPACKED} times its {self._size_bytes:,} bytes")
+        if self._taken > _LISTED_BYTES:
+            limit = f"{_LISTED_BYTES >> 20} MB"
+            raise TooMuch(f"its rows come to more than {limit}; if they are what you want, make several files of it")
 
 
 def is_plain(kind: pa.DataType) -> bool:
@@ -74,33 +72,36 @@ def open_parquet(file_uri: str, *, as_dictionaries: bool = False) -> Iterator[Pa
         StorageError: the store did not answer.
     """
     with storage.open_read(file_uri) as source:
-        with _as_invalid():
-            opened = ParquetRows(source, as_dictionaries=as_dictionaries)
+        with _as_invalid(file_uri):
+            opened = ParquetRows(source, file_uri, as_dictionaries=as_dictionaries)
         yield opened
 
 
 @contextmanager
-def _as_invalid() -> Iterator[None]:
-    """Arrow has an OSError for many a damage."""
+def _as_invalid(uri: str) -> Iterator[None]:
+    """What is damaged is invalid, for which Arrow has OSErrors, too, without a number; others are the store's."""
     try:
         yield
-    except storage.StorageError:
-        raise
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            with storage.naming(uri):
+                raise
         raise pa.ArrowInvalid(f"is no Parquet file that can be read: {' '.join(str(error).split())}") from error
 
 
 class ParquetRows:
     """An open Parquet file, whose row groups are read in bounded batches."""
 
-    def __init__(self, source: Any, *, as_dictionaries: bool):
-        self._file = pq.ParquetFile(source)
+    def __init__(self, source: BinaryIO, uri: str, *, as_dictionaries: bool):
+        self._uri = uri
+        self._source = PageGuard(source)
+        self._file = pq.ParquetFile(self._source)
         self.schema: pa.Schema = self._file.schema_arrow
         self._dictionaries: set[str] = set()
         if as_dictionaries:
             self._dictionaries = set(self._texts())
             self._file = pq.ParquetFile(
-                source, metadata=self._file.metadata, read_dictionary=sorted(self._dictionaries)
+                self._source, metadata=self._file.metadata, read_dictionary=sorted(self._dictionaries)
             )
 
     @property
@@ -157,22 +158,32 @@ class ParquetRows:
                 largest += chunk.total_uncompressed_size if is_said_again else 0
         n_rows = max(1, min(most_rows, _BATCH_BYTES // max(1, largest)))
         columns = None if column is None else [column]
-        with _as_invalid():
+        with _as_invalid(self._uri):
+            self._source.watch(self._file.metadata.row_group(group))
             yield from self._file.iter_batches(n_rows, row_groups=[group], columns=columns)
 
-    def pieces(self, allowance: Allowance, most_rows: int, column: str | None = None) -> Iterator[pa.RecordBatch]:
+    def pieces(
+        self, allowance: Allowance, most_rows: int, column: str | None = None, *, n_times: int = 1
+    ) -> Iterator[pa.RecordBatch]:
         """Yields the rows of all groups in pieces that fit the memory without their dictionaries, too.
+
+        Args:
+            allowance: what the rows are counted against.
+            most_rows: of a piece.
+            column: the only column that is read, by its path; None reads all.
+            n_times: how often the caller holds what the rows say.
 
         Raises:
             TooMuch: before what was made to fill the memory does so.
         """
         for group in range(self._file.num_row_groups):
-            if (why := self.why_too_much(group, column)) is not None:
-                raise TooMuch(why)
+            packed, unpacked = self.packed_and_unpacked(group, column)
+            if unpacked > _GROUP_BYTES:  # whatever lies in the file: of rows that are listed, all are held
+                raise TooMuch(f"its row group unpacks from {packed:,} to {unpacked:,} bytes; write smaller row groups")
             for batch in self.batches(group, most_rows, column):
                 for piece in _halved(batch):
-                    allowance.take(len(piece), _decoded_bytes(piece))
-                    yield piece
+                    allowance.take(len(piece), n_times * _decoded_bytes(piece))
+                    yield _without_the_rest(piece)
 
 
 def _value_bytes(about: Any) -> int:
@@ -188,6 +199,16 @@ def _halved(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     half = len(batch) // 2
     yield from _halved(batch.slice(0, half))
     yield from _halved(batch.slice(half))
+
+
+def _without_the_rest(piece: pa.RecordBatch) -> pa.RecordBatch:
+    """A slice's lists refer to those of the whole batch: casting them would make all of these."""
+    rows = pa.array(range(len(piece)))
+    columns = [
+        column.take(rows) if pa.types.is_nested(column.type) and is_plain(column.type) else column
+        for column in piece.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=piece.schema)
 
 
 def _decoded_bytes(values: pa.RecordBatch | pa.Array) -> int:

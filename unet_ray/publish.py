@@ -3,8 +3,9 @@
 Steps, after each of which a kill does no harm and the same command goes on. Of each shard: (1) its parts become a file
 of `frames/`, a pure function of the records; (2) the file is noted, and stands for its chunks from now on; (3) their
 records and parts go, so that the masks do not lie there twice. Of all: (4) class_statistics.parquet; (5) summary.json,
-which says what is whole; (6) `_work/` goes. Until (2), (1) is done again and writes the same bytes; so does (4) until
-(5). What (5) says of the files of `frames/` is in the footer of (4) too: either can be made again from the other.
+which says what is whole; (6) `_work/` goes, and what killed writers left of files. Until (2), (1) is done again and
+writes the same bytes; so does (4) until (5). What (5) says of the files of `frames/` is in the footer of (4) too:
+either can be made again from the other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet_ray import ledger, results, storage
+from unet_ray import ledger, manifest, results, storage
 from unet_ray.endings import JobFailed
 from unet_ray.ledger import Chunk, Lineage, Plan, Receipt
-from unet_ray.manifest import json_bytes, list_folder, parquet_bytes
+from unet_ray.manifest import list_folder, parquet_bytes, sealed
 
 _GROUP_ROWS = 2_048
 """Rows of a row group of a published file: 12 MB of masks of 480x640, small enough to skip by statistics."""
@@ -84,7 +85,7 @@ def publish(
     """
     done = finished_summary(plan)
     if done is not None:
-        storage.delete_tree(storage.join(plan.out, "_work"))  # left by a kill after step 5
+        _clear_up(plan.out)  # after a kill after step 5
         return done
     published, receipts = _published_and_not(plan)
     _require_share(plan, published, receipts, max_rejected)
@@ -101,12 +102,19 @@ def publish(
     in_order = [files[shard] for shard in sorted(files)]
     summary = _summary(plan, in_order, figures or {})
     # Last, and only then the work goes: a record stands until what it stands for is published.
-    storage.write_whole(storage.join(plan.out, "summary.json"), json_bytes(summary))
-    # Damage first: while it is noted its records count, and while a record counts its part is needed.
-    for name in ("damaged", "records"):
-        storage.delete_tree(storage.join(plan.out, "_work", name))
-    storage.delete_tree(storage.join(plan.out, "_work"))
+    storage.write_whole(storage.join(plan.out, "summary.json"), sealed(summary))
+    _clear_up(plan.out)
     return summary
+
+
+def _clear_up(out: str) -> None:
+    """Deletes the work, and what killed writers left beside it. What stays goes at the next run: all is published."""
+    with contextlib.suppress(storage.StorageError):
+        # Damage first: while it is noted its records count, and while a record counts its part is needed.
+        for name in ("_work/damaged", "_work/records", "_work"):
+            storage.delete_tree(storage.join(out, name))
+        for name in ("", "frames", "manifest"):
+            storage.delete_unfinished(storage.join(out, name))
 
 
 def _published_and_not(plan: Plan) -> tuple[dict[int, dict[str, Any]], dict[int, list[Receipt]]]:
@@ -246,7 +254,7 @@ def _read_parts(task: ShardTask) -> Iterator[pa.Table]:
                 if isinstance(content, OSError):
                     raise content
                 raise storage.StorageError(f"{uri} is damaged; run the same command again: its frames are done anew")
-            yield pq.read_table(io.BytesIO(content))
+            yield manifest.read_parquet(content)
 
 
 def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -282,24 +290,29 @@ def _summary(plan: Plan, files: Sequence[dict[str, Any]], figures: Mapping[str, 
         raise JobFailed(
             f"{plan.out}: {listed:,} frames are listed and {rows:,} rows published; this is a bug, report it"
         )
-    noted = {ledger.FILES_KEY: json.dumps(list(files))}  # should summary.json be lost
+    noted = {ledger.FILES_KEY: sealed({"files": list(files)})}  # should summary.json be lost
     statistics = parquet_bytes(_statistics(plan.out, files, plan.lineage).replace_schema_metadata(noted))
     storage.write_whole(storage.join(plan.out, "class_statistics.parquet"), statistics)
-    about = {
-        "path": "class_statistics.parquet",
-        "bytes": len(statistics),
-        "sha256": storage.sha256(statistics),
-    }
     return {
         "format_version": results.FORMAT_VERSION,
         "listed": listed,
         "ok": listed - sum(rejected.values()),
         "rejected": dict(sorted(rejected.items())),
         "ignored": dict(plan.ignored),
-        "files": [*plan.manifest_files, *files, about],
+        "files": [*_proofs(plan), *plan.manifest_files, *files, _entry("class_statistics.parquet", statistics)],
         "recorded": dict(plan.recorded),
         "figures": dict(figures),
     }
+
+
+def _proofs(plan: Plan) -> list[dict[str, Any]]:
+    """Returns what summary.json says of run.json and of the marks of the plan's generations."""
+    marks = dict.fromkeys(manifest.mark_of(file["path"]) for file in plan.manifest_files)
+    return [_entry(path, storage.read_bytes(storage.join(plan.out, path))) for path in ("run.json", *marks)]
+
+
+def _entry(path: str, data: bytes) -> dict[str, Any]:
+    return {"path": path, "bytes": len(data), "sha256": storage.sha256(data)}
 
 
 def _statistics(out: str, files: Iterable[Mapping[str, Any]], lineage: Lineage) -> pa.Table:
@@ -312,8 +325,8 @@ def _statistics(out: str, files: Iterable[Mapping[str, Any]], lineage: Lineage) 
     return results.class_statistics(batches, lineage.class_set)
 
 
-def retry_rejected(plan: Plan, reason: str) -> int:
-    """Makes chunks with frames rejected for `reason` (`all`: any) pending again; returns how many frames that retries.
+def retry_rejected(plan: Plan, reasons: Collection[str] = ()) -> int:
+    """Makes chunks with frames rejected for some reasons (any, without one) pending again; returns how many frames.
 
     A published shard with such frames goes back to parts and records: those of its other chunks, so that only the
     chunks with rejected frames are done again; one that is damaged is done again whole.
@@ -321,41 +334,45 @@ def retry_rejected(plan: Plan, reason: str) -> int:
     Raises:
         ValueError: there is no such reason.
     """
-    if reason not in ("all", *results.REASONS):
-        raise ValueError(f"--retry-rejected is {reason!r}; the reasons are {', '.join(results.REASONS)}, or all")
+    for reason in reasons:
+        if reason not in results.REASONS:
+            raise ValueError(
+                f"--retry-rejected is {reason!r}; the reasons are {', '.join(results.REASONS)}; without one, all"
+            )
+    reasons = reasons or results.REASONS
     n_frames = 0
     published = ledger.published_shards(plan.out)
     for shard, file in published.items():
-        if not (count := _count(file["rejected"], reason)):
+        if not (count := _count(file["rejected"], reasons)):
             continue
         if _verify_file(plan.out, file):
             ledger.mark_damaged(plan.out, shard_name(shard))
             n_frames += count
         else:
-            n_frames += _reopen(plan, shard, reason)
+            n_frames += _reopen(plan, shard, reasons)
     recorded = ledger.recorded_keys(plan.out)
     keys = [chunk.key for chunk in plan.chunks if chunk.shard not in published and chunk.key in recorded]
     for receipt in ledger.read_receipts(plan.out, keys):
-        if count := _count(receipt.rejected, reason):
+        if count := _count(receipt.rejected, reasons):
             storage.delete(ledger.record_uri(plan.out, receipt.key))
             n_frames += count
     return n_frames
 
 
-def _count(rejected: Mapping[str, int], reason: str) -> int:
-    return sum(count for name, count in rejected.items() if reason in ("all", name))
+def _count(rejected: Mapping[str, int], reasons: Collection[str]) -> int:
+    return sum(count for reason, count in rejected.items() if reason in reasons)
 
 
-def _reopen(plan: Plan, shard: int, reason: str) -> int:
+def _reopen(plan: Plan, shard: int, reasons: Collection[str]) -> int:
     """Takes a published shard apart: a part and record for each chunk without such frames, then it counts no more."""
-    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(plan.out, "frames", shard_name(shard)))))
+    table = manifest.read_parquet(storage.read_bytes(storage.join(plan.out, "frames", shard_name(shard))))
     start = n_frames = 0
     for chunk in (chunk for chunk in plan.chunks if chunk.shard == shard):
         rows = table.slice(start, chunk.n_rows).replace_schema_metadata()
         start += chunk.n_rows
-        reasons = Counter(rows["reason"].to_pylist())
-        del reasons[None]
-        if count := _count(reasons, reason):
+        rejected = Counter(rows["reason"].to_pylist())
+        del rejected[None]
+        if count := _count(rejected, reasons):
             n_frames += count
         else:
             ledger.commit(plan.out, chunk, rows, writer="reopened")
@@ -383,33 +400,51 @@ def verify(out: str) -> list[str]:
         return [str(error)]
     summary = ledger.read_summary(out)
     if summary is None:
-        missing = len(ledger.pending(plan))
-        return [
-            f"{out}/summary.json: missing or damaged: the output is not finished, {missing:,} of {len(plan.chunks):,} "
-            "chunks are to be done; run segment again"
-        ]
+        return [_unfinished(plan)]
     if newer := _not_in(summary, ledger.read_notes(out)):
         return [f"{path}: published by a job that did not finish; run segment again" for path in newer]
     problems = [problem for file in summary["files"] for problem in _verify_file(out, file)]
     problems += _strangers(out, summary)
     chunks_of = {shard: [c for c in plan.chunks if c.shard == shard] for shard in {c.shard for c in plan.chunks}}
-    listed = {file["path"] for file in summary["files"]}
+    listed = {file["path"]: file for file in summary["files"]}
     for shard, chunks in sorted(chunks_of.items()):
         path = f"frames/{shard_name(shard)}"
         if path not in listed:
             problems.append(f"{path}: not published yet; run segment again")
         elif not any(problem.startswith((path, "manifest/")) for problem in problems):
-            problems += _verify_rows(plan, path, chunks)
-    if summary["listed"] != plan.n_frames or summary["listed"] != summary["ok"] + sum(summary["rejected"].values()):
-        problems.append(
-            f"summary.json: {summary['listed']:,} frames listed, {summary['ok']:,} ok, {summary['rejected']} rejected; "
-            f"the manifest lists {plan.n_frames:,}"
-        )
+            problems += _verify_rows(plan, listed[path], chunks)
+    problems += _verify_counts(plan, summary)
     for name in {problem.partition(":")[0] for problem in problems}:
         if name.startswith("frames/") or name == "class_statistics.parquet":
             with contextlib.suppress(PermissionError):  # who may only read may verify
                 ledger.mark_damaged(out, name.removeprefix("frames/"))
     return problems
+
+
+def _unfinished(plan: Plan) -> str:
+    left = ledger.pending(plan)
+    first = ""
+    if left:
+        frame = ledger.read_rows(left[0])["frame_id"][0].as_py()
+        first = f" (first {left[0].chunk_id}, from frame {frame} on)"
+    return (
+        f"{plan.out}/summary.json: missing or damaged: the output is not finished, {len(left):,} of "
+        f"{len(plan.chunks):,} chunks are to be done{first}; run segment again"
+    )
+
+
+def _verify_counts(plan: Plan, summary: Mapping[str, Any]) -> list[str]:
+    """Checks that the manifest and the counts of the single files, which are those of their rows, give the sums."""
+    files = [file for file in summary["files"] if file["path"].startswith("frames/")]
+    rejected = sum((Counter(file["rejected"]) for file in files), Counter())
+    n_rows = sum(file["rows"] for file in files)
+    said = (summary["listed"], summary["ok"], Counter(summary["rejected"]))
+    if said == (plan.n_frames, n_rows - rejected.total(), rejected) and n_rows == plan.n_frames:
+        return []
+    return [
+        f"summary.json: {summary['listed']:,} frames listed, {summary['ok']:,} ok, {summary['rejected']} rejected; "
+        f"the manifest lists {plan.n_frames:,}, and of {n_rows:,} rows {dict(rejected)} are rejected"
+    ]
 
 
 def _verify_file(out: str, file: Mapping[str, Any]) -> list[str]:
@@ -429,21 +464,31 @@ def _strangers(out: str, summary: Mapping[str, Any]) -> list[str]:
     folder = storage.join(out, "frames")
     there = [f"frames/{file.path}" for file in list_folder(folder)]
     return [
-        f"{path}: not in summary.json; its rows would be read twice, delete it"
-        for path in there
-        if path not in listed and not storage.name(path).startswith(storage.TEMPORARY_PREFIX)
+        f"{path}: not in summary.json; its rows would be read twice, delete it" for path in there if path not in listed
     ]
 
 
-def _verify_rows(plan: Plan, path: str, chunks: Sequence[Chunk]) -> list[str]:
-    """Checks that the rows of a file are the manifest's, in order, and that the pixels of each mask add up."""
+def _verify_rows(plan: Plan, file: Mapping[str, Any], chunks: Sequence[Chunk]) -> list[str]:
+    """Checks that the rows of a file are the manifest's, in order, and that their counts and pixels add up."""
+    path = file["path"]
     names = [f"pixels_{name}" for name in plan.lineage.class_set.names]
-    columns = ["frame_id", "status", "mask_height_px", "mask_width_px", *names]
-    rows = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(plan.out, path))), columns=columns)
+    columns = ["frame_id", "status", "reason", "mask_height_px", "mask_width_px", *names]
+    rows = manifest.read_parquet(storage.read_bytes(storage.join(plan.out, path)), columns)
     planned = pa.concat_tables([ledger.read_rows(chunk).select(["frame_id"]) for chunk in chunks])
     if not rows["frame_id"].equals(planned["frame_id"]):
         return [f"{path}: its frames are not those of the manifest ({len(rows):,} rows for {len(planned):,} frames)"]
-    ok = rows.filter(pc.equal(rows["status"], "ok"))
+    found = Counter(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
+    said = Counter({("rejected", reason): count for reason, count in file["rejected"].items()})
+    said["ok", None] = file["rows"] - said.total()
+    if found != said:
+        shown = [
+            ", ".join(f"{n:,} {reason or status}" for (status, reason), n in some.items()) for some in (found, said)
+        ]
+        return [f"{path}: its rows are {shown[0]}; summary.json says {shown[1]}"]
+    return _verify_pixels(path, rows.filter(pc.equal(rows["status"], "ok")), names)
+
+
+def _verify_pixels(path: str, ok: pa.Table, names: Sequence[str]) -> list[str]:
     total = pc.multiply(ok["mask_height_px"].cast(pa.int64()), ok["mask_width_px"].cast(pa.int64()))
     for name in names:
         total = pc.subtract(total, ok[name])

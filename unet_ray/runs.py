@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -45,8 +46,13 @@ def resolved(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def describe(split: Split, class_set: ClassSet, mask_format: str) -> dict[str, Any]:
-    """Returns what a run is about, for `run.json`: a run goes on with the same data only."""
+def describe(
+    split: Split, class_set: ClassSet, mask_format: str, class_weights_K: Sequence[float] | None
+) -> dict[str, Any]:
+    """Returns what a run is about, for `run.json`: a run goes on with the same data only.
+
+    `class_weights_K` are those of a file, of which the options hold the path alone.
+    """
     ids = {"train": [pair.pair_id for pair in split.train], "validation": [pair.pair_id for pair in split.validation]}
     versions = {name: importlib.metadata.version(name) for name in ("unet-ray", "ray", "tensorflow", "keras", "numpy")}
     return {
@@ -55,6 +61,7 @@ def describe(split: Split, class_set: ClassSet, mask_format: str) -> dict[str, A
         "frames_sha256": storage.sha256(json.dumps(ids).encode()),
         "classes_sha256": storage.sha256(json.dumps(class_set.to_dict(), sort_keys=True).encode()),
         "mask_format": mask_format,
+        "class_weights": dict(zip(class_set.names, class_weights_K, strict=True)) if class_weights_K else {},
         "split": split.how,
         "versions": versions,
     }
@@ -95,18 +102,24 @@ def _shown(value: Any) -> str:
 
 
 def require_same_data(config: TrainConfig, about: dict[str, Any]) -> None:
-    """Raises ValueError where the run in `--out` began with other frames, classes or meaning of masks."""
+    """Raises ValueError where the run in `--out` began with other frames, classes, weights or meaning of masks."""
     written = None if config.overwrite else _read(config.out, ABOUT_FILE)
     if written is None:
         return
-    before = json.loads(written)
-    different = [key for key in _DATA_KEYS if before.get(key) != about[key]]
+    before, now = _data(json.loads(written)), _data(about)
+    different = [key for key in now | before if before.get(key) != now.get(key)]
     if different:
-        shown = ", ".join(f"{key} was {before.get(key)}, now {about[key]}" for key in different)
+        shown = ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in different)
         raise ValueError(
             f"--out {config.out} holds a run that began with other data: {shown}; restore the data, give another --out,"
             " or --overwrite to delete that run and start anew"
         )
+
+
+def _data(about: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same, one value a name."""
+    weights = {f"class_weights/{name}": weight for name, weight in about.get("class_weights", {}).items()}
+    return {key: about.get(key) for key in _DATA_KEYS} | weights
 
 
 def begin(config: TrainConfig, about: dict[str, Any]) -> None:

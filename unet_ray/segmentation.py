@@ -2,68 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
+import functools
 import os
-import threading
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import ray
-from ray.util import metrics
 
-from unet_ray import cluster, images, ledger, publish, storage
+from unet_ray import cluster, ledger, publish, storage
 from unet_ray.archives import IMAGE_EXTENSIONS
 from unet_ray.bundle import Bundle, read_bundle
 from unet_ray.cluster import say
 from unet_ray.config import SegmentConfig
 from unet_ray.contents import read_frames
-from unet_ray.decoding import DecodeOptions
+from unet_ray.decoding import DecodeOptions, count_pixels
 from unet_ray.devices import has_bfloat16
 from unet_ray.endings import JobFailed
 from unet_ray.frames import Listing, list_archives
+from unet_ray.labelling import work
 from unet_ray.machines import require_seen_by_all
+from unet_ray.manifest import known_and_new, read_parquet
 from unet_ray.options import to_yaml
-from unet_ray.progress import Progress
 from unet_ray.results import RESULT_VERSION
 from unet_ray.tiling import Tiling, choose_tiling
-from unet_ray.waves import TASK_RETRIES, Allocation, WaveJob, allocate, map_on_cluster, run_wave
-
-WAVE_CHUNKS = 2000
-"""Chunks that Ray Data gets at once. 16,000 read tasks delay the first block by 18 s, 500 by 4 s (Ray 2.60)."""
+from unet_ray.waves import (
+    TASK_RETRIES,
+    Allocation,
+    WaveJob,
+    allocate,
+    map_on_cluster,
+)
 
 SIZES_LOOKED_AT = 64
 """Frames that are read before the archive is cut into chunks: the first of so many drives and cameras."""
-
-HEARTBEAT_S = 15.0
-
-HEARTBEAT_END_S = 5.0
-"""For which the job waits until its sign of life is gone: a store that does not answer must not hold up its end."""
-
-COUNTERS: Mapping[str, tuple[Any, ...]] = {
-    "unet_ray_segment_frames_labelled": ("Frames labelled",),
-    "unet_ray_segment_frames_rejected": ("Frames rejected", ("reason",)),
-}
-"""Description and tags. Ray puts `ray_` before a name, and `_total` behind a counter's."""
-
-GAUGES = {
-    "frames_listed": "Frames of the archives",
-    "frames_left": "Frames that are neither labelled nor rejected",
-}
-
-TROUBLED_IN_A_ROW = 8
-"""Chunks that could not be read or written, one after another and each after `--storage-retry-s`, after which the job
-ends: the store is gone or the output's disk is full, and going on with the rest would be for nothing."""
 
 _RECORDED_PACKAGES = ("unet-ray", "ray", "tensorflow", "keras", "pillow", "imagecodecs", "simplejpeg", "pyarrow")
 
@@ -101,30 +78,34 @@ def segment(config: SegmentConfig) -> SegmentResult:
     config.configure_storage()
     bundle = read_bundle(config.model)
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
-    with ThreadPoolExecutor(1) as background:  # Ray's start takes 3 s
-        listing_soon = background.submit(
-            list_archives, config.frames, path_pattern=config.path_pattern, image_column=config.image_column
-        )
-        cluster.connect()
-        listing = listing_soon.result()
+    published = _is_published(config) and cluster.is_local()
+    listing = _list(config) if published else _list_and_connect(config)
     _refuse_unlistable(listing)
     _say_ignored(listing)
+    if published:
+        if result := _finished(config, bundle, tiling, listing):
+            return result
+        cluster.connect()
     device = cluster.resolve_device(config.device)
     precision = _precision(config, device)
-    require_seen_by_all(_read_by_workers(config, listing), storage.resolve(config.out))
+    look = functools.partial(require_seen_by_all, _read_by_workers(config, listing), storage.resolve(config.out))
+    look()  # before anything is written
 
     plan = _plan(config, bundle, tiling, precision, device, listing)
     _say_changes(plan)
     chunks = ledger.pending(plan)
     if chunks:
+        if config.retry_rejected is not None:
+            _say_still_changed(chunks, listing)
         cluster.wait_for_first_node(device, config.wait_for_resources_s)
     allocation = allocate(config, device)
     say(_arithmetic(plan, chunks, config, precision, allocation))
     frames_per_s = 0.0
     if chunks:
         cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
+        look()  # on the nodes that have come only now, too
         job = _wave_job(config, plan, bundle, tiling, precision, device, allocation)
-        frames_per_s = _work(job, plan, chunks, config.max_rejected)
+        frames_per_s = work(job, plan, chunks, config.max_rejected)
     is_news = bool(chunks) or publish.finished_summary(plan) is None
     figures = {"frames_per_s": round(frames_per_s, 1)}
     summary = publish.publish(plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster)
@@ -135,6 +116,44 @@ def segment(config: SegmentConfig) -> SegmentResult:
 
 
 # --- before ---
+
+
+def _list(config: SegmentConfig) -> Listing:
+    return list_archives(config.frames, path_pattern=config.path_pattern, image_column=config.image_column)
+
+
+def _list_and_connect(config: SegmentConfig) -> Listing:
+    with ThreadPoolExecutor(1) as background:  # Ray's start takes 3 s
+        listing_soon = background.submit(_list, config)
+        cluster.connect()
+        return listing_soon.result()
+
+
+def _is_published(config: SegmentConfig) -> bool:
+    """Whether an earlier run of this output has come to its end and nothing of it is to be done again."""
+    is_kept = not config.overwrite and config.retry_rejected is None
+    return is_kept and storage.exists(storage.join(storage.resolve(config.out), "summary.json"))
+
+
+def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, listing: Listing) -> SegmentResult | None:
+    """Says how an output ended if there is nothing to do, for which no Ray need start; else returns None."""
+    out = storage.resolve(config.out)
+    try:
+        options = ledger.options_of(out)
+        if options is None or len(known_and_new(out, listing.table)[1]):
+            return None
+    except (ValueError, JobFailed):
+        return None  # the way that all jobs go will say what is wrong
+    precision = options["precision"] if config.precision == "auto" else config.precision
+    plan = _plan(config, bundle, tiling, precision, config.device, listing)
+    if publish.finished_summary(plan) is None or ledger.pending(plan):
+        return None
+    _say_changes(plan)
+    say(f"{plan.n_frames:,} frames in {len(plan.chunks):,} chunks, 0 in 0 to do")
+    result = _result(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
+    _say_result(result)
+    _show_preview(plan, is_news=False)
+    return result
 
 
 def _refuse_unlistable(listing: Listing) -> None:
@@ -203,13 +222,13 @@ def _plan(
         ledger.Cutting(
             chunk_frames=config.chunk_frames,
             shard_rows=config.shard_rows,
-            frame_pixels=partial(_frame_pixels, listing),
+            frame_pixels=functools.partial(_frame_pixels, timeout_s=config.frame_timeout_s),
         ),
         config_yaml=to_yaml(config),
         recorded={"device": device, **{name: version(name) for name in _RECORDED_PACKAGES}},
         overwrite=config.overwrite,
     )
-    if config.retry_rejected:
+    if config.retry_rejected is not None:
         say(f"rejected frames that are tried again: {publish.retry_rejected(plan, config.retry_rejected):,}")
     return plan
 
@@ -231,18 +250,36 @@ def _say_changes(plan: ledger.Plan) -> None:
         )
 
 
-def _frame_pixels(listing: Listing) -> int:
-    """Pixels of the largest first frame of a drive's camera, by which chunks are cut; 0 where none says its size."""
-    numbered = listing.table.select(["sequence", "camera"]).append_column(
-        "row", pa.array(np.arange(len(listing.table)))
-    )
+def _say_still_changed(chunks: Sequence[ledger.Chunk], listing: Listing) -> None:
+    """Frames that trying again does not help, as they are not again what was listed."""
+    rows = pa.concat_tables([ledger.read_rows(chunk).select(["frame_id", "version"]) for chunk in chunks])
+    now = listing.table["version"].take(pc.index_in(rows["frame_id"], listing.table["frame_id"]))
+    n_changed = pc.sum(pc.not_equal(rows["version"], now)).as_py()
+    if n_changed:
+        say(
+            f"warning: {n_changed:,} of the frames to do are other files now than when they were listed, and will be "
+            "rejected as changed; to label them as they are now, give another --out, or --overwrite for all of it"
+        )
+
+
+def _frame_pixels(rows: pa.Table, timeout_s: float) -> int:
+    """Pixels of the largest first frame of a drive's camera, by which chunks are cut; 0 where none says its size.
+
+    A frame may end the process that looks at its header, so that is a worker: one that runs already, as a rule.
+    """
+    numbered = rows.select(["sequence", "camera"]).append_column("row", pa.array(np.arange(len(rows))))
     firsts = numbered.group_by(["sequence", "camera"]).aggregate([("row", "min")])["row_min"].sort()
     looked_at = firsts.take(np.unique(np.linspace(0, len(firsts) - 1, SIZES_LOOKED_AT, dtype=np.int64)))
+    count = ray.remote(num_cpus=0, max_retries=0)(count_pixels)
     pixels = [0]
-    for content in read_frames(listing.table.take(looked_at)):
+    for content in read_frames(rows.take(looked_at)):
         if isinstance(content, bytes):
-            with contextlib.suppress(images.ImageRefused):
-                pixels.append(math.prod(images.frame_size(content)))
+            try:
+                pixels.append(ray.get(count.remote(content, timeout_s)))
+            except ray.exceptions.RayTaskError:
+                raise  # an error of this program's own
+            except ray.exceptions.RayError:  # the worker has ended
+                continue
     return max(pixels)
 
 
@@ -294,153 +331,11 @@ def _wave_job(
     )
 
 
-# --- work ---
-
-
-def _work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejected: float) -> float:
-    """Labels the chunks; returns frames a second. What is left without a record is tried once more, carefully."""
-    other = ledger.other_job(plan.out, job.writer)
-    if other:
-        say(
-            f"warning: another job, {other}, worked on this output within the last minute; if it was killed, nothing is"
-            " lost, and if it still works, both may go on: the result is the same"
-        )
-    started_s = time.monotonic()
-    todo = sum(chunk.n_rows for chunk in chunks)
-    tally = _Tally(plan.n_frames, max_rejected)
-    if todo < plan.n_frames:
-        _count_earlier(plan, tally)
-    progress = Progress(plan.n_frames, "frames", done=plan.n_frames - todo)
-    meters = _Meters(plan.n_frames, todo)
-    with _heartbeat(plan.out, job.writer), meters.gauges, progress:
-        _label(job, chunks, progress, tally, meters, carefully=False)
-        left = ledger.pending(plan)
-        if left:
-            say(f"{len(left):,} chunks have no record; once more, each frame in a process of its own")
-            _label(job, left, progress, tally, meters, carefully=True)
-            left = ledger.pending(plan)
-    progress.finish(tally.note())
-    if left and tally.trouble:
-        raise tally.trouble_error(f"{len(left):,} chunks are not done")
-    if left:
-        raise JobFailed(f"{len(left):,} chunks ended every process that labelled them, the first is {left[0].chunk_id}")
-    return todo / (time.monotonic() - started_s)
-
-
-def _label(
-    job: WaveJob,
-    chunks: Sequence[ledger.Chunk],
-    progress: Progress,
-    tally: _Tally,
-    meters: _Meters,
-    *,
-    carefully: bool,
-) -> None:
-    """Sends chunks through the cluster, wave after wave, and counts their receipts."""
-    for start in range(0, len(chunks), WAVE_CHUNKS):
-        finished = troubled = in_a_row = 0
-        for receipt in run_wave(job, chunks[start : start + WAVE_CHUNKS], carefully=carefully):
-            if receipt["trouble"] is not None:
-                tally.trouble, tally.is_refused = receipt["trouble"], receipt["refused"]
-                troubled, in_a_row = troubled + 1, in_a_row + 1
-                if in_a_row == TROUBLED_IN_A_ROW:
-                    break
-                continue
-            finished, in_a_row = finished + 1, 0
-            rejected: dict[str, int] = json.loads(receipt["rejected"])
-            meters.add(rejected, receipt["n_rows"])
-            tally.add(rejected, receipt["n_rows"])
-            progress.advance(receipt["n_rows"], tally.note())
-        if in_a_row == TROUBLED_IN_A_ROW or (troubled and not finished):
-            raise tally.trouble_error("storage does not answer")
-
-
-def _count_earlier(plan: ledger.Plan, tally: _Tally) -> None:
-    """Counts what earlier runs rejected."""
-    published, recorded = ledger.published_shards(plan.out), ledger.recorded_keys(plan.out)
-    for file in published.values():
-        tally.add(file["rejected"], file["rows"])
-    keys = [chunk.key for chunk in plan.chunks if chunk.shard not in published and chunk.key in recorded]
-    for receipt in ledger.read_receipts(plan.out, keys):
-        tally.add(receipt.rejected, receipt.n_rows)
-
-
-class _Tally:
-    """What the receipts say so far, and whether the job can still succeed."""
-
-    def __init__(self, n_frames: int, max_rejected: float) -> None:
-        self._n_frames, self._max_rejected = n_frames, max_rejected
-        self._n_done = 0
-        self._rejected: Counter[str] = Counter()
-        self.trouble: str | None = None
-        self.is_refused = False
-
-    def add(self, rejected: Mapping[str, int], n_rows: int) -> None:
-        """Counts a chunk. Raises JobFailed once more frames are rejected than may be, whatever is still to come."""
-        self._rejected.update(rejected)
-        self._n_done += n_rows
-        publish.require_share(self._rejected, self._n_done, self._n_frames, self._max_rejected)
-
-    def trouble_error(self, what: str) -> Exception:
-        """Returns what the job ends with; for want of rights, trying again would not help."""
-        if self.is_refused:
-            return JobFailed(f"{what}: {self.trouble}; give this job the right to it, then the same command goes on")
-        return storage.StorageError(f"{what}: {self.trouble}; the same command goes on")
-
-    def note(self) -> str:
-        return f", {self._rejected.total():,} rejected"
-
-
-class _Meters:
-    """The same for the cluster's Prometheus, of this run alone: `ray_unet_ray_segment_…`."""
-
-    def __init__(self, n_frames: int, n_left: int) -> None:
-        self._labelled, self._rejected = (metrics.Counter(name, *about) for name, about in COUNTERS.items())
-        self.gauges = cluster.Gauges("unet_ray_segment", GAUGES)
-        self._n_left = n_left
-        self.gauges.set("frames_listed", n_frames)
-        self.gauges.set("frames_left", n_left)
-
-    def add(self, rejected: Mapping[str, int], n_rows: int) -> None:
-        """Counts a chunk."""
-        for reason, count in rejected.items():
-            self._rejected.inc(count, {"reason": reason})
-        n_labelled = n_rows - sum(rejected.values())
-        if n_labelled:  # Ray refuses to count 0
-            self._labelled.inc(n_labelled)
-        self._n_left -= n_rows
-        self.gauges.set("frames_left", self._n_left)
-
-
-@contextlib.contextmanager
-def _heartbeat(out: str, writer: str) -> Iterator[None]:
-    """A sign of life of this job while the block runs, so that a second one is warned."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while True:
-            with contextlib.suppress(OSError):  # it only serves to warn; the work itself will say what storage has
-                ledger.heartbeat(out, writer)
-            if over.wait(HEARTBEAT_S):
-                break
-        with contextlib.suppress(OSError):
-            ledger.end_heartbeat(out, writer)
-
-    beating = threading.Thread(target=beat, daemon=True)
-    beating.start()
-    try:
-        yield
-    finally:
-        over.set()
-        beating.join(HEARTBEAT_END_S)
-
-
 # --- after ---
 
 
 def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
-    with storage.open_read(storage.join(plan.out, "class_statistics.parquet")) as file:
-        statistics = pq.read_table(file, columns=["class_name", "pixels"])
+    statistics = read_parquet(storage.read_bytes(storage.join(plan.out, "class_statistics.parquet")))
     pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
     for name, count in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
         pixels[name] += count

@@ -1,15 +1,15 @@
-"""The steps that a chunk of frames goes through, each a pure function of a table: decode, label, write; no Ray here.
+"""The steps that chunks of frames go through, each a pure function of a table: decode, label, write; no Ray here.
 
 Shapes: `N` frames, `H` height px, `W` width px, `C` colour, `K` classes; `h`, `w` the network's input.
 
-Between the steps a table has one row a frame: the columns of the manifest, and beside them those of a step, whose names
-begin with `_`:
+Between the steps a table has one row a frame, of one chunk or of several small ones: the columns of the manifest, and
+beside them those of a step, whose names begin with `_`. After trouble with storage it has one row a chunk.
 
-| column | after `decode_chunk` | after `label_chunk` |
+| column | after `decode_chunks` | after `label_chunks` |
 |---|---|---|
 | `_chunk` | the chunk, as JSON | the same |
-| `_trouble` | what storage said: the chunk must be tried again, and has no column but the next; else null | the same |
-| `_refused` | only beside trouble: whether it is for want of rights | the same |
+| `_trouble` | what was said: all must be tried again, and there is no column but the next; else null | the same |
+| `_kind` | only beside trouble: of which of `TROUBLES` | the same |
 | `_height_px`, `_width_px` | the frame's size, null where it was not found out | the same |
 | `_reason`, `_error` | why the frame is rejected, null where it is not | the same |
 | `_image` | uint8 RGB of the network's size (or the frame's); null where rejected | gone |
@@ -22,12 +22,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from unet_ray import decoding, images, ledger, results
 from unet_ray.classes import ClassSet
@@ -41,27 +45,33 @@ if TYPE_CHECKING:
 STORAGE_WAITS_S = (1.0, 5.0)
 """Pauses before a disk of this machine is asked again; a store was asked until `--storage-retry-s` were over."""
 
+TROUBLES = ("storage", "refused", "failed")
+"""Storage does not answer; it refuses for want of rights; a step has failed, so a device or the program is at fault."""
+
+_MOST_SAID = 300  # letters of an error that is not storage's: TensorFlow's have pages
+
 T = TypeVar("T")
 
 
-def decode_chunk(chunk: ledger.Chunk, options: DecodeOptions, *, carefully: bool = False) -> pa.Table:
-    """Reads and decodes the frames of a chunk.
+def decode_chunks(chunks: Sequence[ledger.Chunk], options: DecodeOptions, *, carefully: bool = False) -> pa.Table:
+    """Reads and decodes the frames of some chunks, as if they were one.
 
     Args:
-        chunk: which frames.
+        chunks: which frames.
         options: how.
         carefully: each frame in a process that it may end, because one of them has ended this one's.
     """
     decode = decoding.decode_carefully if carefully else decoding.decode_here
 
     def attempt() -> pa.Table:
-        rows = ledger.read_rows(chunk)
-        return _pack_frames(rows, chunk, decode(map(_gone_or_bytes, read_frames(rows)), options))
+        rows = pa.concat_tables([ledger.read_rows(chunk) for chunk in chunks])
+        of_rows = [text for chunk in chunks for text in [_to_json(chunk)] * chunk.n_rows]
+        return _pack_frames(rows, of_rows, decode(map(_gone_or_bytes, read_frames(rows)), options))
 
     try:
         return _patiently(attempt)
-    except OSError as error:
-        return _pack_trouble(chunk, error)
+    except Exception as error:  # noqa: BLE001
+        return _trouble_table([_to_json(chunk) for chunk in chunks], error)
 
 
 def _gone_or_bytes(content: bytes | FrameGone) -> bytes | DecodedFrame:
@@ -80,7 +90,7 @@ def _patiently(act: Callable[[], T]) -> T:
     return act()
 
 
-def _pack_frames(rows: pa.Table, chunk: ledger.Chunk, decoded: Iterable[DecodedFrame]) -> pa.Table:
+def _pack_frames(rows: pa.Table, chunks: Sequence[str], decoded: Iterable[DecodedFrame]) -> pa.Table:
     """The table after decoding; a frame's pixels are copied once."""
     pixels = _Buffers()
     sizes: list[tuple[int | None, int | None]] = []
@@ -92,7 +102,7 @@ def _pack_frames(rows: pa.Table, chunk: ledger.Chunk, decoded: Iterable[DecodedF
     assert len(sizes) == rows.num_rows, (len(sizes), rows.num_rows)
     return _with_columns(
         rows,
-        _chunk=pa.array([_to_json(chunk)] * rows.num_rows, pa.string()),
+        _chunk=pa.array(chunks, pa.string()),
         _trouble=pa.nulls(rows.num_rows, pa.string()),
         _height_px=pa.array([height_px for height_px, _ in sizes], pa.int32()),
         _width_px=pa.array([width_px for _, width_px in sizes], pa.int32()),
@@ -102,23 +112,32 @@ def _pack_frames(rows: pa.Table, chunk: ledger.Chunk, decoded: Iterable[DecodedF
     )
 
 
-def _pack_trouble(chunk: ledger.Chunk, error: OSError) -> pa.Table:
-    return _trouble_table(_to_json(chunk), error)
+def with_trouble(table: pa.Table, error: Exception) -> pa.Table:
+    """Returns what chunks are after trouble in a step behind decoding."""
+    return table if _has_trouble(table) else _trouble_table(list(dict.fromkeys(table["_chunk"].to_pylist())), error)
 
 
-def with_trouble(table: pa.Table, error: OSError) -> pa.Table:
-    """Returns what a chunk is after trouble with storage in a step behind decoding."""
-    return table if _has_trouble(table) else _trouble_table(table["_chunk"][0].as_py(), error)
+def _trouble_table(chunks: Sequence[str], error: Exception) -> pa.Table:
+    said, kind = _trouble(error)
+    rows = [{"_chunk": chunk, "_trouble": said, "_kind": kind} for chunk in chunks]
+    return pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in ("_chunk", "_trouble", "_kind")]))
 
 
-def _trouble_table(chunk_json: str, error: OSError) -> pa.Table:
-    return pa.table(
-        {
-            "_chunk": pa.array([chunk_json], pa.string()),
-            "_trouble": pa.array([" ".join(str(error).split())], pa.string()),
-            "_refused": pa.array([isinstance(error, PermissionError)]),
-        }
-    )
+def _trouble(error: Exception) -> tuple[str, str]:
+    """What an error says in one line, and of which of `TROUBLES` it is.
+
+    Every error counts, as one that a task raises would cost its block without a word: Ray is told to drop those, for
+    that of the process that a frame has ended is one of them.
+    """
+    said = " ".join(str(error).split())
+    if isinstance(error, PermissionError):
+        return said, "refused"
+    if isinstance(error, OSError):
+        return said, "storage"
+    places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    path, line = [place for place in places if place[0].parent == Path(__file__).parent][-1]
+    said = textwrap.shorten(said, _MOST_SAID, placeholder=" …")
+    return f"{type(error).__name__} in {path.name}:{line}: {said}", "failed"
 
 
 def _to_json(chunk: ledger.Chunk) -> str:
@@ -129,7 +148,7 @@ def _has_trouble(table: pa.Table) -> bool:
     return table["_trouble"][0].is_valid
 
 
-def label_chunk(table: pa.Table, labeler: Labeler, network_size: tuple[int, int] | None) -> pa.Table:
+def label_chunks(table: pa.Table, labeler: Labeler, network_size: tuple[int, int] | None) -> pa.Table:
     """Returns the table with masks and figures in place of pixels.
 
     Args:
@@ -168,34 +187,46 @@ def label_chunk(table: pa.Table, labeler: Labeler, network_size: tuple[int, int]
     )
 
 
-def write_chunk(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: str, writer: str) -> pa.Table:
-    """Writes a labelled chunk's part and then its record, and returns one row for the driver.
+def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: str, writer: str) -> pa.Table:
+    """Writes the part of each labelled chunk and then its record, and returns one row a chunk for the driver.
 
     Returns:
-        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what storage said, or null), `refused`
-        (whether that is for want of rights, which trying again does not mend).
+        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what was said, or null), `kind` (of which
+        of `TROUBLES`).
     """
-    chunk = ledger.Chunk(**json.loads(table["_chunk"][0].as_py()))
-    trouble = table["_trouble"][0].as_py()
-    refused = trouble is not None and table["_refused"][0].as_py()
-    rejected = "{}"
-    if trouble is None:
-        rows = table.select([name for name in table.column_names if not name.startswith("_")])
-        result = results.result_table(rows, chunk_labels(table, class_set, mask_encoding), class_set)
+
+    def write(of_chunk: pa.Table) -> dict[str, Any]:
+        chunk = ledger.Chunk(**json.loads(of_chunk["_chunk"][0].as_py()))
+        told: dict[str, Any] = {"chunk_id": chunk.chunk_id, "n_rows": chunk.n_rows, "rejected": "{}"}
+        if _has_trouble(of_chunk):
+            return told | {"trouble": of_chunk["_trouble"][0].as_py(), "kind": of_chunk["_kind"][0].as_py()}
         try:
+            rows = of_chunk.select([name for name in of_chunk.column_names if not name.startswith("_")])
+            result = results.result_table(rows, chunk_labels(of_chunk, class_set, mask_encoding), class_set)
             receipt = _patiently(lambda: ledger.commit(out, chunk, result, writer=writer))
-            rejected = json.dumps(dict(receipt.rejected))
-        except OSError as error:
-            trouble, refused = " ".join(str(error).split()), isinstance(error, PermissionError)
-    return pa.table(
-        {
-            "chunk_id": pa.array([chunk.chunk_id], pa.string()),
-            "n_rows": pa.array([chunk.n_rows], pa.int64()),
-            "rejected": pa.array([rejected], pa.string()),
-            "trouble": pa.array([trouble], pa.string()),
-            "refused": pa.array([refused]),
-        }
-    )
+        except Exception as error:  # noqa: BLE001
+            return told | dict(zip(("trouble", "kind"), _trouble(error), strict=True))
+        return told | {"rejected": json.dumps(dict(receipt.rejected))}
+
+    return pa.Table.from_pylist([write(of_chunk) for of_chunk in _by_chunk(table)], schema=_RECEIPT_SCHEMA)
+
+
+_RECEIPT_SCHEMA = pa.schema(
+    [
+        ("chunk_id", pa.string()),
+        ("n_rows", pa.int64()),
+        ("rejected", pa.string()),
+        ("trouble", pa.string()),
+        ("kind", pa.string()),
+    ]
+)
+
+
+def _by_chunk(table: pa.Table) -> Iterator[pa.Table]:
+    start = 0
+    for end in pc.run_end_encode(table["_chunk"].combine_chunks()).run_ends.to_pylist():
+        yield table.slice(start, end - start)
+        start = end
 
 
 def chunk_labels(table: pa.Table, class_set: ClassSet, mask_encoding: str) -> results.ChunkLabels:

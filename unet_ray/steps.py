@@ -44,20 +44,17 @@ def configure(device: str, n_cpus: int) -> None:
         tf.config.experimental.set_memory_growth(gpu, True)
 
 
-def start_strategy(n_workers: int, collective_timeout_s: float) -> tf.distribute.Strategy:
+def start_strategy(n_workers: int) -> tf.distribute.Strategy:
     """Joins the workers named in `TF_CONFIG`; a single one needs no strategy. To be called before any operation.
 
-    Args:
-        n_workers: workers in all.
-        collective_timeout_s: after which a sum that some worker does not come to is given up. A worker that died or was
-            stopped is noticed sooner, by TensorFlow's coordination service (1 s and 9 s).
-            TensorFlow keeps 18 KB for each sum until its time is over, two sums a step: at 600 s and 7 steps a second,
-            150 MB that then grow no further; after that 2 KB a step remain (tensorflow 2.21, 2026-11-21).
+    A worker that died or was stopped is noticed by TensorFlow's coordination service, in 1 s and 9 s. Sums have no
+    timeout of their own (TensorFlow would keep 18 KB for each until it is over): `Watchdog` ends who waits too long.
+    What TensorFlow keeps of every sum for ever, its name and members, is 1 KB, two sums a step (tensorflow 2.21:
+    the instance table of collective_param_resolver_local.cc; 2026-11-24).
     """
     if n_workers == 1:
         return tf.distribute.get_strategy()
-    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=collective_timeout_s)
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
     # Each worker feeds its own part of a batch, so a second replica in it would see the same frames again.
     assert strategy.num_replicas_in_sync == n_workers, (strategy.num_replicas_in_sync, n_workers)
     return strategy

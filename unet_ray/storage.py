@@ -1,4 +1,4 @@
-"""List, read and write files at any URI, whole or not at all.
+"""Read and write files at any URI, whole or not at all; what lies there say `listings`, whose names are here too.
 
 A URI is a local path or anything that fsspec opens (`s3://bucket/log`, `gs://…`, `memory://…`); `filesystems` says
 with which options, and how often a store is asked again.
@@ -17,13 +17,9 @@ import errno
 import hashlib
 import io
 import os
-import posixpath
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec.asyn
@@ -35,6 +31,7 @@ from unet_ray.filesystems import (
     FileChanged,
     StorageError,
     StorageRefused,
+    at_once,
     client_errors,
     filesystem,
     is_local,
@@ -43,194 +40,43 @@ from unet_ray.filesystems import (
     persistently,
     resolve,
 )
+from unet_ray.listings import (
+    FileInfo,
+    exists,
+    glob,
+    info,
+    is_folder,
+    join,
+    list_files,
+    list_parts,
+    name,
+    versions,
+)
 from unet_ray.local_files import TEMPORARY_PREFIX
 
 __all__ = [
     "REQUESTS_IN_FLIGHT",
     "TEMPORARY_PREFIX",
     "FileChanged",
+    "FileInfo",
     "StorageError",
     "StorageRefused",
+    "exists",
+    "glob",
+    "info",
+    "is_folder",
     "is_local",
+    "join",
+    "list_files",
+    "list_parts",
+    "name",
     "resolve",
+    "versions",
 ]  # what goes with all below
 
 T = TypeVar("T")
 
 _READ_AHEAD_BYTES = 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileInfo:
-    """One file as a listing saw it."""
-
-    path: str
-    """Path relative to the listed root, with `/` between its parts."""
-    uri: str
-    """The whole URI; an absolute path for a local file."""
-    size_bytes: int
-    """Size in bytes."""
-    version: str
-    """The entity tag where the store has one, else modification time (ns) and size: changes when the content does."""
-
-
-def join(uri: str, *names: str) -> str:
-    """Returns the URI of something below `uri`."""
-    return posixpath.join(uri.rstrip("/") or "/", *names)
-
-
-def name(uri: str) -> str:
-    """Returns the last part of a URI."""
-    return posixpath.basename(uri.rstrip("/"))
-
-
-def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
-    fs, path = filesystem(uri)
-    return persistently(uri, lambda: fs.exists(path))
-
-
-def is_folder(uri: str) -> bool:
-    """Whether a folder (on an object store: a prefix that something lies under) is there."""
-    fs, path = filesystem(uri)
-    return persistently(uri, lambda: fs.isdir(path))
-
-
-def info(uri: str) -> FileInfo:
-    """Returns size and version of one file, by a fresh look at the store. Raises FileNotFoundError."""
-    fs, path = filesystem(uri)
-    if isinstance(fs, LocalFileSystem):
-        with naming(uri):
-            return _local_info(path, os.path.basename(path))
-    return _remote_info(persistently(uri, lambda: fs.info(path)), name(path), uri)
-
-
-def _local_info(path: str, relative: str) -> FileInfo:
-    status = os.stat(path)
-    return FileInfo(
-        path=relative, uri=path, size_bytes=status.st_size, version=f"{status.st_mtime_ns}-{status.st_size}"
-    )
-
-
-def _remote_info(entry: dict[str, Any], relative: str, uri: str) -> FileInfo:
-    tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash")
-    modified = next((entry[key] for key in ("LastModified", "last_modified", "mtime", "created") if entry.get(key)), "")
-    if hasattr(
-        modified, "timestamp"
-    ):  # a listing and a look at one file may give a time in two types (fsspec's memory)
-        modified = modified.timestamp()
-    version = str(tag).strip('"') if tag else f"{modified}-{entry['size']}"
-    return FileInfo(path=relative, uri=uri, size_bytes=entry["size"] or 0, version=version)
-
-
-def list_files(
-    root: str, *, on_unreadable: Callable[[str, OSError], None] | None = None, must_exist: bool = True
-) -> Iterator[FileInfo]:
-    """Yields every file below a folder, hidden ones too, in the order of their paths; links to folders are followed.
-
-    Args:
-        root: URI of the folder.
-        on_unreadable: called with the URI and the error of what could not be listed; without it the error is raised.
-        must_exist: whether it is an error that there is no such folder; else there is nothing in it.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        NotADirectoryError: it is a file.
-        StorageError: the store did not answer.
-    """
-    fs, path = filesystem(root)
-    if not isinstance(fs, LocalFileSystem):
-        yield from _list_remote(root, fs, path, must_exist)
-        return
-    with naming(root):
-        if not must_exist and not os.path.lexists(path):
-            return
-        if not fs.exists(path):
-            raise FileNotFoundError(errno.ENOENT, "no such folder", root)
-        if not fs.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
-        yield from _list_local(path, "", on_unreadable, frozenset())
-
-
-def _list_remote(root: str, fs: Any, path: str, must_exist: bool) -> Iterator[FileInfo]:
-    """Yields what is below a folder of a store: one listing, and a look at the folder only where that is empty."""
-    base = fs._strip_protocol(path).rstrip("/")
-    parent, _, last = base.rpartition("/")
-    # s3fs itself looks twice at a folder in which it finds nothing.
-    where = (parent, {"prefix": f"{last}/"}) if is_s3(root) and parent else (path, {})
-    entries = persistently(root, lambda: fs.find(where[0], detail=True, **where[1]))
-    # adlfs gives a list of its name for a file.
-    if isinstance(entries, list) or (base in entries and entries[base]["type"] == "file" and len(entries) == 1):
-        raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
-    if not entries and must_exist and not is_folder(root):
-        if exists(root):
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", root)
-        raise FileNotFoundError(errno.ENOENT, "no such folder", root)
-    for key in sorted(entries):
-        if entries[key]["type"] == "file" and key not in (base, f"{base}/"):  # the folder's own mark
-            relative = key.removeprefix(f"{base}/")
-            yield _remote_info(entries[key], relative, join(root, relative))
-
-
-def _list_local(
-    folder: str, relative: str, on_unreadable: Callable[[str, OSError], None] | None, above: frozenset[tuple[int, int]]
-) -> Iterator[FileInfo]:
-    """Yields what is below one local folder; `above` are the folders on the way to it, so that a loop of links ends."""
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
-    except OSError as error:
-        if on_unreadable is None:
-            raise
-        on_unreadable(folder, error)
-        return
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    for entry in entries:
-        path = f"{relative}/{entry.name}" if relative else entry.name
-        try:
-            if entry.is_dir():
-                yield from _list_local(entry.path, path, on_unreadable, above | {here})
-            else:
-                yield _local_info(entry.path, path)
-        except OSError as error:
-            if on_unreadable is None:
-                raise
-            on_unreadable(entry.path, error)
-
-
-def glob(pattern: str) -> list[str]:
-    """Returns the URIs of the files and folders that match `*`, `?`, `[…]` and `**`, sorted."""
-    fs, path = filesystem(pattern)
-    matches = persistently(pattern, lambda: fs.glob(path))
-    folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
-    if isinstance(fs, LocalFileSystem) or not folder.partition("://")[2]:
-        return sorted(match if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(match) for match in matches)
-    base = fs._strip_protocol(folder)  # what fsspec makes of a name alone lacks the host (sftp://host/log)
-    return sorted(join(folder, match.removeprefix(base).lstrip("/")) for match in matches)
-
-
-def versions(uris: Iterable[str]) -> dict[str, str | None]:
-    """Returns each file's version by a fresh look, None where it is gone."""
-
-    def look(uri: str) -> tuple[str, str | None]:
-        try:
-            return uri, info(uri).version
-        except (FileNotFoundError, NotADirectoryError):  # the latter: a file stands where its folder was
-            return uri, None
-
-    uris = list(uris)
-    return dict(_many(look, uris, uris))
-
-
-def _many(act: Callable[[Any], T], items: Sequence[Any], uris: Sequence[str]) -> list[T]:
-    """As `map`, with many requests in flight where something of it is not local."""
-    if all(is_local(uri) for uri in uris):
-        return list(map(act, items))
-    with ThreadPoolExecutor(min(REQUESTS_IN_FLIGHT, len(items))) as pool:
-        return list(pool.map(act, items))
 
 
 def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -308,7 +154,7 @@ def read_many(
 
     versions = versions or [None] * len(ranges)
     spans = [(*span, version) for span, version in zip(ranges, versions, strict=True)]
-    return _many(read, spans, [uri for uri, _, _ in ranges])
+    return at_once(read, spans, [uri for uri, _, _ in ranges])
 
 
 def can_read_versions(uri: str) -> bool:
@@ -385,7 +231,7 @@ def write_whole(uri: str, data: bytes) -> None:
 
 def write_many(files: Sequence[tuple[str, bytes]]) -> None:
     """As `write_whole` for many `(uri, data)`, with many requests in flight where the store is not local."""
-    _many(lambda file: write_whole(*file), files, [uri for uri, _ in files])
+    at_once(lambda file: write_whole(*file), files, [uri for uri, _ in files])
 
 
 @contextmanager
@@ -450,22 +296,37 @@ def delete(uri: str) -> None:
 def delete_many(uris: Sequence[str]) -> None:
     """As `delete` for many of one filesystem; in few requests where the store takes many names in one, as S3 does."""
     if any(map(is_local, uris)):
-        _many(delete, uris, uris)
+        at_once(delete, uris, uris)
         return
     fs = filesystem(uris[0])[0]
     try:
         persistently(uris[0], lambda: fs.rm([filesystem(uri)[1] for uri in uris]))
     except FileNotFoundError:
-        _many(delete, uris, uris)
+        at_once(delete, uris, uris)
 
 
 def delete_tree(uri: str) -> None:
-    """Deletes a folder and all below it; one that is gone already is no error."""
+    """Deletes a folder and all below it; one that is gone already is no error, nor what another job adds meanwhile."""
     fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with naming(uri):
+            local_files.delete_tree(path)
+        return
     try:
         persistently(uri, lambda: fs.rm(path, recursive=True))
     except FileNotFoundError:
         return
+
+
+def delete_unfinished(folder: str) -> None:
+    """Deletes what killed writers left of files in a folder, not below it; stores keep nothing of such a file.
+
+    A writer that lives begins its file anew, but for `write_pieces`, which fails.
+    """
+    fs, path = filesystem(folder)
+    if isinstance(fs, LocalFileSystem):
+        with naming(folder):
+            local_files.delete_unfinished(path)
 
 
 def sha256(data: bytes) -> str:

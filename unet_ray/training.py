@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +53,9 @@ from unet_ray.worker import MODEL_SIZE, OWN_SIZE, Group, Worker, WorkerTask
 HEALTH_CHECK_TIMEOUT_S = 60
 """After which a worker that does not answer (stopped, or its node gone) is given up; Ray's default is 600."""
 
-AGREE_TIMEOUT_S = 600.0
-"""After which a worker that has not come to where all start together is given up, unless `--collective-timeout-s` is
-more: it may have gigabytes to fetch before. Ray's default is never."""
+START_TIMEOUT_S = 600.0
+"""After which a worker that has not come to its first epoch is given up, unless `--collective-timeout-s` is more: it
+may have gigabytes to fetch before."""
 
 RESIZE_INTERVAL_S = 60.0
 """How often a group of `--workers MIN:MAX` looks whether it may grow: growing starts it again from a checkpoint."""
@@ -94,11 +96,11 @@ def train(config: TrainConfig) -> TrainResult:
         say(f"{config.out} is finished already; --overwrite trains it anew")
         return _result(config.out, finished)
     data = find_data(config)
-    about = runs.describe(data.split, data.class_set, data.mask_format)
+    about = runs.describe(data.split, data.class_set, data.mask_format, data.class_weights_K)
     runs.require_same_data(config, about)
 
     connect()
-    launcher = _start_beside_driver(Launcher)
+    launcher = _start_launcher()
     device = resolve_device(config.device)
     cpus = reserve(config, device)
     require_seen_by_all(_folders(config), config.out)
@@ -153,6 +155,7 @@ def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) ->
         shown=FileFrames(names=tuple(pair.pair_id for pair in data.shown), pairs=data.shown, plan=whole_plan),
         device=device,
         cpus=cpus,
+        start_timeout_s=max(START_TIMEOUT_S, config.collective_timeout_s),
     )
     return task, trained.hashes | validation.hashes
 
@@ -200,22 +203,31 @@ def _tell(mailbox: Any, event: dict[str, Any]) -> None:
         ray.wait([put], timeout=LAST_WORD_S)
 
 
-class Launcher:
-    """An actor that runs Ray Train: its import of TensorFlow, 2.6 s, passes while the frames are read."""
+class Launcher(Mailbox):
+    """An actor that runs Ray Train and takes what its workers tell, in one process, started beside the reading."""
 
     def __init__(self) -> None:
-        import ray.train.tensorflow
-
-        # Else the controller, too, would import TensorFlow (2.6 s), only to learn the name of this class.
+        super().__init__()
+        # Ray Train's module looks whether TensorFlow is there, and names its types; only workers need it, of which this
+        # is none. 3 to 6 s of a core, while all cores read frames (2 cores, 2026-11-25).
+        sys.modules["tensorflow"] = _StandIn("tensorflow")
+        try:
+            import ray.train.tensorflow
+        finally:
+            del sys.modules["tensorflow"]
+        # Else the controller would import TensorFlow, too, only to learn the name of this class.
         ray.cloudpickle.register_pickle_by_value(ray.train.tensorflow.config)
 
+    @ray.method(concurrency_group="fit")
     def fit(self, task: WorkerTask, mailbox: Any, resize_interval_s: float) -> list[Exception]:
         """Runs the workers to the end; returns nothing, or what they died of the last time."""
         from ray.train.tensorflow import TensorflowTrainer
 
+        # A process that asks every 5 s whether a node will go, and tells the workers, who do not ask.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_CHECK_TIMEOUT_S))
-        agree_timeout_s = max(AGREE_TIMEOUT_S, task.config.collective_timeout_s)
-        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(agree_timeout_s))
+        # Of those that wait for a worker before the first epoch; Ray's default is for ever.
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(task.start_timeout_s))
         fewest, most = task.config.worker_range()
         with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
             trainer = TensorflowTrainer(
@@ -246,11 +258,20 @@ class Launcher:
         return []
 
 
-def _start_beside_driver(actor_class: type[Any]) -> Any:
-    """Starts an actor on the driver's node: should another node be lost, it is not the one that holds the run."""
+class _StandIn(types.ModuleType):
+    """A module that has every name, each of them such a module."""
+
+    def __getattr__(self, name: str) -> types.ModuleType:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandIn(f"{self.__name__}.{name}")
+
+
+def _start_launcher() -> Any:
+    """Starts it on the driver's node: should another node be lost, it is not the one that holds the run."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote_class: Any = ray.remote(actor_class)
-    return remote_class.options(num_cpus=0, scheduling_strategy=here).remote()
+    remote: Any = ray.remote  # its annotations do not know of concurrency groups (Ray 2.60)
+    return remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={"fit": 1})(Launcher).remote()
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -265,8 +286,7 @@ def _one_line(error: BaseException) -> str:
 def _fit(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRecord | None) -> Monitor:
     """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
     monitor = Monitor(config.out, config.epochs, record)
-    mailbox = _start_beside_driver(Mailbox)
-    fitting = launcher.fit.remote(task, mailbox, RESIZE_INTERVAL_S)
+    fitting = launcher.fit.remote(task, launcher, RESIZE_INTERVAL_S)
     fewest, _ = config.worker_range()
     room = Room(
         [worker_resources(task.cpus, task.device)] * fewest, config.wait_for_resources_s, count(fewest, "worker")
@@ -276,7 +296,7 @@ def _fit(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRec
         while not done:
             room.look()
             done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
-            for event in ray.get(mailbox.take.remote()):
+            for event in ray.get(launcher.take.remote()):
                 monitor.handle(event)
     causes = ray.get(fitting)
     if monitor.error is not None:

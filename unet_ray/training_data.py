@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unet_ray import evaluation
 from unet_ray.classes import ClassSet
@@ -38,7 +39,8 @@ def find_data(config: TrainConfig) -> TrainingData:
     if config.val_images is not None and config.val_masks is not None:
         val_pairs = complete_pairs(config, config.val_images, config.val_masks)
         how = f"{count(len(val_pairs), 'other frame')} of {config.val_images} validate"
-        split = Split(train=pairs, validation=val_pairs, how=how)
+        trained, held = (_with_whole_drives(some, config.path_pattern) for some in (pairs, val_pairs))
+        split = Split(train=trained, validation=held, how=how)
     else:
         split = split_pairs(
             pairs,
@@ -52,6 +54,13 @@ def find_data(config: TrainConfig) -> TrainingData:
     mask_format = find_mask_format(config.mask_format, (*split.train, *split.validation), class_set)
     weights_K = read_class_weights(config.class_weights, class_set)
     return TrainingData(class_set=class_set, mask_format=mask_format, split=split, class_weights_K=weights_K)
+
+
+def _with_whole_drives(pairs: Sequence[ImagePair], path_pattern: str | None) -> tuple[ImagePair, ...]:
+    """Names a drive that is a folder by the folder's whole URI: `0001` below one root is not `0001` below another."""
+    if path_pattern is not None and "sequence" in re.compile(path_pattern).groupindex:
+        return tuple(pairs)
+    return tuple(replace(pair, sequence=pair.image_uri.rpartition("/")[0]) for pair in pairs)
 
 
 def complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str) -> tuple[ImagePair, ...]:

@@ -7,6 +7,7 @@ of a run (`config.yaml`, `preview.png`, the figures in `summary.json`), or equal
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,16 +26,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from unet_ray import faults, ledger, publish, storage
+from unet_ray import faults, ledger, manifest, publish, storage
 from unet_ray.bundle import write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.config import ModelConfig
 
 JOB_TIMEOUT_S = 900.0
 """A job that has not ended after this hangs, and is killed."""
+
+STOP_WITHIN_S = 15.0
+"""In which a job that is told to stop is gone, with all that it has started: after `cli.END_WITHIN_S` it is killed."""
 
 _CLASSES = ClassSet(
     name="five", classes=tuple(SegmentationClass(name=f"c{i}", color=(i, 2 * i, 7), values=(i,)) for i in range(5))
@@ -227,6 +231,17 @@ class Trial:
                     faults.kill([job.pid])
                 self.exit_codes.append(job.wait())
 
+    def stop(self, job: subprocess.Popen[bytes], sent: signal.Signals) -> None:
+        """Tells a job to stop, and notes a problem unless it is soon gone with all that it has started."""
+        started = faults.descendants(job.pid)
+        sent_s = time.monotonic()
+        job.send_signal(sent)
+        gone = wait_until(lambda: job.poll() is not None and faults.are_gone(started), timeout_s=60)
+        out_s = time.monotonic() - sent_s
+        self.did(f"{sent.name}, out in {out_s:.1f} s with {len(self.records())} done")
+        self.require(gone, f"processes still run a minute after {sent.name}")
+        self.require(out_s < STOP_WITHIN_S, f"out {out_s:.1f} s after {sent.name}, not within {STOP_WITHIN_S:g}")
+
     def run(self, *options: str, on_cluster: bool = False) -> int:
         """Runs the job to its end and returns its exit code."""
         with self.started(*options, on_cluster=on_cluster):
@@ -272,26 +287,50 @@ class Trial:
 
         Up to the summary: the preview, which comes after it, looks at a dozen frames.
         """
-        assert self.events is not None
-        key_of = {
+        key_of = self._chunks_of_frames()
+        done: set[str] = set()
+        parts = frames = 0
+        for kind, path in self._until_summary():
+            if kind == "appeared" and path.parent.name == "records":
+                done.add(path.stem)
+            elif kind == "appeared" and path.parent.name == "parts":
+                parts += path.name.partition("-")[0] in done
+            elif kind == "opened" and path in key_of:
+                frames += key_of[path] in done
+        return parts, frames
+
+    def begun(self, n_events: int | None = None) -> Counter[str]:
+        """Returns how often each chunk's frames were opened once there was a plan, by the chunk's key.
+
+        Args:
+            n_events: among the first so many events.
+        """
+        key_of = self._chunks_of_frames()
+        opened: Counter[Path] = Counter()
+        for kind, path in itertools.islice(self._until_summary(), n_events):
+            if kind == "appeared" and path.parent.name == "manifest":
+                opened.clear()  # what was looked at for the plan
+            elif kind == "opened" and path in key_of:
+                opened[path] += 1
+        times: Counter[str] = Counter()
+        for path, number in opened.items():
+            times[key_of[path]] = max(times[key_of[path]], number)
+        return times
+
+    def _chunks_of_frames(self) -> dict[Path, str]:
+        return {
             self.archive / frame_id: chunk.key
             for chunk in ledger.read_plan(str(self.out)).chunks
             for frame_id in ledger.read_rows(chunk)["frame_id"].to_pylist()
         }
-        done: set[str] = set()
-        parts = frames = 0
-        for kind, path in self.events.seen:
-            if kind == "overflow":
-                self.problems.append("more happened to files than the kernel could tell")
-            elif kind == "appeared" and path == self.out / "summary.json":
-                break
-            elif kind == "appeared" and path.parent.name == "records":
-                done.add(path.stem)
-            elif kind == "appeared" and path.parent.name == "parts":
-                parts += path.name.partition("-")[0] in done
-            elif kind == "opened" and path.parent.parent == self.archive:
-                frames += key_of[path] in done
-        return parts, frames
+
+    def _until_summary(self) -> Iterator[tuple[str, Path]]:
+        assert self.events is not None
+        for kind, path in list(self.events.seen):
+            self.require(kind != "overflow", "more happened to files than the kernel could tell")
+            if kind == "appeared" and path == self.out / "summary.json":
+                return
+            yield kind, path
 
     # --- judging ---
 
@@ -340,7 +379,7 @@ class Trial:
                 if path.endswith(".json"):
                     json.loads(data)
                 elif path.endswith(".parquet"):
-                    pq.read_table(io.BytesIO(data))
+                    manifest.read_parquet(data)
             except (ValueError, pa.ArrowException) as error:
                 self.problems.append(f"{path} is torn: {error}")
             if path.startswith("_work/parts/") and storage.sha256(data)[:16] not in name:
@@ -365,7 +404,8 @@ def contents(out: Path, *, with_work: bool = False) -> dict[str, bytes]:
 
 def rows_of(out: Path) -> pa.Table:
     """Returns all rows of an output."""
-    return pa.concat_tables(pq.read_table(file) for file in sorted((out / "frames").glob("*.parquet")))
+    files = sorted((out / "frames").glob("*.parquet"))
+    return pa.concat_tables(manifest.read_parquet(file.read_bytes()) for file in files)
 
 
 def wait_until(happened: Callable[[], object], *jobs: subprocess.Popen[bytes], timeout_s: float = 300.0) -> bool:

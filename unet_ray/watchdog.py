@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 
 class Watchdog:
-    """Watches over a block of work that beats after every piece of it.
+    """Watches over a block of work that beats after every piece of it, or is done in time.
 
-    Ray and TensorFlow notice a process that died or was stopped; that one waits for ever, for a file or a lock, the
-    other workers of its group notice, who wait for it. A worker that nobody waits for has only this.
+    Ray and TensorFlow notice a process that died or was stopped. One that waits for ever, for a file, a lock or another
+    worker, has only this.
     """
 
     def __init__(self, timeout_s: float, on_stuck: Callable[[], None]):

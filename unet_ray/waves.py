@@ -1,4 +1,4 @@
-"""A wave of chunks through Ray Data: decode tasks -> model actors -> writing tasks -> one receipt a chunk."""
+"""Waves of chunks through Ray Data: decode tasks -> model actors -> writing tasks -> one receipt a chunk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import errno
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -18,11 +17,11 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.exceptions import SystemException
-from ray.util.annotations import RayDeprecationWarning
 
 from unet_ray import stages
 from unet_ray.bundle import read_bundle
 from unet_ray.classes import ClassSet
+from unet_ray.cluster import without_ray_warnings
 from unet_ray.config import SegmentConfig
 from unet_ray.decoding import DecodeOptions
 from unet_ray.endings import NotNow
@@ -36,14 +35,27 @@ CPU_SHARE_OF_ACTORS = 0.75
 """Share of a node's CPUs that model actors on CPUs reserve. Network and decoding may both use every core: they take
 turns, and the queue between them slows down the faster one. Reserved apart, one of the two would leave cores idle."""
 
-DECODE_CPUS_BESIDE_ACTORS = 0.2
-"""CPUs that a decode task reserves where the network runs on CPUs too: of the rest, two tasks on 2 cores."""
+DECODE_CPUS_BESIDE_ACTORS = 0.1
+"""CPUs that a decode task reserves where the network runs on CPUs too: three tasks on 2 cores. With 0.2 Ray Data (2.60)
+let one run at most times, and a core waited: 14% of both were idle, with 0.1 1%, and 12,000 PNG frames took 104 s, not
+119 (2 cores with AMX, 2026-11-28)."""
 
 WRITE_CPUS = 0.05
 """CPUs that a writing task reserves; without a share left for them no chunk would ever be finished."""
 
 TASK_RETRIES = 2
 """Of a task whose process ended; Ray's default for actors is to try for ever."""
+
+
+WAVE_TASKS = 2000
+"""Tasks that Ray Data gets at once. 16,000 read tasks delay the first block by 18 s, 500 by 4 s (Ray 2.60)."""
+
+TASK_FRAMES = 96
+"""Frames up to which small chunks share their tasks. The three tasks of a block cost 0.07 s of a core whatever is in it
+(`jobs/benchmark.py --only chunks`, Ray 2.60), and the network's batches are full only within a block."""
+
+BLOCKS_PER_ACTOR = 16
+"""Blocks that each actor gets at least, where there are so many chunks: so that all end at about the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,50 +121,67 @@ def allocate(config: SegmentConfig, device: str) -> Allocation:
     )
 
 
-def run_wave(job: WaveJob, chunks: Sequence[Chunk], *, carefully: bool = False) -> Iterator[dict[str, Any]]:
-    """Labels chunks and yields a receipt of each that came through, as `stages.write_chunk` writes it, in any order.
+def share_tasks(chunks: Sequence[Chunk], most_frames: int, n_actors: int) -> list[list[Chunk]]:
+    """Puts chunks that follow each other together, as long as they have few frames and all actors enough to do.
 
-    A chunk that ends a process at every try leaves no receipt and no record, and the others go on. In the careful
-    way, in which no frame ends a task, that would be a fault of ours, and is raised.
+    Args:
+        chunks: in order.
+        most_frames: what may go through Ray together; a chunk that has more goes alone.
+        n_actors: the most model actors.
+    """
+    n_frames = sum(chunk.n_rows for chunk in chunks)
+    most_frames = min(most_frames, TASK_FRAMES, n_frames // (n_actors * BLOCKS_PER_ACTOR))
+    shared: list[list[Chunk]] = []
+    filled = 0
+    for chunk in chunks:
+        if not shared or filled + chunk.n_rows > most_frames:
+            shared.append([])
+            filled = 0
+        shared[-1].append(chunk)
+        filled += chunk.n_rows
+    return shared
+
+
+def run_wave(
+    job: WaveJob, blocks: Sequence[Sequence[Chunk]], *, carefully: bool = False
+) -> Iterator[list[dict[str, Any]]]:
+    """Labels chunks and yields, in any order, the receipts of each block that came through, as `stages.write_chunks`
+    writes them.
+
+    A block that ends a process at every try leaves no receipt and no record, and the others go on.
+
+    Args:
+        job: what all waves share.
+        blocks: chunks that go through Ray together.
+        carefully: each frame is decoded in a process of its own.
     """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is left without a record is said by the ledger
-    with _without_ray_warnings():
+    with without_ray_warnings():
         context = copy.deepcopy(DataContext.get_current())
-        context.target_max_block_size = None  # one block is one chunk, whatever its size
+        context.target_max_block_size = None  # one block is one task, whatever its size
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.max_errored_blocks = 0 if carefully else -1
+        context.max_errored_blocks = -1
         with DataContext.current(context):
-            receipts = _pipeline(job, chunks, carefully)
+            receipts = _pipeline(job, blocks, carefully)
         try:
             for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                yield from cast(pa.Table, batch).to_pylist()
+                yield cast(pa.Table, batch).to_pylist()
         except ray.exceptions.RayTaskError:
             raise  # an error of this program's own
         except (ray.exceptions.RayError, SystemException) as error:
             raise _given_up(error) from error
 
 
-@contextlib.contextmanager
-def _without_ray_warnings() -> Iterator[None]:
-    """What Ray 2.60 warns of and nobody can help: retries have no named parameter yet, its own copying of a context
-    touches options that will go, and a wave whose every chunk crashed keeps no actor busy."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
-        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-        yield
-
-
-def _pipeline(job: WaveJob, chunks: Sequence[Chunk], carefully: bool) -> ray.data.Dataset:
+def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) -> ray.data.Dataset:
     """Ray fuses stages of like resources, and decoding in the actor would wait for the network; these are unlike."""
     allocation = job.allocation
-    low, high = (min(number, len(chunks)) for number in allocation.actors)
-    decode = functools.partial(stages.decode_chunk, options=job.decode, carefully=carefully)
+    low, high = (min(number, len(blocks)) for number in allocation.actors)
+    decode = functools.partial(stages.decode_chunks, options=job.decode, carefully=carefully)
     return (
         ray.data.read_datasource(
-            _Chunks(chunks, decode),
-            override_num_blocks=len(chunks),
+            _Frames(blocks, decode),
+            override_num_blocks=len(blocks),
             num_cpus=allocation.decode_cpus,
             ray_remote_args={"max_retries": TASK_RETRIES},
         )
@@ -161,14 +190,17 @@ def _pipeline(job: WaveJob, chunks: Sequence[Chunk], carefully: bool) -> ray.dat
             fn_constructor_args=(job.model, job.model_digest, job.labeler, job.decode.network_size),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=low, max_size=high),
+            # A chunk that ends its actor ends those that wait for it there, too.
+            compute=ActorPoolStrategy(
+                min_size=low, max_size=high, max_tasks_in_flight_per_actor=1 if carefully else None
+            ),
             num_cpus=allocation.actor_cpus,
             num_gpus=allocation.actor_gpus or None,
             max_restarts=-1,
             max_task_retries=TASK_RETRIES,
         )
         .map_batches(
-            stages.write_chunk,
+            stages.write_chunks,
             fn_args=(job.out, job.class_set, job.mask_encoding, job.writer),
             batch_size=None,
             batch_format="pyarrow",
@@ -178,12 +210,12 @@ def _pipeline(job: WaveJob, chunks: Sequence[Chunk], carefully: bool) -> ray.dat
     )
 
 
-class _Chunks(Datasource):
-    """One read task a chunk, which carries a place in the manifest and no frame."""
+class _Frames(Datasource):
+    """One read task a block, which carries places in the manifest and no frame."""
 
-    def __init__(self, chunks: Sequence[Chunk], decode: Callable[[Chunk], pa.Table]) -> None:
+    def __init__(self, blocks: Sequence[Sequence[Chunk]], decode: Callable[[Sequence[Chunk]], pa.Table]) -> None:
         super().__init__()
-        self._chunks, self._decode = chunks, decode
+        self._blocks, self._decode = blocks, decode
 
     def get_name(self) -> str:
         return "Frames"
@@ -196,15 +228,17 @@ class _Chunks(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                functools.partial(_as_blocks, self._decode, chunk),
-                BlockMetadata(num_rows=chunk.n_rows, size_bytes=None, input_files=None, exec_stats=None),
+                functools.partial(_as_blocks, self._decode, chunks),
+                BlockMetadata(
+                    num_rows=sum(chunk.n_rows for chunk in chunks), size_bytes=None, input_files=None, exec_stats=None
+                ),
             )
-            for chunk in self._chunks
+            for chunks in self._blocks
         ]
 
 
-def _as_blocks(decode: Callable[[Chunk], pa.Table], chunk: Chunk) -> Iterable[pa.Table]:
-    return [decode(chunk)]
+def _as_blocks(decode: Callable[[Sequence[Chunk]], pa.Table], chunks: Sequence[Chunk]) -> Iterable[pa.Table]:
+    return [decode(chunks)]
 
 
 class _ModelActor:
@@ -216,16 +250,16 @@ class _ModelActor:
         self._network_size = network_size
         self._load = functools.partial(_load_labeler, model, model_digest, labeler)
         self._labeler: Labeler | None = None
-        # An actor that fails to start ends the whole of Ray Data's work; one that is asked later may answer.
-        with contextlib.suppress(OSError):
+        # An actor that fails to start ends the whole of Ray Data's work; one asked later may answer, or say why.
+        with contextlib.suppress(Exception):
             self._labeler = self._load()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         try:
             self._labeler = self._labeler or self._load()
-        except OSError as error:
+            return stages.label_chunks(table, self._labeler, self._network_size)
+        except Exception as error:  # noqa: BLE001
             return stages.with_trouble(table, error)
-        return stages.label_chunk(table, self._labeler, self._network_size)
 
 
 def _load_labeler(model: str, model_digest: str, labeler: Mapping[str, Any]) -> Labeler:

@@ -36,9 +36,6 @@ OWN_SIZE, MODEL_SIZE = "confusion/own_size", "confusion/model_size"
 PROGRESS_INTERVAL_S = 0.25
 """Least time between two reports of progress within an epoch."""
 
-PATIENCE = 1.2
-"""Of `--collective-timeout-s`, after which a worker ends itself: those that wait for it shall notice first."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTask:
@@ -60,6 +57,8 @@ class WorkerTask:
     """`gpu` or `cpu`."""
     cpus: int
     """Threads for TensorFlow."""
+    start_timeout_s: float
+    """After which a worker that has not come to its first epoch is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,42 +77,61 @@ class Worker:
     """One worker of the group, from its start to the end of the run or its death."""
 
     def __init__(self, task: WorkerTask, group: Group):
+        self.task, self.config, self.group = task, task.config, group
+        self.rank, self.n_workers = group.rank, group.n_workers
+        self.watchdog = self._watchdog(task.config.collective_timeout_s, "has got nowhere", " (--collective-timeout-s)")
+
+    def _watchdog(self, timeout_s: float, what: str, option: str = "") -> Watchdog:
+        line = f"worker {self.rank} {what} for {timeout_s:.0f} s{option} and ends itself"
+        return Watchdog(timeout_s, functools.partial(self.group.tell, {"kind": "stuck", "line": line}))
+
+    def _tell(self, **event: Any) -> None:
+        if self.rank == 0:
+            self.group.tell(event)
+
+    # --- the run ---
+
+    def run(self) -> None:
+        """Trains from the newest valid checkpoint to the last epoch; then shows what the best network sees."""
+        with self._watchdog(self.task.start_timeout_s, "has come to no epoch").watching():
+            self._join()
+            state = self._restore()
+        with self.watchdog.watching():
+            self._train(state)
+
+    def _join(self) -> None:
+        """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
         # Here, so that the driver, which makes the task, does not load TensorFlow (2.6 s).
         from unet_ray import losses, steps, unet
 
-        self.task, self.config, self.steps, self.group = task, task.config, steps, group
-        self.rank, self.n_workers = group.rank, group.n_workers
-        _require_shared_storage(task.config.out)
+        self.steps, task, config = steps, self.task, self.config
+        _require_shared_storage(config.out)
         steps.configure(task.device, task.cpus)
-        strategy = steps.start_strategy(self.n_workers, task.config.collective_timeout_s)
-        policy = group.agree(steps.choose_policy(task.config.precision, task.device))
+        strategy = steps.start_strategy(self.n_workers)
+        policy = self.group.agree(steps.choose_policy(config.precision, task.device))
 
         self.train_reader = task.train.open()
-        self.n_batches = math.ceil(len(task.train.names) / task.config.batch_size)
-        self.part = ingest.rank_batch_size(task.config.batch_size, self.n_workers)
-        self.model_config = task.config.model_config(task.class_set.n_classes)
-        self.model = unet.build_unet(self.model_config, seed=task.config.seed, dtype_policy=policy)
+        self.n_batches = math.ceil(len(task.train.names) / config.batch_size)
+        self.part = ingest.rank_batch_size(config.batch_size, self.n_workers)
+        self.model_config = config.model_config(task.class_set.n_classes)
+        self.model = unet.build_unet(self.model_config, seed=config.seed, dtype_policy=policy)
         self.optimizer = self._make_optimizer()
         weights_K = task.class_weights_K
-        if task.config.class_weights in losses.CLASS_WEIGHTS:
-            weights_K = losses.class_weights(
-                task.pixels_K, task.config.class_weights, image_pixels_K=task.image_pixels_K
-            )
+        if config.class_weights in losses.CLASS_WEIGHTS:
+            weights_K = losses.class_weights(task.pixels_K, config.class_weights, image_pixels_K=task.image_pixels_K)
         self.step = steps.TrainStep(
             self.model,
             self.optimizer,
             strategy,
-            loss=task.config.loss,
+            loss=config.loss,
             class_weights_K=weights_K,
-            clip_norm=task.config.clip_norm,
+            clip_norm=config.clip_norm,
         )
         self.step.trace(self.part)
-        self.predict = predict = steps.Predictor(self.model, loss=task.config.loss, class_weights_K=weights_K)
+        self.predict = steps.Predictor(self.model, loss=config.loss, class_weights_K=weights_K)
         self.add_up = steps.WorkerSum(strategy)
-        timeout_s = task.config.collective_timeout_s * (1 if self.n_workers == 1 else PATIENCE)
-        self.watchdog = Watchdog(timeout_s, functools.partial(self._tell_stuck, timeout_s))
         self.evaluator = evaluation.Evaluator(
-            predict, task.validation.open(), self.part, self.model_config, on_batch=self.watchdog.beat
+            self.predict, task.validation.open(), self.part, self.model_config, on_batch=self.watchdog.beat
         )
         self._tell(kind="started", policy=policy, n_workers=self.n_workers)
 
@@ -124,22 +142,6 @@ class Worker:
             config.schedule, config.learning_rate, total, round(config.warmup_epochs * self.n_batches)
         )
         return steps.make_optimizer(config.optimizer, schedule, config.weight_decay)
-
-    def _tell(self, **event: Any) -> None:
-        if self.rank == 0:
-            self.group.tell(event)
-
-    def _tell_stuck(self, timeout_s: float) -> None:
-        line = f"worker {self.rank} has got nowhere for {timeout_s:.0f} s (--collective-timeout-s) and ends itself"
-        self.group.tell({"kind": "stuck", "line": line})
-
-    # --- the run ---
-
-    def run(self) -> None:
-        """Trains from the newest valid checkpoint to the last epoch; then shows what the best network sees."""
-        state = self._restore()
-        with self.watchdog.watching():
-            self._train(state)
 
     def _train(self, state: Checkpoint) -> None:
         while not self._is_done(state):
@@ -198,7 +200,7 @@ class Worker:
             checkpoints.write_checkpoint(run, Checkpoint(**{**vars(done), "tensors": state_tensors | done.tensors}))
             # The one before stays too: should the newest be damaged on its disk, one interval is lost, not the run.
             before = [older for older in checkpoints.list_epochs(run) if older < done.epoch][:1]
-            checkpoints.delete_others(run, {done.epoch, done.best_epoch, state.best_epoch, *before})
+            checkpoints.delete_older(run, done.epoch, {done.best_epoch, state.best_epoch, *before})
 
     def _require_equal(self, tensors: dict[str, np.ndarray]) -> None:
         """Raises JobFailed where another worker's variables differ: the group then starts again from a checkpoint."""

@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,10 @@ class Settings:
     """Frames to label with the large network."""
     many_frames: int
     """The most frames in the measurement of memory; a tenth and a hundredth of them come before."""
+    listed_frames: int
+    """Frames of the archive that is only listed and planned."""
+    chunks: int
+    """Chunks of a frame each, of the measurement of many chunks."""
     start_frames: int
     batch_size: int
     large_batch_size: int
@@ -86,6 +91,8 @@ FULL = Settings(
     frames=12_000,
     large_frames=480,
     many_frames=100_000,
+    listed_frames=1_000_000,
+    chunks=200_000,
     start_frames=192,
     batch_size=32,
     large_batch_size=4,
@@ -110,6 +117,8 @@ SIZES = {
         frames=48,
         large_frames=24,
         many_frames=400,
+        listed_frames=300,
+        chunks=90,
         start_frames=8,
         batch_size=4,
         large_batch_size=2,
@@ -148,6 +157,7 @@ class Arena:
     def __init__(self, out: Path, settings: Settings, camvid: Path | None = None) -> None:
         """`camvid` is the folder with `train`, `trainannot`, `val` and `valannot`."""
         self.out, self.settings, self._camvid = out.resolve(), settings, camvid
+        self.round_number = 0  # from 0: what draws numbers takes it for a seed
         self.source = source_digest(Path(__file__).parent.parent)
         self.data = self.out / "data" / settings.size
         for folder in (self.data, self.out / "logs", self.out / "outputs"):
@@ -255,10 +265,30 @@ class Arena:
                 write_bundle(str(folder), bundle.weights, config, bundle.class_set, {})
         return self.data / "large_model"
 
+    def specks(self) -> Path:
+        """A tar of JPEG frames of 16x16, as many as there are to be chunks."""
+        with self._made_once(f"specks_{self.settings.chunks}") as folder:
+            if folder:
+                buffer = io.BytesIO()
+                Image.fromarray(np.full((16, 16, 3), 99, np.uint8)).save(buffer, "JPEG")
+                with tarfile.open(folder / "specks.tar", "w") as tar:
+                    for index in range(self.settings.chunks):
+                        member = tarfile.TarInfo(f"{index:06d}.jpg")
+                        member.size = buffer.tell()
+                        tar.addfile(member, io.BytesIO(buffer.getvalue()))
+        return self.data / f"specks_{self.settings.chunks}" / "specks.tar"
+
     def null_model(self) -> Path:
         """A network that costs next to nothing: one filter, two levels, the same size and classes."""
-        config = dataclasses.replace(self.settings.network, n_filters=1, depth=2)
-        with self._made_once("null_model") as folder:
+        return self._write_null_model("null_model", {})
+
+    def speck_model(self) -> Path:
+        """The same for frames of 16x16."""
+        return self._write_null_model("speck_model", {"image_height_px": 16, "image_width_px": 16})
+
+    def _write_null_model(self, name: str, size: dict[str, int]) -> Path:
+        config = dataclasses.replace(self.settings.network, n_filters=1, depth=2, **size)
+        with self._made_once(name) as folder:
             if folder:
                 from unet_ray.unet import weight_shapes  # loads TensorFlow
 
@@ -266,7 +296,7 @@ class Arena:
                 shapes = weight_shapes(config).items()
                 weights = {name: numbers.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes}
                 write_bundle(str(folder), weights, config, PRESETS[_CLASSES], {})
-        return self.data / "null_model"
+        return self.data / name
 
     def batch_size(self, model: Path) -> int:
         """Frames that a model of this arena takes at once, in every contestant."""

@@ -160,6 +160,19 @@ def steady_rate(
     raise ValueError(f"{total} frames in {len(committed)} chunks are too few to tell a steady rate; give more --frames")
 
 
+def late_over_early(counted: Sequence[tuple[float, float]]) -> float:
+    """Returns how the rate of the second half of a count compares with that of the first.
+
+    Args:
+        counted: moment and count, in order, both growing; the first is where the work has begun.
+    """
+    if len(counted) < 3:
+        raise ValueError(f"the count was seen at {len(counted)} moments, too few to tell whether its rate is steady")
+    (start_s, first), (end_s, last) = counted[0], counted[-1]
+    middle_s, middle = min(counted[1:-1], key=lambda seen: abs(seen[1] - (first + last) / 2))
+    return (last - middle) / (end_s - middle_s) / ((middle - first) / (middle_s - start_s))
+
+
 def slope_per_1000(points: Sequence[tuple[float, float]]) -> float:
     """Returns the growth of y for each 1,000 of x: least squares through (x, y)."""
     return 1000 * statistics.linear_regression(*zip(*points, strict=True)).slope

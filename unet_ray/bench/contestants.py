@@ -73,6 +73,32 @@ def _read_moments(events: list[dict[str, Any]]) -> dict[str, float]:
     return moments
 
 
+def list_and_plan(*, frames: str, out: str, chunk_frames: int) -> dict[str, float]:
+    """Lists an archive and plans its chunks, as the driver of `segment` does before the first frame is read.
+
+    Returns:
+        Seconds of both, and the most memory of this process in MB.
+    """
+    import resource
+
+    from unet_ray import ledger
+    from unet_ray.classes import PRESETS
+    from unet_ray.frames import list_archives
+
+    started = time.monotonic()
+    listing = list_archives([frames])
+    listed = time.monotonic()
+    lineage = ledger.Lineage(bundle_digest="0" * 64, class_set=PRESETS["carla23"], options={})
+    cutting = ledger.Cutting(chunk_frames=chunk_frames, shard_rows=50_000)
+    plan = ledger.plan(out, listing, lineage, cutting, config_yaml="")
+    return {
+        "frames": plan.n_frames,
+        "list_s": listed - started,
+        "plan_s": time.monotonic() - listed,
+        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
 # --- ceilings ---
 
 
@@ -80,7 +106,7 @@ def matrix_product(*, threads: int, side: int) -> dict[str, float]:
     """GFLOP/s of a product of square matrices, the best of many."""
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow("cpu", threads)
+    configure_tensorflow("cpu", threads, op_threads=threads)
     told = {}
     for name in ("float32", "bfloat16"):
         matrix = tf.cast(tf.random.normal((side, side)), name)
@@ -105,15 +131,20 @@ def decode(*, frames: str, size: tuple[int, int], threads: int) -> dict[str, flo
 
 
 def _decode_ours(paths: list[str], size: tuple[int, int], threads: int) -> float:
+    parts = [(paths[place::threads], size) for place in range(threads)]
+    done, took_s = _in_processes(_decode_some, parts, (paths[:2], size), threads)
+    return sum(done) / took_s
+
+
+def _in_processes(act: Callable[[Any], Any], parts: list[Any], first: Any, n_processes: int) -> tuple[list[Any], float]:
+    """What `act` gives for each part, and the seconds of all; `first` gives every process its libraries before."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(threads, get_context("spawn")) as pool:
-        list(pool.map(_decode_some, [(paths[:2], size)] * threads * 2))  # every process is there and has its libraries
-        parts = [(paths[place::threads], size) for place in range(threads)]
+    with ProcessPoolExecutor(n_processes, get_context("spawn")) as pool:
+        list(pool.map(act, [first] * n_processes * 2))
         started = time.perf_counter()
-        done = sum(pool.map(_decode_some, parts))
-        return done / (time.perf_counter() - started)
+        return list(pool.map(act, parts)), time.perf_counter() - started
 
 
 def _decode_some(part: tuple[list[str], tuple[int, int]]) -> int:
@@ -130,11 +161,29 @@ def _decode_some(part: tuple[list[str], tuple[int, int]]) -> int:
     return len(paths)
 
 
+def decode_pairs(*, images: str, masks: str, size: tuple[int, int], threads: int) -> dict[str, float]:
+    """Seconds of decoding and resizing all pairs on all cores."""
+    from unet_ray.bench.peers import list_frames
+
+    pairs = list(zip(list_frames(images), list_frames(masks), strict=True))
+    parts = [(pairs[place :: threads * 8], size) for place in range(threads * 8)]
+    return {"decode_s": _in_processes(_decode_some_pairs, parts, (pairs[:2], size), threads)[1]}
+
+
+def _decode_some_pairs(part: tuple[list[tuple[str, str]], tuple[int, int]]) -> None:
+    from unet_ray.images import decode_frame, decode_mask, resize_nearest
+
+    pairs, size = part
+    for image, mask in pairs:
+        resize_nearest(decode_frame(Path(image).read_bytes()), *size)
+        resize_nearest(decode_mask(Path(mask).read_bytes()), *size)
+
+
 def _decode_tf(paths: list[str], size: tuple[int, int], threads: int) -> float:
     from unet_ray.bench.peers import load_frame
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow("cpu", threads)
+    configure_tensorflow("cpu", threads, op_threads=threads)
     dataset = tf.data.Dataset.from_tensor_slices(paths).repeat()
     frames = iter(dataset.map(lambda path: load_frame(path, size), num_parallel_calls=threads).batch(8))
     next(frames)
@@ -152,7 +201,7 @@ def network(*, model: str, batch_size: int, threads: int, precision: str, device
     from unet_ray.bundle import read_bundle
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow(device, threads)
+    configure_tensorflow(device, threads, op_threads=threads)
     net = read_bundle(model).build_model(dtype_policy=precision)
     frames = tf.constant(_some_frames(batch_size, net.input_shape[1:3]))
     label = tf.function(
@@ -213,9 +262,10 @@ def _median_time(act: Callable[[], Any]) -> float:
 
 
 PROGRAMS = {
-    **dict.fromkeys(("ours", "matrix_product", "decode", "network"), "contestants"),
+    **dict.fromkeys(("ours", "list_and_plan", "matrix_product", "decode", "decode_pairs", "network"), "contestants"),
     **dict.fromkeys(("notebook_loop", "tfdata_loop", "ray_pattern"), "peers"),
-    **dict.fromkeys(("our_step", "keras_step", "keras_fit", "our_ingest", "tfdata_ingest"), "training_peers"),
+    **dict.fromkeys(("our_step", "steps_apart", "keras_step", "keras_fit"), "training_peers"),
+    **dict.fromkeys(("our_ingest", "tfdata_ingest"), "training_peers"),
     **dict.fromkeys(("torch_loop", "torch_step", "torch_ingest"), "torch_peers"),
 }
 """The module of each program; one that is not asked for is not imported."""

@@ -42,6 +42,7 @@ def play(
     while todo := lacking([row for row in rows if not _is_out(row, journal)], rounds, repeats):
         wanted = [name for name in contest.contestants if any(name in row.needs for row in todo)]
         order = in_turn(wanted, len(rounds))
+        arena.round_number = len(rounds)
         measured: dict[str, Any] = {}
         rounds.append(measured)
         for name in order:

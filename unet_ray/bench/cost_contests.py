@@ -8,7 +8,7 @@ from unet_ray import faults
 from unet_ray.bench.arena import Arena, Contest, Contestant, Ended
 from unet_ray.bench.benchmark import Measurement, Round, Row, bend, slope_per_1000
 from unet_ray.bench.labelling_contests import decoding, network, ours, segment
-from unet_ray.bench.watchers import Memory
+from unet_ray.bench.watchers import Growth, Memory
 
 
 def _start(arena: Arena) -> Measurement:
@@ -100,6 +100,33 @@ def _nothing_opened(measured: Round) -> tuple[bool, str]:
     return opened == 0, f"{opened if opened >= 0 else 'too many to count'} of {frames:,} frames opened"
 
 
+def _listing(arena: Arena) -> Measurement:
+    settings = arena.settings
+    archive, out = arena.archive("jpeg", settings.listed_frames), arena.output("listing")
+    return arena.program("list_and_plan", {"frames": archive, "out": out, "chunk_frames": settings.chunk_frames}).result
+
+
+def _listing_note(measured: Round) -> str:
+    told = measured["ours"]
+    return f"{told['frames']:,} files: listed in {told['list_s']:.1f} s, planned in {told['plan_s']:.1f} s"
+
+
+def _chunks(arena: Arena) -> Measurement:
+    archive, model, name = arena.specks(), arena.speck_model(), "chunks"
+    options = ("--mask-size", "model", "--mask-encoding", "raw", "--chunk-frames", "1")
+    watchers = [Memory(), Growth(arena.out / "outputs" / name)]
+    _, ended = segment(arena, name, archive, model, *options, watchers=watchers)
+    return {"wall_s": ended.wall_s, "per_s": arena.settings.chunks / ended.wall_s, **ended.watched}
+
+
+def _chunks_note(measured: Round) -> str:
+    told = measured["ours"]
+    return (
+        f"{told['per_s']:.0f} chunks/s, whole; driver {told['driver_mb']:.0f} MB, largest worker "
+        f"{told['worker_mb']:.0f} MB"
+    )
+
+
 NULL = Contest(
     name="overhead",
     contestants={"decode": decoding("jpeg"), "network": network("null_model"), "ours": _null},
@@ -107,8 +134,10 @@ NULL = Contest(
 START = Contest(name="start", contestants={"ours": _start})
 MANY = Contest(name="many", contestants={name: _many(place) for place, name in enumerate(_MANY)})
 FINISHED = Contest(name="finished", contestants={"ours": _finished})
+LISTING = Contest(name="listing", contestants={"ours": _listing})
+CHUNKS = Contest(name="chunks", contestants={"ours": _chunks})
 
-CONTESTS = (START, NULL, MANY, FINISHED)
+CONTESTS = (START, NULL, MANY, FINISHED, LISTING, CHUNKS)
 
 ROWS = (
     Row(
@@ -179,5 +208,38 @@ ROWS = (
         target=10,
         at_most=True,
         agreement=_nothing_opened,
+    ),
+    Row(
+        name="listing",
+        what="memory of a process that lists and plans a million frames",
+        against="",
+        contest="listing",
+        needs=("ours",),
+        figure=lambda measured: measured["ours"]["memory_mb"],
+        unit="MB",
+        target=2_000,
+        at_most=True,
+        note=_listing_note,
+    ),
+    Row(
+        name="chunks",
+        what="memory of the driver at 200,000 chunks of a frame",
+        against="",
+        contest="chunks",
+        needs=("ours",),
+        figure=lambda measured: measured["ours"]["driver_mb"],
+        unit="MB",
+        target=2_000,
+        at_most=True,
+        note=_chunks_note,
+    ),
+    Row(
+        name="chunks_rate",
+        what="chunks a second, the second half of them",
+        against="the first half",
+        contest="chunks",
+        needs=("ours",),
+        figure=lambda measured: measured["ours"]["late_over_early"],
+        target=0.9,
     ),
 )

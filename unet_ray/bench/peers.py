@@ -95,7 +95,7 @@ def notebook_loop(*, frames: str, model: str, out: str, batch_size: int, threads
     """The notebook's way: map to float32 in [0, 1], one by one; batches; `predict`; argmax."""
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow("cpu", threads)
+    configure_tensorflow("cpu", threads, op_threads=threads)
     import keras
 
     from unet_ray.bundle import read_bundle
@@ -118,7 +118,7 @@ def tfdata_loop(*, frames: str, model: str, out: str, batch_size: int, threads: 
     """The best loop of TensorFlow alone: parallel map, prefetching, one static function with the argmax inside."""
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow("cpu", threads)
+    configure_tensorflow("cpu", threads, op_threads=threads)
     from unet_ray.bundle import read_bundle
 
     net = read_bundle(model).build_model(dtype_policy=precision)
@@ -200,7 +200,7 @@ class _Predictor:
         from unet_ray.bundle import read_bundle
         from unet_ray.inference import Labeler, configure_tensorflow
 
-        configure_tensorflow("cpu", threads)
+        configure_tensorflow("cpu", threads, op_threads=threads if with_predict else 1)
         bundle = read_bundle(model)
         self._size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
         self._net = bundle.build_model(dtype_policy="float32") if with_predict else None

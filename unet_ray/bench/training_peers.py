@@ -9,8 +9,14 @@ Shapes: `B` batch, `H` height px, `W` width px, `C` colour, `K` classes.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -34,19 +40,29 @@ def some_pairs(
 
 
 def our_step(
-    *, images: str, masks: str, model: str, batch_size: int, steps: int, threads: int, device: str, precision: str
+    *,
+    images: str,
+    masks: str,
+    model: str,
+    batch_size: int,
+    steps: int,
+    threads: int,
+    device: str,
+    precision: str,
+    n_workers: int = 1,
 ) -> dict[str, float]:
-    """The train step of `unet-ray train` on one worker."""
+    """The train step of `unet-ray train` on one worker, or on one of several, which `TF_CONFIG` names."""
     from unet_ray import steps as ours
     from unet_ray.bundle import read_bundle
 
     ours.configure(device, threads)
+    strategy = ours.start_strategy(n_workers)
     bundle = read_bundle(model)
     net = bundle.build_model(dtype_policy=ours.choose_policy(precision, device))
     image_BHWC, mask_BHW = some_pairs(images, masks, batch_size, net.input_shape[1:3], bundle.class_set.name)
     predict = ours.Predictor(net)
     loss = predict.loss(predict(image_BHWC, mask_BHW)[2])
-    step = ours.TrainStep(net, ours.make_optimizer("adam", 1e-3, 0.0), ours.start_strategy(1, 600), loss="ce")
+    step = ours.TrainStep(net, ours.make_optimizer("adam", 1e-3, 0.0), strategy, loss="ce")
     started = 0.0
     for number in range(WARM_UP_STEPS + steps):
         if number == WARM_UP_STEPS:
@@ -55,11 +71,37 @@ def our_step(
     return {"images_per_s": steps * batch_size / (time.perf_counter() - started), "loss": loss}
 
 
+def steps_apart(*, cores: Sequence[int], **told: Any) -> dict[str, float]:
+    """`our_step` on the first core alone; then on every core at once, in processes that have nothing in common; then
+    in such that sum their gradients, as workers do, without Ray."""
+    alone, *_ = _on_cores(cores[:1], told)
+    apart = sum(_on_cores(cores, told))
+    return {"one_per_s": alone, "all_per_s": apart, "summing_per_s": sum(_on_cores(cores, told, summing=True))}
+
+
+def _on_cores(cores: Sequence[int], told: dict[str, Any], *, summing: bool = False) -> list[float]:
+    addresses = []
+    with ExitStack() as held:
+        for _ in cores if summing else ():
+            free = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+            addresses.append(f"127.0.0.1:{free.getsockname()[1]}")
+    with ProcessPoolExecutor(len(cores), get_context("spawn")) as pool:
+        return list(pool.map(_on_core, range(len(cores)), cores, [told] * len(cores), [addresses] * len(cores)))
+
+
+def _on_core(rank: int, core: int, told: dict[str, Any], addresses: list[str]) -> float:
+    os.sched_setaffinity(0, {core})
+    if addresses:
+        task = {"type": "worker", "index": rank}
+        os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+    return our_step(**told, threads=1, n_workers=max(1, len(addresses)))["images_per_s"]
+
+
 def keras_step(*, images: str, masks: str, model: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:
     """The notebook's training: `fit` in float32 over a cached data set."""
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow("cpu", threads)
+    configure_tensorflow("cpu", threads, op_threads=threads)
     from unet_ray.bundle import read_bundle
 
     bundle = read_bundle(model)
@@ -102,19 +144,22 @@ def _epoch_clock() -> Any:
 
 def keras_fit(
     *, images: str, masks: str, classes: str, out: str, size: Sequence[int], epochs: int, batch_size: int,
-    n_filters: int, depth: int, threads: int,
+    n_filters: int, depth: int, threads: int, seed: int,
 ) -> dict[str, float]:  # fmt: skip
     """The notebook, from the files to a model that is kept: read, resize, cache, shuffle, `fit` in float32.
 
-    Masks are grey PNG files whose values are the classes' ids.
+    Masks are grey PNG files whose values are the classes' ids. The seed decides weights, order and dropout.
     """
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow("cpu", threads)
+    configure_tensorflow("cpu", threads, op_threads=threads)
+    import keras
+
     from unet_ray.bundle import save_bundle
     from unet_ray.config import ModelConfig, load_class_set
     from unet_ray.unet import build_unet
 
+    keras.utils.set_random_seed(seed)
     class_set = load_class_set(classes)
     config = ModelConfig(
         image_height_px=size[0], image_width_px=size[1], n_classes=class_set.n_classes, n_filters=n_filters, depth=depth
@@ -125,7 +170,7 @@ def keras_fit(
         return load_frame(image_path, size), tf.image.resize(mask_HW1, size, method="nearest")
 
     dataset = tf.data.Dataset.from_tensor_slices((list_frames(images), list_frames(masks))).map(load)
-    net = build_unet(config, seed=0, dtype_policy="float32")
+    net = build_unet(config, seed=seed, dtype_policy="float32")
     _compile(net)
     history = net.fit(dataset.cache().shuffle(500).batch(batch_size), epochs=epochs, verbose=0)
     save_bundle(out, net, config, class_set, {})
@@ -166,7 +211,7 @@ def tfdata_ingest(*, images: str, masks: str, size: Sequence[int], batch_size: i
     """The same by `tf.data`, parallel as it sees fit."""
     from unet_ray.inference import configure_tensorflow, tf
 
-    configure_tensorflow("cpu", threads)
+    configure_tensorflow("cpu", threads, op_threads=threads)
     paths = (list_frames(images), list_frames(masks))
 
     def load(image_path: Any, mask_path: Any) -> Any:

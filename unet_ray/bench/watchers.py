@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_ray import faults, ledger, storage
-from unet_ray.bench.benchmark import steady_rate
+from unet_ray.bench.benchmark import late_over_early, steady_rate
 
 WARM_UP_SHARE = 0.1
 """Of the frames: when so many are committed, the steady state begins (`benchmark.steady_rate`)."""
@@ -77,6 +77,31 @@ class Commits(Watcher):
         committed = [(self._at_s.get(f"{chunk.key}.json", published_s), chunk.n_rows) for chunk in chunks]
         rate, from_s, frames = steady_rate(committed, published_s, WARM_UP_SHARE)
         return {"steady_per_s": rate, "steady_frames": frames, "steady_from_s": from_s}
+
+
+class Growth(Watcher):
+    """How many chunks are committed, looked at more rarely the more there are: the folder is read each time."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self._records = out / "_work" / "records"
+        self._seen: list[tuple[float, int]] = []
+        self._next_s = 0.0
+
+    def look(self, pid: int) -> None:
+        """See `Watcher`."""
+        began_s = time.monotonic()
+        if began_s < self._next_s:
+            return
+        with contextlib.suppress(OSError):  # not there yet, or no longer
+            number = sum(1 for _ in os.scandir(self._records))
+            if not self._seen or number > self._seen[-1][1]:  # they go when all is published
+                self._seen.append((began_s, number))
+        self._next_s = began_s + 50 * (time.monotonic() - began_s)
+
+    def found(self) -> dict[str, Any]:
+        """Returns the rate of the second half of the chunks over that of the first."""
+        return {"late_over_early": late_over_early(self._seen)}
 
 
 class Memory(Watcher):
