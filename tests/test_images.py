@@ -1,11 +1,12 @@
 import io
+import itertools
 import pickle
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from unet_ray.classes import IGNORED_ID, PRESETS
 from unet_ray.images import (
@@ -265,7 +266,8 @@ def kinds():
 
 def by_pillow_alone(monkeypatch, data):
     with monkeypatch.context() as patch:
-        patch.setattr("unet_ray.images._pixels_fast", lambda *_: None)
+        patch.setattr("unet_ray.images.decode_image_png_u8", None)  # calling it is an error, as is a file it refuses
+        patch.setattr("unet_ray.images._jpeg_pixels", lambda _: None)
         return frame_or_reason(data)
 
 
@@ -285,17 +287,51 @@ def test_every_decoder_gives_the_pixels_or_the_refusal_that_pillow_gives(monkeyp
         damaged = bytearray(data[: rng.integers(30, len(data))] if rng.random() < 0.2 else data)
         damaged[rng.integers(8, len(damaged))] ^= 1 << rng.integers(8)
         if data.startswith(b"\x89PNG"):
-            mend_the_sums(damaged)  # else the sums find all damage
+            mend_the_sums(damaged)
         np.testing.assert_array_equal(frame_or_reason(bytes(damaged)), by_pillow_alone(monkeypatch, bytes(damaged)))
 
 
 def mend_the_sums(png):
+    """Makes the sums of all chunks right again but the pixels': where that one holds, they are what was written."""
     place = 8
     while place + 12 <= len(png):
         end = place + 8 + int.from_bytes(png[place : place + 4])
-        if end + 4 <= len(png):
+        if end + 4 <= len(png) and png[place + 4 : place + 8] != b"IDAT":
             png[end : end + 4] = zlib.crc32(png[place + 4 : end]).to_bytes(4)
         place = end + 4
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_pillow_decodes_no_whole_png_of_8_bits(monkeypatch, mode):
+    image = Image.fromarray(RGB).convert(mode)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
+    np.testing.assert_array_equal(
+        decode_mask(encoded(image, "PNG")), np.asarray(image if mode == "L" else image.convert("RGB"))
+    )
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3), (6, 4)])
+def test_lines_of_a_png_with_right_sums_are_what_pillow_takes_them_for(monkeypatch, kind, channels):
+    """With every filter and unknown ones, too few and too many lines, however they are compressed and cut up."""
+    rng, n_taken = np.random.default_rng(kind), 0
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, kind, 0, 0, 0))
+    for _ in range(100):
+        lines = rng.integers(0, 256, (HEIGHT, 1 + WIDTH * channels)).astype(np.uint8)
+        lines[:, 0] = rng.integers(0, 5, HEIGHT)
+        if rng.random() < 0.2:
+            lines[rng.integers(HEIGHT), 0] = 5
+        raw = lines.tobytes()
+        if rng.random() < 0.4:
+            raw = (raw + raw)[: rng.integers(len(raw) - 200, len(raw) + 200)]
+        compress = zlib.compressobj(int(rng.integers(0, 10)), zlib.DEFLATED, int(rng.integers(9, 16)))
+        pixels = compress.compress(raw) + compress.flush()
+        cuts = [0, *sorted(rng.integers(0, len(pixels), rng.integers(0, 4))), len(pixels)]
+        parts = [chunk(b"IDAT", pixels[start:end]) for start, end in itertools.pairwise(cuts)]
+        data = b"".join([b"\x89PNG\r\n\x1a\n", header, *parts, chunk(b"IEND", b"")])
+        ours = frame_or_reason(data)
+        np.testing.assert_array_equal(ours, by_pillow_alone(monkeypatch, data))
+        n_taken += ours.dtype == np.uint8
+    assert 30 < n_taken < 90
 
 
 def test_an_interlaced_png():

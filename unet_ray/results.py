@@ -60,7 +60,7 @@ from unet_ray.frames import carried_schema
 FORMAT_VERSION = 1
 """Of the tables' layout; in every file's footer."""
 
-RESULT_VERSION = 3
+RESULT_VERSION = 4
 """Raised when the code's labels for the same frame and model can change; part of every chunk's key."""
 
 REASONS = (

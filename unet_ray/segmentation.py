@@ -42,7 +42,7 @@ from unet_ray.waves import (
 SIZES_LOOKED_AT = 64
 """Frames that are read before the archive is cut into chunks: the first of so many drives and cameras."""
 
-_RECORDED_PACKAGES = ("unet-ray", "ray", "tensorflow", "keras", "pillow", "imagecodecs", "simplejpeg", "pyarrow")
+_RECORDED_PACKAGES = ("unet-ray", "ray", "tensorflow", "keras", "pillow", "kornia-rs", "simplejpeg", "pyarrow")
 
 FILES_LOOKED_FOR = 16
 """Files of the archives that every other machine is asked for, where they are local."""

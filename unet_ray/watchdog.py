@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 class Watchdog:
@@ -16,8 +19,11 @@ class Watchdog:
     worker, has only this.
     """
 
-    def __init__(self, timeout_s: float, on_stuck: Callable[[], None]):
-        """Takes the seconds without a beat after which it calls `on_stuck` and ends the process with exit code 1."""
+    def __init__(self, timeout_s: float, on_stuck: Callable[[str], None]):
+        """Takes the seconds without a beat after which it ends the process with exit code 1.
+
+        `on_stuck` is called before that, with the place in the watched thread: `steps.py:62 (start_strategy)`.
+        """
         self._timeout_s, self._on_stuck = timeout_s, on_stuck
         self._beaten_at = 0.0
         self._over = threading.Event()
@@ -30,19 +36,30 @@ class Watchdog:
     def watching(self) -> Iterator[None]:
         """Watches while the block runs."""
         self.beat()
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch, args=[threading.get_ident()], daemon=True).start()
         try:
             yield
         finally:
             self._over.set()
 
-    def _watch(self) -> None:
+    def _watch(self, thread: int) -> None:
         while not self._over.wait(self._left_s()):
             if self._left_s() <= 0:
                 try:
-                    self._on_stuck()
+                    self._on_stuck(_place(thread))
                 finally:
                     os._exit(1)  # what is stuck runs no handler and sees no exception
 
     def _left_s(self) -> float:
         return max(0.0, self._beaten_at + self._timeout_s - time.monotonic())
+
+
+def _place(thread: int) -> str:
+    """Where a thread is in this package's code, and what that has called, if something else."""
+    stack = traceback.extract_stack(sys._current_frames()[thread])
+    last = max((place for place, frame in enumerate(stack) if _is_ours(frame)), default=-1)
+    return " -> ".join(f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})" for frame in stack[last:][:2])
+
+
+def _is_ours(frame: traceback.FrameSummary) -> bool:
+    return Path(frame.filename).parent == Path(__file__).parent

@@ -8,7 +8,6 @@ equal on all workers. Only rank 0 writes, and tells the driver what happens; nob
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 import zlib
@@ -82,8 +81,8 @@ class Worker:
         self.watchdog = self._watchdog(task.config.collective_timeout_s, "has got nowhere", " (--collective-timeout-s)")
 
     def _watchdog(self, timeout_s: float, what: str, option: str = "") -> Watchdog:
-        line = f"worker {self.rank} {what} for {timeout_s:.0f} s{option} and ends itself"
-        return Watchdog(timeout_s, functools.partial(self.group.tell, {"kind": "stuck", "line": line}))
+        line = f"worker {self.rank} {what} for {timeout_s:.0f} s{option} and ends itself; it was in"
+        return Watchdog(timeout_s, lambda place: self.group.tell({"kind": "stuck", "line": f"{line} {place}"}))
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:
