@@ -20,15 +20,14 @@ from unet_ray.classes import IGNORED_ID, ClassSet, Color, RawValue, UnknownValue
 from unet_ray.config import CheckConfig, load_class_set
 from unet_ray.frames import natural_key
 from unet_ray.images import ImageHeader, ImageRefused, count_values, decode_frame, decode_mask, read_header
+from unet_ray.messages import count, first_few
 from unet_ray.pairs import (
     ImagePair,
     PairListing,
     PairProblem,
-    count,
     detect_mask_format,
     encode_mask,
     find_pairs,
-    first_few,
     guess_mask_format,
 )
 

@@ -39,7 +39,8 @@ from unet_ray.classes import IGNORED_ID, ClassSet
 from unet_ray.cluster import say, without_ray_warnings
 from unet_ray.endings import JobFailed
 from unet_ray.images import ImageRefused, count_values, frame_size, resize_nearest
-from unet_ray.pairs import ImagePair, PairContent, PairProblem, count, load_pair, read_pairs
+from unet_ray.messages import count
+from unet_ray.pairs import ImagePair, PairContent, PairProblem, load_pair, read_pairs
 from unet_ray.splits import difference_hash
 from unet_ray.storage import read_many
 

@@ -23,6 +23,7 @@ from unet_ray import storage
 from unet_ray.classes import ClassSet, UnknownValuesError
 from unet_ray.frames import IMAGE_EXTENSIONS, natural_key, parse_path
 from unet_ray.images import ImageRefused, decode_frame, decode_mask
+from unet_ray.messages import count, first_few
 
 MASK_FORMATS = ("channel-max", "ids", "colors")
 """How a mask's pixels mean a class: the maximum over the channels, one channel's id, or the class set's colours."""
@@ -385,14 +386,3 @@ def _decoded(uri: str, decode: Callable[[bytes], np.ndarray], data: bytes) -> np
         return decode(data)
     except ImageRefused as error:
         raise PairProblem(uri, f"{error.reason}: {error}") from error
-
-
-def count(number: int, noun: str) -> str:
-    """`1 frame`, `2,400 frames`: for messages."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def first_few(names: Sequence[str], limit: int = 5) -> str:
-    """`a, b, c and 12 more`: for messages."""
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

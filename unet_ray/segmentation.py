@@ -28,6 +28,7 @@ from unet_ray.frames import Listing, list_archives
 from unet_ray.labelling import work
 from unet_ray.machines import require_seen_by_all
 from unet_ray.manifest import known_and_new, read_parquet
+from unet_ray.messages import count
 from unet_ray.options import to_yaml
 from unet_ray.results import RESULT_VERSION
 from unet_ray.tiling import Tiling, choose_tiling
@@ -149,7 +150,7 @@ def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, list
     if publish.finished_summary(plan) is None or ledger.pending(plan):
         return None
     _say_changes(plan)
-    say(f"{plan.n_frames:,} frames in {len(plan.chunks):,} chunks, 0 in 0 to do")
+    say(f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, 0 in 0 to do")
     result = _result(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
     _say_result(result)
     _show_preview(plan, is_news=False)
@@ -288,10 +289,10 @@ def _arithmetic(
 ) -> str:
     left = sum(chunk.n_rows for chunk in chunks)
     low, high = allocation.actors
-    actors = f"{low}" if low == high else f"{low} to {high}"
+    actors = count(high, "model actor")
     return (
-        f"{plan.n_frames:,} frames in {len(plan.chunks):,} chunks, {left:,} in {len(chunks):,} to do; {actors} model "
-        f"actor{'s' * (high != 1)} x {allocation.threads} thread{'s' * (allocation.threads != 1)}, "
+        f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, {left:,} in {len(chunks):,} to do; "
+        f"{actors if low == high else f'{low} to {actors}'} x {count(allocation.threads, 'thread')}, "
         f"batches of {config.batch_size}, {precision}"
     )
 
@@ -337,8 +338,8 @@ def _wave_job(
 def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
     statistics = read_parquet(storage.read_bytes(storage.join(plan.out, "class_statistics.parquet")))
     pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
-    for name, count in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
-        pixels[name] += count
+    for name, n_pixels in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
+        pixels[name] += n_pixels
     return SegmentResult(
         out=plan.out,
         listed=summary["listed"],
@@ -364,8 +365,8 @@ def _say_result(result: SegmentResult) -> None:
     reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
     say(f"{result.listed:,} frames: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
     total = sum(result.class_pixels.values())
-    for name, count in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
-        if count:
-            say(f"  {name:20}{count:16,} px {count / total:7.2%}")
+    for name, n_pixels in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
+        if n_pixels:
+            say(f"  {name:20}{n_pixels:16,} px {n_pixels / total:7.2%}")
     say(f"masks and statistics: {storage.join(result.out, 'frames')}")
     say(f"check them with: unet-ray verify {result.out}")

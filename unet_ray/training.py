@@ -43,8 +43,9 @@ from unet_ray.config import EvaluateConfig, TrainConfig
 from unet_ray.endings import JobFailed
 from unet_ray.ingest import FileFrames, FrameSource, IngestPlan, ingest
 from unet_ray.machines import require_seen_by_all
+from unet_ray.messages import count
 from unet_ray.monitor import Mailbox, Monitor, write_history
-from unet_ray.pairs import ImagePair, count, load_pair
+from unet_ray.pairs import ImagePair, load_pair
 from unet_ray.splits import leak_rate, leak_warning
 from unet_ray.tracking import MlflowRecord
 from unet_ray.training_data import TrainingData, complete_pairs, find_data, find_mask_format

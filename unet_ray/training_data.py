@@ -10,8 +10,9 @@ from unet_ray import evaluation
 from unet_ray.classes import ClassSet
 from unet_ray.cluster import say
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
+from unet_ray.messages import count
 from unet_ray.options import read_yaml
-from unet_ray.pairs import ImagePair, count, detect_mask_format, find_pairs, require_complete
+from unet_ray.pairs import ImagePair, detect_mask_format, find_pairs, require_complete
 from unet_ray.splits import Split, split_pairs
 
 
