@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -187,3 +189,24 @@ def test_what_ray_gives_up_may_be_tried_again():
             list(waves.map_on_cluster(die, [1]))
     finally:
         ray.shutdown()
+
+
+def test_a_network_that_did_not_load_at_first_is_loaded_once_for_all_blocks_of_its_actor(monkeypatch):
+    asked, loads = threading.Barrier(2), []
+
+    def load(*_):
+        loads.append(len(loads))
+        if len(loads) == 1:
+            raise OSError("the store does not answer")
+        return "network"
+
+    def label(table, labeler, network_size):
+        asked.wait(60)  # both blocks are here at once
+        return [table, labeler]
+
+    monkeypatch.setattr(waves, "_load_labeler", load)
+    monkeypatch.setattr(stages, "label_chunks", label)
+    actor = waves._ModelActor("model", "digest", {}, None)
+    with ThreadPoolExecutor(waves.BLOCKS_AT_ONCE) as pool:
+        assert list(pool.map(actor, ["first", "second"])) == [["first", "network"], ["second", "network"]]
+    assert loads == [0, 1]

@@ -7,6 +7,7 @@ import copy
 import errno
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -53,6 +54,10 @@ WAVE_TASKS = 2000
 TASK_FRAMES = 96
 """Frames up to which small chunks share their tasks. The three tasks of a block cost 0.07 s of a core whatever is in it
 (`jobs/benchmark.py --only chunks`, Ray 2.60), and the network's batches are full only within a block."""
+
+BLOCKS_AT_ONCE = 2
+"""Blocks in an actor at once. They share the network's threads: one keeps these busy while another is unpacked or put
+together."""
 
 BLOCKS_PER_ACTOR = 16
 """Blocks that each actor gets at least, where there are so many chunks: so that all end at about the same time."""
@@ -190,9 +195,13 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
             fn_constructor_args=(job.model, job.model_digest, job.labeler, job.decode.network_size),
             batch_size=None,
             batch_format="pyarrow",
-            # A chunk that ends its actor ends those that wait for it there, too.
             compute=ActorPoolStrategy(
-                min_size=low, max_size=high, max_tasks_in_flight_per_actor=1 if carefully else None
+                min_size=low,
+                max_size=high,
+                # A block that ends its actor ends those that are there with it, too.
+                max_tasks_in_flight_per_actor=1 if carefully else None,
+                max_concurrent_calls_per_actor=1 if carefully else BLOCKS_AT_ONCE,
+                enable_true_multi_threading=True,
             ),
             num_cpus=allocation.actor_cpus,
             num_gpus=allocation.actor_gpus or None,
@@ -249,15 +258,21 @@ class _ModelActor:
     ) -> None:
         self._network_size = network_size
         self._load = functools.partial(_load_labeler, model, model_digest, labeler)
-        self._labeler: Labeler | None = None
+        self._loading = threading.Lock()
+        self._loaded: Labeler | None = None
         # An actor that fails to start ends the whole of Ray Data's work; one asked later may answer, or say why.
         with contextlib.suppress(Exception):
-            self._labeler = self._load()
+            self._labeler()
+
+    def _labeler(self) -> Labeler:
+        with self._loading:
+            self._loaded = self._loaded or self._load()
+            return self._loaded
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Several at once."""
         try:
-            self._labeler = self._labeler or self._load()
-            return stages.label_chunks(table, self._labeler, self._network_size)
+            return stages.label_chunks(table, self._labeler(), self._network_size)
         except Exception as error:  # noqa: BLE001
             return stages.with_trouble(table, error)
 
