@@ -25,10 +25,11 @@ from ray.util.metrics import Gauge
 
 from unet_ray import filesystems
 from unet_ray.endings import EXIT_TRY_AGAIN, NotNow
-from unet_ray.processes import descendants
+from unet_ray.processes import KEEP_MEMORY, descendants
 
 WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
+    **KEEP_MEMORY,
 }
 
 _handed: tuple[tuple[str, str], dict[str, str]] | None = None

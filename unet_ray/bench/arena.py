@@ -33,6 +33,7 @@ from unet_ray.bench.watchers import Watcher
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import PRESETS
 from unet_ray.config import ModelConfig
+from unet_ray.processes import KEEP_MEMORY
 
 JPEG_QUALITY = 90
 _CLASSES = "carla23"
@@ -164,6 +165,7 @@ class Arena:
             folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **os.environ,
+            **KEEP_MEMORY,
             "TF_CPP_MIN_LOG_LEVEL": "3",
             # Ray looks at the machine's cores, not at those that this process may use (Ray 2.60).
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": settings.cores}),

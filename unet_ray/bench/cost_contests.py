@@ -8,7 +8,7 @@ from unet_ray import faults
 from unet_ray.bench.arena import Arena, Contest, Contestant, Ended
 from unet_ray.bench.benchmark import Measurement, Round, Row, bend, slope_per_1000
 from unet_ray.bench.labelling_contests import decoding, network, ours, segment
-from unet_ray.bench.watchers import Growth, Memory
+from unet_ray.bench.watchers import Growth, Memory, Watcher
 
 
 def _start(arena: Arena) -> Measurement:
@@ -56,8 +56,11 @@ def _counts(arena: Arena) -> list[int]:
 def _many(place: int) -> Contestant:
     def run(arena: Arena) -> Measurement:
         n_frames = _counts(arena)[place]
-        archive, model = arena.archive("jpeg", n_frames), arena.null_model()
-        _, ended = segment(arena, _many_output(arena, n_frames), archive, model, watchers=[Memory()])
+        archive, model, name = arena.archive("jpeg", n_frames), arena.null_model(), _many_output(arena, n_frames)
+        watchers: list[Watcher] = [Memory()]
+        if n_frames == arena.settings.many_frames:
+            watchers.append(Growth(arena.out / "outputs" / name))
+        _, ended = segment(arena, name, archive, model, watchers=watchers)
         return {"frames": n_frames, "wall_s": ended.wall_s, **ended.watched}
 
     return run
@@ -75,11 +78,13 @@ def _slope(key: str) -> Callable[[Round], float]:
 
 
 def _many_note(measured: Round) -> str:
-    return "; ".join(
+    costs = [
         f"{m['frames']:,} frames: driver {m['driver_mb']:.0f} MB, largest worker {m['worker_mb']:.0f} MB, "
         f"{m['wall_s']:.1f} s"
         for m in (measured[name] for name in _MANY)
-    )
+    ]
+    late = measured[_MANY[-1]]["late_over_early"]
+    return "; ".join([*costs, f"the second half of the last at {late:.3f} times the rate of its first"])
 
 
 def _finished(arena: Arena) -> Measurement:
