@@ -136,12 +136,18 @@ def change_record(out: str, chunk: ledger.Chunk, write) -> None:
     storage.write_whole(ledger.record_uri(out, chunk.key), write(dataclasses.asdict(told)))
 
 
-def test_a_record_whose_counts_were_changed_is_damaged(root, tmp_path):
-    run(root, str(tmp_path / "undisturbed"))
+def committed(root, tmp_path):
+    """An output whose chunks are all done, and nothing is published: its path and plan."""
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
     for chunk in plan.chunks:
         ledger.commit(out, chunk, label(chunk), writer="test")
+    return out, plan
+
+
+def test_a_record_whose_counts_were_changed_is_damaged(root, tmp_path):
+    run(root, str(tmp_path / "undisturbed"))
+    out, plan = committed(root, tmp_path)
     change_record(out, plan.chunks[1], manifest.json_bytes)
     with pytest.raises(storage.StorageError, match=f"{plan.chunks[1].key}.json is damaged; run the same command again"):
         publish.publish(plan, max_rejected=1)
@@ -153,10 +159,7 @@ def test_a_record_whose_counts_were_changed_is_damaged(root, tmp_path):
 def test_counts_that_are_not_those_of_the_rows_are_found_and_mended(root, tmp_path):
     """As a mistake of ours would give them, in a record that is whole."""
     run(root, str(tmp_path / "undisturbed"))
-    out = str(tmp_path / "out")
-    plan = make_plan(root, out)
-    for chunk in plan.chunks:
-        ledger.commit(out, chunk, label(chunk), writer="test")
+    out, plan = committed(root, tmp_path)
     change_record(out, plan.chunks[1], manifest.sealed)
     assert publish.publish(plan, max_rejected=1)["rejected"] == {"crashed": 2}
     assert publish.verify(out) == ["frames/part-00000.parquet: its rows are 5 ok; summary.json says 2 crashed, 3 ok"]
