@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import unet_ray
 
 PACKAGE = Path(unet_ray.__file__).parent
 MAY_IMPORT_RAY = {
-    *("chaos", "cluster", "machines", "ingest", "labelling", "monitor", "worker", "training", "waves", "segmentation"),
+    *("allocation", "chaos", "cluster", "machines", "ingest", "labelling", "monitor", "worker", "training", "waves"),
+    "segmentation",
     *("bench.contestants", "bench.peers"),
 }
 MAY_IMPORT_FSSPEC = {"filesystems", "listings", "storage"}
@@ -97,7 +99,22 @@ def test_no_module_imports_one_that_imports_it():
     ],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):
-    heavy = ("tensorflow", "keras", "ray", "matplotlib")
-    code = f"import sys, unet_ray.{module}; print([m for m in {heavy} if m in sys.modules])"
+    assert loaded_of(("tensorflow", "keras", "ray", "matplotlib"), f"import unet_ray.{module}") == []
+
+
+def test_a_job_starts_its_ray_before_it_loads_ray_data():
+    assert loaded_of(("ray", "ray.data", "tensorflow"), "import unet_ray.segmentation") == ["ray"]
+
+
+def test_tensorflow_is_loaded_without_what_keras_would_draw_with():
+    load = "from unet_ray.processes import without_plots\nwith without_plots(): import unet_ray.inference"
+    assert loaded_of(("keras", "matplotlib"), load) == ["keras"]
+    assert loaded_of(("keras", "matplotlib"), f"{load}\nimport unet_ray.pictures") == ["keras", "matplotlib"]
+    assert loaded_of(("keras", "matplotlib"), f"import unet_ray.pictures\n{load}") == ["keras", "matplotlib"]
+
+
+def loaded_of(modules: tuple[str, ...], code: str) -> list[str]:
+    """Which of these a process has loaded after it ran the code."""
+    code += f"\nimport json, sys; print(json.dumps([name for name in {modules} if sys.modules.get(name)]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return json.loads(done.stdout.splitlines()[-1])

@@ -22,7 +22,7 @@ import scraping
 import small_output
 from PIL import Image
 
-from unet_ray import cli, faults, images, labelling, ledger, publish, segmentation, waves
+from unet_ray import allocation, cli, faults, images, labelling, ledger, publish, segmentation, waves
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster import Gauges, connect
@@ -226,8 +226,8 @@ def test_a_tar_gives_the_rows_of_its_folder_in_other_chunks_and_several_waves(
 
     monkeypatch.setattr(labelling, "run_wave", run_wave)
     monkeypatch.setattr(labelling, "WAVE_TASKS", 2)
-    monkeypatch.setattr(waves, "BLOCKS_PER_ACTOR", 1)
-    monkeypatch.setattr(waves, "TASK_FRAMES", 7)
+    monkeypatch.setattr(allocation, "BLOCKS_PER_ACTOR", 1)
+    monkeypatch.setattr(allocation, "TASK_FRAMES", 7)
     with tarfile.open(tmp_path / "log.tar", "w") as tar:
         tar.add(archive, arcname=".", filter=lambda member: None if member.name.startswith("/") else member)
     run(model, tmp_path / "log.tar", tmp_path / "out", batch_size=5, chunk_frames=3)

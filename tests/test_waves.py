@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from unet_ray import cluster, inference, labelling, stages, storage, trials, waves
+from unet_ray import allocation, cluster, inference, labelling, stages, storage, trials, waves
 from unet_ray.bundle import read_bundle
 from unet_ray.classes import PRESETS
 from unet_ray.config import SegmentConfig
@@ -102,7 +102,7 @@ def test_a_step_that_fails_says_what_and_where(step, monkeypatch):
 def test_small_chunks_share_tasks_where_there_are_enough_of_them():
     def shared(sizes, most_frames=96, n_actors=1):
         chunks = [dataclasses.replace(CHUNK, row_start=place, n_rows=size) for place, size in enumerate(sizes)]
-        blocks = waves.share_tasks(chunks, most_frames, n_actors)
+        blocks = allocation.share_tasks(chunks, most_frames, n_actors)
         assert [chunk for block in blocks for chunk in block] == chunks
         return [[chunk.n_rows for chunk in block] for block in blocks]
 
@@ -158,18 +158,18 @@ def config(**options) -> SegmentConfig:
 def test_actors_leave_room_for_the_tasks_that_feed_them(monkeypatch):
     def on(nodes, device, **options):
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-        allocation = waves.allocate(config(**options), device)
-        return allocation, cluster._fits(allocation.bundles())
+        shares = allocation.allocate(config(**options), device)
+        return shares, cluster._fits(shares.bundles())
 
     two = {"CPU": 2.0}
     for options in ({}, {"cpus_per_actor": 2}, {"actors": "2"}, {"actors": "2", "cpus_per_actor": 1}):
-        allocation, fits = on([two], "cpu", **options)
-        assert fits and allocation.actors[0] * allocation.actor_cpus + allocation.decode_cpus + waves.WRITE_CPUS <= 2
+        shares, fits = on([two], "cpu", **options)
+        assert fits and shares.actors[0] * shares.actor_cpus + shares.decode_cpus + allocation.WRITE_CPUS <= 2
     assert not on([two], "cpu", cpus_per_actor=3)[1]
-    allocation, fits = on([two, {"CPU": 8.0}], "cpu")
-    assert fits and allocation.actors == (2, 2) and allocation.threads == 2
-    allocation, fits = on([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}], "gpu")
-    assert fits and (allocation.actors, allocation.actor_cpus, allocation.actor_gpus) == ((1, 1), 1, 1)
+    shares, fits = on([two, {"CPU": 8.0}], "cpu")
+    assert fits and shares.actors == (2, 2) and shares.threads == 2
+    shares, fits = on([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}], "gpu")
+    assert fits and (shares.actors, shares.actor_cpus, shares.actor_gpus) == ((1, 1), 1, 1)
     assert not on([{"CPU": 1.0, "GPU": 1.0}], "gpu")[1]  # nothing would decode
     assert on([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}], "gpu")[1]
 
@@ -186,7 +186,7 @@ def test_what_ray_gives_up_may_be_tried_again():
         with pytest.raises(
             NotNow, match=r"^Ray gave up work that it had begun \(WorkerCrashedError: .*; the same comman"
         ):
-            list(waves.map_on_cluster(die, [1]))
+            list(cluster.map_on_cluster(die, [1]))
     finally:
         ray.shutdown()
 

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from unet_ray import faults, ledger, publish
+from unet_ray.allocation import CPU_SHARE_OF_ACTORS, WRITE_CPUS
 from unet_ray.trials import Stage, Trial, frames_of, rows_of, wait_until
-from unet_ray.waves import CPU_SHARE_OF_ACTORS, WRITE_CPUS
 
 # Titles that Ray Data gives to the tasks of `waves`. Not every `ray::` will do: with an agent goes the whole node.
 _DECODER, _ACTOR, _WRITER = "ray::ReadFrames", "ray::MapWorker", "ray::MapBatches(write_chunks)"

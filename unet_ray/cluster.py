@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import ray
@@ -39,6 +39,9 @@ ASK_EVERY_S = 2.0
 """How often the autoscaler is asked for what is still missing: of all requests it knows the last one only, and looks at
 it every 5 s. An actor that Ray Data and Ray Train leave on the head (`AutoscalingCoordinator`, Ray 2.60) puts its own
 in that place every 20 s, be it empty and its job long over: asked once, no node came in 600 s (in CI, 2026-11-22)."""
+
+TASK_RETRIES = 2
+"""Of a task whose process ended; Ray's default for actors is to try for ever."""
 
 ROOM_EVERY_S = 2.0
 """How often is looked whether the cluster still has room."""
@@ -342,6 +345,38 @@ def _fits(bundles: list[dict[str, float]]) -> bool:
         for key, value in bundle.items():
             room[key] = room.get(key, 0.0) - value
     return True
+
+
+def map_on_cluster(act: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """As `map`, on the cluster: in order, as many at once as it has CPUs, an error as it was raised."""
+    remote = ray.remote(max_retries=TASK_RETRIES)(act)
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running: list[Any] = []
+    for item in items:
+        if len(running) == at_once:
+            yield _outcome(running.pop(0), running)
+        running.append(remote.remote(item))
+    while running:
+        yield _outcome(running.pop(0), running)
+
+
+def _outcome(reference: Any, others: Sequence[Any]) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        for other in others:  # Ray prints the stack trace of a failure that nobody looked at (Ray 2.60)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(other)
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise given_up(error) from error
+
+
+def given_up(error: BaseException) -> NotNow:
+    """What Ray says of work that it does not try any more: the death of a process or of a node, above all."""
+    said = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    return NotNow(f"Ray gave up work that it had begun ({what}); the same command goes on where this one stopped")
 
 
 class Gauges:

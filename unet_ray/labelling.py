@@ -16,11 +16,12 @@ from typing import Any
 from ray.util import metrics
 
 from unet_ray import cluster, ledger, publish, storage
+from unet_ray.allocation import TASK_FRAMES, share_tasks
 from unet_ray.cluster import say
 from unet_ray.endings import JobFailed
 from unet_ray.manifest import frames_together
 from unet_ray.progress import Progress
-from unet_ray.waves import TASK_FRAMES, WAVE_TASKS, WaveJob, run_wave, share_tasks
+from unet_ray.waves import WAVE_TASKS, WaveJob, run_wave
 
 HEARTBEAT_S = 15.0
 

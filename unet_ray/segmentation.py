@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,29 +17,25 @@ import pyarrow.compute as pc
 import ray
 
 from unet_ray import cluster, ledger, publish, storage
+from unet_ray.allocation import Allocation, allocate
 from unet_ray.archives import IMAGE_EXTENSIONS
 from unet_ray.bundle import Bundle, read_bundle
-from unet_ray.cluster import say
+from unet_ray.cluster import TASK_RETRIES, map_on_cluster, say
 from unet_ray.config import SegmentConfig
 from unet_ray.contents import read_frames
 from unet_ray.decoding import DecodeOptions, count_pixels
 from unet_ray.devices import has_bfloat16
 from unet_ray.endings import JobFailed
 from unet_ray.frames import Listing, list_archives
-from unet_ray.labelling import work
 from unet_ray.machines import require_seen_by_all
 from unet_ray.manifest import known_and_new, read_parquet
 from unet_ray.messages import count
 from unet_ray.options import to_yaml
 from unet_ray.results import RESULT_VERSION
 from unet_ray.tiling import Tiling, choose_tiling
-from unet_ray.waves import (
-    TASK_RETRIES,
-    Allocation,
-    WaveJob,
-    allocate,
-    map_on_cluster,
-)
+
+if TYPE_CHECKING:
+    from unet_ray.waves import WaveJob
 
 SIZES_LOOKED_AT = 64
 """Frames that are read before the archive is cut into chunks: the first of so many drives and cameras."""
@@ -105,6 +102,8 @@ def segment(config: SegmentConfig) -> SegmentResult:
     if chunks:
         cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
         look()  # on the nodes that have come only now, too
+        from unet_ray.labelling import work  # see `_list_and_connect`
+
         job = _wave_job(config, plan, bundle, tiling, precision, device, allocation)
         frames_per_s = work(job, plan, chunks, config.max_rejected)
     is_news = bool(chunks) or publish.finished_summary(plan) is None
@@ -124,8 +123,10 @@ def _list(config: SegmentConfig) -> Listing:
 
 
 def _list_and_connect(config: SegmentConfig) -> Listing:
-    with ThreadPoolExecutor(1) as background:  # Ray's start takes 3 s
+    """Ray's start takes 2.4 s, mostly waiting: meanwhile the archives are listed, and Ray Data loads (0.4 s)."""
+    with ThreadPoolExecutor(2) as background:
         listing_soon = background.submit(_list, config)
+        background.submit(importlib.import_module, "unet_ray.labelling")
         cluster.connect()
         return listing_soon.result()
 
@@ -306,6 +307,8 @@ def _wave_job(
     device: str,
     allocation: Allocation,
 ) -> WaveJob:
+    from unet_ray.waves import WaveJob
+
     network_size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
     return WaveJob(
         out=plan.out,

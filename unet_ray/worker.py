@@ -24,6 +24,7 @@ from unet_ray.checkpoints import Checkpoint
 from unet_ray.classes import ClassSet
 from unet_ray.config import TrainConfig
 from unet_ray.endings import JobFailed
+from unet_ray.processes import without_plots
 from unet_ray.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class Worker:
 
     def _join(self) -> None:
         """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
-        # Here, so that the driver, which makes the task, does not load TensorFlow (2.6 s).
-        from unet_ray import losses, steps, unet
+        with without_plots():  # here, so that the driver, which makes the task, does not load TensorFlow (2.6 s)
+            from unet_ray import losses, steps, unet
 
         self.steps, task, config = steps, self.task, self.config
         _require_shared_storage(config.out)
