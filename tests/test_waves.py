@@ -13,10 +13,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from unet_ray import allocation, cluster, inference, labelling, stages, storage, trials, waves
+from unet_ray import cluster, inference, labelling, stages, storage, trials, waves
 from unet_ray.bundle import read_bundle
 from unet_ray.classes import PRESETS
-from unet_ray.config import SegmentConfig
 from unet_ray.decoding import DecodeOptions
 from unet_ray.endings import JobFailed, NotNow
 from unet_ray.frames import MANIFEST_SCHEMA
@@ -99,22 +98,6 @@ def test_a_step_that_fails_says_what_and_where(step, monkeypatch):
     assert isinstance(error, JobFailed) and str(error).endswith("; once it is mended, the same command goes on")
 
 
-def test_small_chunks_share_tasks_where_there_are_enough_of_them():
-    def shared(sizes, most_frames=96, n_actors=1):
-        chunks = [dataclasses.replace(CHUNK, row_start=place, n_rows=size) for place, size in enumerate(sizes)]
-        blocks = allocation.share_tasks(chunks, most_frames, n_actors)
-        assert [chunk for block in blocks for chunk in block] == chunks
-        return [[chunk.n_rows for chunk in block] for block in blocks]
-
-    assert shared([]) == []
-    assert shared([1] * 24) == [[1]] * 24
-    assert shared([1] * 40) == [[1, 1]] * 20
-    assert shared([1] * 40, n_actors=2) == [[1]] * 40
-    assert shared([1] * 2000)[:2] == [[1] * 96] * 2
-    assert shared([1] * 2000, most_frames=10) == [[1] * 10] * 200
-    assert shared([96, 96, 40, 40, 40, 96, 200, 1] * 5)[:6] == [[96], [96], [40, 40], [40], [96], [200]]
-
-
 def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_together(tmp_path, monkeypatch):
     first = dataclasses.replace(CHUNK, n_rows=2)
     chunks = [first, dataclasses.replace(CHUNK, chunk_id="000-000001", key="l", row_start=2)]
@@ -149,29 +132,6 @@ def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_toget
     receipts = stages.write_chunks(troubled, "out", PRESETS["camvid"], "raw", "me").to_pylist()
     assert [row["chunk_id"] for row in receipts] == ["000-000000", "000-000001"]
     assert all("no answer" in row["trouble"] for row in receipts)
-
-
-def config(**options) -> SegmentConfig:
-    return SegmentConfig(model="m", frames=("f",), out="o", **options)
-
-
-def test_actors_leave_room_for_the_tasks_that_feed_them(monkeypatch):
-    def on(nodes, device, **options):
-        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-        shares = allocation.allocate(config(**options), device)
-        return shares, cluster._fits(shares.bundles())
-
-    two = {"CPU": 2.0}
-    for options in ({}, {"cpus_per_actor": 2}, {"actors": "2"}, {"actors": "2", "cpus_per_actor": 1}):
-        shares, fits = on([two], "cpu", **options)
-        assert fits and shares.actors[0] * shares.actor_cpus + shares.decode_cpus + allocation.WRITE_CPUS <= 2
-    assert not on([two], "cpu", cpus_per_actor=3)[1]
-    shares, fits = on([two, {"CPU": 8.0}], "cpu")
-    assert fits and shares.actors == (2, 2) and shares.threads == 2
-    shares, fits = on([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}], "gpu")
-    assert fits and (shares.actors, shares.actor_cpus, shares.actor_gpus) == ((1, 1), 1, 1)
-    assert not on([{"CPU": 1.0, "GPU": 1.0}], "gpu")[1]  # nothing would decode
-    assert on([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}], "gpu")[1]
 
 
 @pytest.mark.timeout(300)

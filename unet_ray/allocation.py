@@ -23,9 +23,9 @@ WRITE_CPUS = 0.05
 """CPUs that a writing task reserves; without a share left for them no chunk would ever be finished."""
 
 TASK_FRAMES = 192
-"""Frames up to which small chunks share their tasks. The three tasks of a block cost 0.07 s of a core whatever is in it,
-and the driver sends 90 blocks a second at most (`jobs/benchmark.py --only chunks`, Ray 2.60), which many GPUs would
-wait for; the network's batches are full only within a block."""
+"""Frames up to which small chunks share their tasks. The three tasks of a block cost 0.07 s of a core whatever is in
+it, and one driver sends 90 blocks a second at most (`jobs/benchmark.py --only chunks`, Ray 2.60), for which many GPUs
+would wait; the network's batches are full only within a block."""
 
 BLOCKS_PER_ACTOR = 16
 """Blocks that each actor gets at least, where there are so many chunks: so that all end at about the same time."""

@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs on: connect to it, say what it has, wait for what is missing."""
+"""The Ray cluster a job runs on: connect to it, say what it has, wait for what is missing, map a function on it."""
 
 from __future__ import annotations
 
