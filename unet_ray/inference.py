@@ -261,7 +261,11 @@ def _scan_to(logits_hwK: tf.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, 
 
 def _count(mask_HW: np.ndarray, confidence_HW: np.ndarray, low_margins: Any, n_classes: int) -> Labels:
     """By runs of pixels of one class: 480x640 in 0.6 ms of a core, pixel by pixel in 1.5 (15,000 runs, numpy 2,
-    AVX-512, 2026-11-29). Where no pixel is like its neighbour it takes 2.8 instead of 0.7."""
+    AVX-512, 2026-11-29). Where no pixel is like its neighbour it takes 2.8 instead of 0.7.
+
+    In what order confidences are added changes nothing: of 32 classes the best has 1/32 at least, so that float64 adds
+    the float32 of 16 million pixels without rounding.
+    """
     ids = mask_HW.ravel()
     starts = np.concatenate(([0], np.flatnonzero(ids[1:] != ids[:-1]) + 1))
     sums = np.add.reduceat(confidence_HW.ravel().astype(np.float64), starts)
