@@ -26,7 +26,7 @@ def test_small_chunks_share_tasks_where_there_are_enough_of_them():
     assert shared([1] * 40, n_actors=2) == [[1]] * 40
     assert shared([1] * 2000)[:2] == [[1] * 96] * 2
     assert shared([1] * 2000, most_frames=10) == [[1] * 10] * 200
-    assert shared([96] * 40, most_frames=1000) == [[96, 96]] * 20
+    assert shared([96] * 40, most_frames=allocation.TASK_FRAMES) == [[96, 96]] * 20
     assert shared([96, 96, 40, 40, 40, 96, 200, 1] * 5)[:6] == [[96], [96], [40, 40], [40], [96], [200]]
 
 

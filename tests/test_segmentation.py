@@ -227,7 +227,7 @@ def test_a_tar_gives_the_rows_of_its_folder_in_other_chunks_and_several_waves(
     monkeypatch.setattr(labelling, "run_wave", run_wave)
     monkeypatch.setattr(labelling, "WAVE_TASKS", 2)
     monkeypatch.setattr(allocation, "BLOCKS_PER_ACTOR", 1)
-    monkeypatch.setattr(allocation, "TASK_FRAMES", 7)
+    monkeypatch.setattr(labelling, "TASK_FRAMES", 7)
     with tarfile.open(tmp_path / "log.tar", "w") as tar:
         tar.add(archive, arcname=".", filter=lambda member: None if member.name.startswith("/") else member)
     run(model, tmp_path / "log.tar", tmp_path / "out", batch_size=5, chunk_frames=3)

@@ -79,11 +79,11 @@ def share_tasks(chunks: Sequence[Chunk], most_frames: int, n_actors: int) -> lis
 
     Args:
         chunks: in order.
-        most_frames: what may go through Ray together; a chunk that has more goes alone.
+        most_frames: what may go through Ray together, `TASK_FRAMES` or less; a chunk that has more goes alone.
         n_actors: the most model actors.
     """
     n_frames = sum(chunk.n_rows for chunk in chunks)
-    most_frames = min(most_frames, TASK_FRAMES, n_frames // (n_actors * BLOCKS_PER_ACTOR))
+    most_frames = min(most_frames, n_frames // (n_actors * BLOCKS_PER_ACTOR))
     shared: list[list[Chunk]] = []
     filled = 0
     for chunk in chunks:
