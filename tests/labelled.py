@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from unet_ray import ledger, publish, results, storage
+from unet_ray import ledger, manifest, plans, publish, results, salvage, storage
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import list_archives
 
@@ -20,8 +20,8 @@ CLASSES = ClassSet(
         SegmentationClass(name="sky", color=(70, 130, 180), values=(1,)),
     ),
 )
-LINEAGE = ledger.Lineage(bundle_digest="ab" * 32, class_set=CLASSES, options={"mask_size": "model", "window": None})
-CUTTING = ledger.Cutting(chunk_frames=3, shard_rows=5)
+LINEAGE = plans.Lineage(bundle_digest="ab" * 32, class_set=CLASSES, options={"mask_size": "model", "window": None})
+CUTTING = manifest.Cutting(chunk_frames=3, shard_rows=5)
 DRIVES = {"a": 5, "b": 7, "c": 1}
 
 
@@ -35,9 +35,9 @@ def write_archive(root: Path, drives: dict[str, int] = DRIVES) -> str:
     return str(root)
 
 
-def label(chunk: ledger.Chunk, *, reject: tuple[str, ...] = ()) -> pa.Table:
+def label(chunk: manifest.Chunk, *, reject: tuple[str, ...] = ()) -> pa.Table:
     """Rows of a chunk: masks of 2 x 3 pixels that follow from the frame's id; frames in `reject` are truncated."""
-    rows = ledger.read_rows(chunk)
+    rows = manifest.read_rows(chunk)
     ids = rows["frame_id"].to_pylist()
     seeds = [int(hashlib.sha256(i.encode()).hexdigest(), 16) for i in ids]
     masks = [np.array([(seed >> bit) & 1 for bit in range(6)], np.uint8) for seed in seeds]
@@ -62,14 +62,15 @@ def label(chunk: ledger.Chunk, *, reject: tuple[str, ...] = ()) -> pa.Table:
     return results.result_table(rows, labels, CLASSES)
 
 
-def make_plan(root: str, out: str, **options) -> ledger.Plan:
+def make_plan(root: str, out: str, **options) -> plans.Plan:
     lineage = options.pop("lineage", LINEAGE)
-    return ledger.plan(out, list_archives([root]), lineage, CUTTING, config_yaml="frames: log\n", **options)
+    return plans.plan(out, list_archives([root]), lineage, CUTTING, config_yaml="frames: log\n", **options)
 
 
 def run(root: str, out: str, *, reject: tuple[str, ...] = (), max_rejected: float = 1.0, seen=None) -> dict:
     """The whole job, as `segment` does it; `seen` collects the chunks that were labelled."""
     plan = make_plan(root, out)
+    salvage.look_after_damage(plan)
     for chunk in ledger.pending(plan):
         ledger.commit(out, chunk, label(chunk, reject=reject), writer="test")
         if seen is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from unet_ray import images, ledger, local_files, publish, results, storage
+from unet_ray import images, ledger, local_files, manifest, plans, publish, rejected, results, salvage, storage
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
 
@@ -26,10 +26,10 @@ CLASS_SET = ClassSet(
         SegmentationClass(name="pedestrian", color=(220, 20, 60), values=(3,)),
     ),
 )
-LINEAGE = ledger.Lineage(
+LINEAGE = plans.Lineage(
     bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "native", "stride": None}, result_version=1
 )
-CUTTING = ledger.Cutting(chunk_frames=3, shard_rows=5)
+CUTTING = manifest.Cutting(chunk_frames=3, shard_rows=5)
 
 FIRST_DRIVES = {("a", ""): 5, ("b", "left"): 4, ("b", "right"): 2}
 """Sequence and camera, number of frames: chunks of 3, 2 | 3, 1, 2 frames in two shards."""
@@ -87,22 +87,22 @@ def label(rows: pa.Table, broken: Mapping[str, str] = BROKEN, mask_encoding: str
     return results.result_table(rows, labels, CLASS_SET)
 
 
-def make_plan(out: str, archive: Listing | None = None, **options: Any) -> ledger.Plan:
+def make_plan(out: str, archive: Listing | None = None, **options: Any) -> plans.Plan:
     told = {"lineage": LINEAGE, "cutting": CUTTING, "config_yaml": "chunk_frames: 3\n", **options}
-    return ledger.plan(out, archive or listing(), told.pop("lineage"), told.pop("cutting"), **told)
+    return plans.plan(out, archive or listing(), told.pop("lineage"), told.pop("cutting"), **told)
 
 
 def work(
-    plan: ledger.Plan,
+    plan: plans.Plan,
     *,
-    chunks: Sequence[ledger.Chunk] | None = None,
+    chunks: Sequence[manifest.Chunk] | None = None,
     broken: Mapping[str, str] = BROKEN,
     mask_encoding: str = "raw",
 ) -> list[str]:
     """Labels and commits what is pending, or some chunks; returns their ids."""
     chunks = ledger.pending(plan) if chunks is None else chunks
     for chunk in chunks:
-        ledger.commit(plan.out, chunk, label(ledger.read_rows(chunk), broken, mask_encoding), writer="job-1")
+        ledger.commit(plan.out, chunk, label(manifest.read_rows(chunk), broken, mask_encoding), writer="job-1")
     return [chunk.chunk_id for chunk in chunks]
 
 
@@ -118,7 +118,8 @@ def segment(
     """All of the job: plan, work, publish; returns the chunks that it labelled."""
     plan = make_plan(out, archive, **options)
     if retry is not None:
-        publish.retry_rejected(plan, retry)
+        rejected.retry_rejected(plan, retry)
+    salvage.look_after_damage(plan)
     labelled = work(plan, broken=broken, mask_encoding=mask_encoding)
     publish.publish(plan, max_rejected=0.5)
     return labelled

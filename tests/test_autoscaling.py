@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray_nodes import Gates, RayNodes
 
-from unet_ray import publish, synthetic, trials
+from unet_ray import synthetic, trials, verify
 from unet_ray.trials import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, gates, log, 
     assert "the job wants 1 CPU; the cluster has 0 CPUs; waiting up to 600 s for more nodes" in lines, lines
     assert any(line.startswith(f"{N_FRAMES} frames in {N_FRAMES} chunks") for line in lines)
     assert most_nodes > 1 and len(actors) > 1, told(nodes, said)
-    assert publish.verify(str(out)) == []
+    assert verify.verify(str(out)) == []
     assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600), told(nodes, said)
 
 

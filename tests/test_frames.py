@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unet_ray import archives, frames, ledger, storage
+from unet_ray import archives, frames, manifest, plans, storage
 from unet_ray.contents import FrameGone, read_frames
 from unet_ray.frames import PathFields, list_archives, natural_key, parse_path
 
@@ -313,8 +313,8 @@ def test_a_frame_is_missing_only_where_its_archive_is_seen(roots, gone, unseen, 
 
 def planned(roots: list[str], out: Path) -> pa.Table:
     """The rows as a worker reads them: from the manifest."""
-    plan = ledger.plan(str(out), list_archives(roots), labelled.LINEAGE, labelled.CUTTING, config_yaml="")
-    return pa.concat_tables([ledger.read_rows(chunk) for chunk in plan.chunks])
+    plan = plans.plan(str(out), list_archives(roots), labelled.LINEAGE, labelled.CUTTING, config_yaml="")
+    return pa.concat_tables([manifest.read_rows(chunk) for chunk in plan.chunks])
 
 
 # --- archives that are damaged, or made to do harm ---

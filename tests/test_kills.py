@@ -25,10 +25,10 @@ from small_output import (
     work,
 )
 
-from unet_ray import ledger, publish, storage
+from unet_ray import ledger, plans, publish, storage, verify
 
 GROWN = {("a", ""): 7, ("b", "left"): 4, ("b", "right"): 2, ("c", ""): 4}
-OTHER = ledger.Lineage(bundle_digest="cd" * 32, class_set=CLASS_SET, options={"mask_size": "model"})
+OTHER = plans.Lineage(bundle_digest="cd" * 32, class_set=CLASS_SET, options={"mask_size": "model"})
 FEWER_BROKEN = {"b/left/2.png": "truncated"}
 
 
@@ -54,7 +54,7 @@ def start_damaged(out):
     path = storage.join(out, "frames/part-00001.parquet")
     data = storage.read_bytes(path)
     storage.write_whole(path, data[:60] + bytes([data[60] ^ 1]) + data[61:])
-    assert len(publish.verify(out)) == 1
+    assert len(verify.verify(out)) == 1
 
 
 def run_first(out):
@@ -98,7 +98,7 @@ def test_the_next_run_gives_the_same_bytes(name, after, base, monkeypatch):
         run(undisturbed)
     expected = settled(undisturbed)
     assert len(changes) >= at_least, changes
-    assert publish.verify(undisturbed) == []
+    assert verify.verify(undisturbed) == []
     for place in range(len(changes)):
         out = storage.join(base, f"{name}-{place}")
         start(out)
@@ -106,7 +106,7 @@ def test_the_next_run_gives_the_same_bytes(name, after, base, monkeypatch):
             run(out)
         run(out)
         assert settled(out) == expected, (place, changes[place])
-        assert publish.verify(out) == [], (place, changes[place])
+        assert verify.verify(out) == [], (place, changes[place])
 
 
 @pytest.mark.parametrize("base", ["memory"], indirect=True)
@@ -162,7 +162,7 @@ def test_killed_inside_any_write_the_next_run_gives_the_same_bytes(begun, drives
             assert rows == frames, f"a frame twice after a kill at step {place}"
         segment(out, listing(drives))
         assert contents(out) == expected, f"killed at step {place}"  # of all files: nothing unfinished is left
-        assert publish.verify(out) == []
+        assert verify.verify(out) == []
         assert read_by_duckdb(out) == [(n_frames, n_frames)] * 2
         shutil.rmtree(out)
         place += 1
@@ -187,7 +187,7 @@ def test_a_note_that_is_not_whole_is_none(left, base, monkeypatch):
         uri = storage.join(out, "_work", "shards", f"{storage.TEMPORARY_PREFIX}0123456789ab-part-00000.parquet.json")
     damaged = {"temporary": b"", "empty": b"", "half": note[: len(note) // 2], "flipped": flipped(note, 60, 3)}[left]
     storage.write_whole(uri, damaged)
-    assert ledger.read_notes(out) == []
+    assert ledger.read_notes(plan) == []
     assert segment(out) == []
     assert settled(out) == settled(storage.join(base, "undisturbed"))
 
@@ -223,7 +223,7 @@ def test_a_kill_while_planning_and_an_archive_that_grew_meanwhile_list_no_frame_
             for frame_id in pq.read_table(io.BytesIO(data))["frame_id"].to_pylist()
         ]
         assert len(ids) == len(set(ids)) == 12, changes[place]
-        assert publish.verify(out) == []
+        assert verify.verify(out) == []
 
 
 def test_several_lost_parts_are_named_and_mended_by_one_more_run(base):
@@ -266,7 +266,7 @@ def test_a_part_with_a_flipped_bit_is_noticed_before_it_is_published_and_its_chu
         publish.publish(plan, max_rejected=0.5)
     assert segment(out) == ["000-000002"]
     assert settled(out) == settled(storage.join(base, "undisturbed"))
-    assert publish.verify(out) == []
+    assert verify.verify(out) == []
 
 
 @pytest.mark.parametrize("path", ["manifest", "class_statistics.parquet", "run.json", "summary.json"])
@@ -283,7 +283,7 @@ def test_verify_names_every_damaged_file_of_the_output(path, how, base):
         middle = len(data) // 2
         storage.write_whole(uri, data[:middle] if how == "truncate" else data[:middle] + b"\xff" + data[middle + 1 :])
     try:
-        problems = publish.verify(out)
+        problems = verify.verify(out)
     except ValueError as error:  # a folder without its run.json is no output
         problems = [str(error)]
     assert any(path in problem for problem in problems), problems
@@ -302,7 +302,7 @@ def test_a_finished_output_is_published_by_a_stale_job_without_change(base):
     publish.publish(stale, max_rejected=0)
     assert segment(out) == []
     assert {path: data for path, data in settled(out).items() if not path.startswith("_work/")} == before
-    assert publish.verify(out) == []
+    assert verify.verify(out) == []
 
 
 def test_frames_rejected_for_another_reason_are_left_as_they_are(base):

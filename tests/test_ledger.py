@@ -23,7 +23,7 @@ from small_output import (
     work,
 )
 
-from unet_ray import ledger, listings, manifest, publish, storage
+from unet_ray import heartbeats, ledger, listings, manifest, plans, storage, verify
 from unet_ray.classes import PRESETS
 from unet_ray.endings import JobFailed
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
@@ -51,13 +51,13 @@ def test_chunks_are_of_one_drive_and_camera_and_shards_of_whole_chunks(out):
         ("000-000003", 1, 1),
         ("000-000004", 2, 1),
     ]
-    assert (plan.n_frames, plan.n_new, plan.n_changed, plan.n_vanished) == (11, 11, 0, 0)
+    assert (plan.n_frames, plan.n_new, plan.origin.n_changed, plan.origin.n_gone) == (11, 11, 0, 0)
     assert plan.ignored == {".json": 2}
-    assert pa.concat_tables([ledger.read_rows(chunk) for chunk in plan.chunks]).equals(listing().table)
+    assert pa.concat_tables([manifest.read_rows(chunk) for chunk in plan.chunks]).equals(listing().table)
 
 
 def test_a_chunk_holds_fewer_frames_where_they_are_large(out):
-    cutting = ledger.Cutting(chunk_frames=3, shard_rows=100, frame_pixels=lambda rows: 90, max_chunk_pixels=200)
+    cutting = manifest.Cutting(chunk_frames=3, shard_rows=100, frame_pixels=lambda rows: 90, max_chunk_pixels=200)
     assert [chunk.n_rows for chunk in make_plan(out, cutting=cutting).chunks] == [2, 2, 1, 2, 2, 2]
 
 
@@ -77,18 +77,18 @@ def test_no_frame_is_looked_at_that_is_planned(out):
 
 def test_a_large_manifest_is_read_by_the_rows_of_a_chunk(out):
     archive = listing({("a", ""): 2_500, ("b", ""): 3})
-    plan = make_plan(out, archive, cutting=ledger.Cutting(chunk_frames=700, shard_rows=10_000))
+    plan = make_plan(out, archive, cutting=manifest.Cutting(chunk_frames=700, shard_rows=10_000))
     assert [chunk.n_rows for chunk in plan.chunks] == [700, 700, 700, 400, 3]
-    assert pa.concat_tables([ledger.read_rows(chunk) for chunk in plan.chunks]).equals(archive.table)
+    assert pa.concat_tables([manifest.read_rows(chunk) for chunk in plan.chunks]).equals(archive.table)
 
 
 def test_a_chunks_key_depends_on_its_frames_and_on_all_of_the_lineage(tmp_path):
     lineages = [
         LINEAGE,
-        ledger.Lineage(bundle_digest="cd" * 32, class_set=CLASS_SET, options=LINEAGE.options),
-        ledger.Lineage(bundle_digest="ab" * 32, class_set=PRESETS["camvid"], options=LINEAGE.options),
-        ledger.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "model", "stride": None}),
-        ledger.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options=LINEAGE.options, result_version=2),
+        plans.Lineage(bundle_digest="cd" * 32, class_set=CLASS_SET, options=LINEAGE.options),
+        plans.Lineage(bundle_digest="ab" * 32, class_set=PRESETS["camvid"], options=LINEAGE.options),
+        plans.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "model", "stride": None}),
+        plans.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options=LINEAGE.options, result_version=2),
     ]
     keys = {make_plan(str(tmp_path / f"{n}"), lineage=told).chunks[0].key for n, told in enumerate(lineages)}
     assert len(keys) == len(lineages)
@@ -100,7 +100,7 @@ def test_a_chunks_key_depends_on_its_frames_and_on_all_of_the_lineage(tmp_path):
 def test_a_second_plan_is_the_first_and_other_cutting_options_move_nothing(out):
     first = make_plan(out)
     before = contents(out)
-    again = make_plan(out, cutting=ledger.Cutting(chunk_frames=2, shard_rows=1), config_yaml="chunk_frames: 2\n")
+    again = make_plan(out, cutting=manifest.Cutting(chunk_frames=2, shard_rows=1), config_yaml="chunk_frames: 2\n")
     assert again.chunks == first.chunks
     assert again.n_new == 0
     assert contents(out) == before
@@ -121,7 +121,7 @@ def test_frames_that_changed_or_vanished_keep_their_place_and_are_counted(out):
     first = make_plan(out)
     plan = make_plan(out, listing({("a", ""): 4, ("b", "left"): 4}, versions={"a//0.png": "v7", "b/left/3.png": "v8"}))
     assert plan.chunks == first.chunks
-    assert (plan.n_new, plan.n_changed, plan.n_vanished) == (0, 2, 3)
+    assert (plan.n_new, plan.origin.n_changed, plan.origin.n_gone) == (0, 2, 3)
 
 
 def test_a_catalogues_columns_are_carried(out):
@@ -129,7 +129,7 @@ def test_a_catalogues_columns_are_carried(out):
     weather = pa.array(["rain"] * 11)
     plan = make_plan(out, Listing(table=archive.table.append_column("weather", weather)))
     assert plan.carried.equals(pa.schema([("weather", pa.string())]))
-    assert ledger.read_rows(plan.chunks[1]).schema.names == [*MANIFEST_SCHEMA.names, "weather"]
+    assert manifest.read_rows(plan.chunks[1]).schema.names == [*MANIFEST_SCHEMA.names, "weather"]
 
 
 def test_a_catalogue_with_other_columns_cannot_be_appended(out):
@@ -158,13 +158,15 @@ def test_frames_that_have_another_id_now_are_not_labelled_once_more(out):
     )
     written_anew = renamed.set_column(7, "version", pa.array(["other"] * 3))
     assert written_anew.column_names == first.column_names
-    assert make_plan(out, Listing(table=written_anew)).n_new == 3  # other frames in an archive of the same name
+    assert (
+        make_plan(out, Listing(table=written_anew), keep_gone=True).n_new == 3
+    )  # other frames in an archive of the same name
 
 
 def test_another_lineage_is_refused_and_the_difference_shown(out):
     make_plan(out)
     before = contents(out)
-    other = ledger.Lineage(
+    other = plans.Lineage(
         bundle_digest="cd" * 32, class_set=PRESETS["camvid"], options={"mask_size": "model", "stride": None}
     )
     with pytest.raises(ValueError) as refusal:
@@ -178,7 +180,7 @@ def test_another_lineage_is_refused_and_the_difference_shown(out):
 
 
 def test_a_lineage_with_tuples_among_its_options_is_that_of_the_next_run_too(out):
-    lineage = ledger.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options={"window": (32, 48)})
+    lineage = plans.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options={"window": (32, 48)})
     first = make_plan(out, lineage=lineage)
     assert make_plan(out, lineage=lineage).chunks == first.chunks
 
@@ -224,10 +226,10 @@ def test_a_generation_whose_mark_is_damaged_is_named_and_never_planned_anew(name
         with pytest.raises(JobFailed, match=f"^{uri}: {reason}; restore it, or start anew with --overwrite$"):
             make_plan(out, archive)
     assert contents(out) == before
-    assert any(f"manifest/{name}: {'missing' if how == 'gone' else 'damaged'}" in line for line in publish.verify(out))
+    assert any(f"manifest/{name}: {'missing' if how == 'gone' else 'damaged'}" in line for line in verify.verify(out))
     make_plan(out, grown, overwrite=True)
     segment(out, grown)
-    assert publish.verify(out) == []
+    assert verify.verify(out) == []
 
 
 @pytest.mark.parametrize("when", ["planned", "published"])
@@ -243,20 +245,26 @@ def test_a_damaged_run_json_is_named(how, when, out):
             make_plan(out, **options)
     if how != "gone":
         with pytest.raises(JobFailed, match=message):
-            ledger.options_of(out)
+            plans.options_of(out)
     assert contents(out) == before
 
 
 def test_a_changed_byte_of_the_manifest_plans_no_frame_twice(out):
     """Arrow reads such a file without a word: its pages have no digests."""
     make_plan(out)
+    before = contents(out)
     (file,) = (file for file in manifest.list_folder(storage.join(out, "manifest")) if file.path.endswith("parquet"))
     table = pq.read_table(io.BytesIO(storage.read_bytes(file.uri)))
     ids = table["frame_id"].to_pylist()
     renamed = table.set_column(0, "frame_id", pa.array([ids[0].replace("0", "8"), *ids[1:]]))
-    storage.write_whole(file.uri, ledger.parquet_bytes(renamed))
+    storage.write_whole(file.uri, manifest.parquet_bytes(renamed))
+    changed = listing(versions={"b/left/1.png": "v9"})
     with pytest.raises(JobFailed, match="its content is not what was planned.*; restore it, or start anew with"):
-        make_plan(out)
+        make_plan(out, changed)
+    assert make_plan(out).mended == (
+        f"manifest/{file.path}",
+    )  # the archive is as it was, so the file can be made again
+    assert contents(out) == before
 
 
 def test_overwrite_starts_anew_and_leaves_what_is_not_ours(out):
@@ -264,7 +272,7 @@ def test_overwrite_starts_anew_and_leaves_what_is_not_ours(out):
     storage.write_whole(storage.join(out, "notes.txt"), b"mine")
     storage.write_whole(storage.join(out, "frames/other.txt"), b"mine too")
     plan = make_plan(
-        out, lineage=ledger.Lineage(bundle_digest="cd" * 32, class_set=CLASS_SET, options={}), overwrite=True
+        out, lineage=plans.Lineage(bundle_digest="cd" * 32, class_set=CLASS_SET, options={}), overwrite=True
     )
     assert len(ledger.pending(plan)) == 5
     after = contents(out)
@@ -281,7 +289,7 @@ def test_what_a_kill_leaves_of_the_very_first_write_does_not_block_the_folder(tm
 
 
 def test_a_sign_of_life_before_the_plan_does_not_block_the_folder(out):
-    ledger.heartbeat(out, "job-1")
+    heartbeats.write(out, "job-1")
     assert make_plan(out).n_new == 11
 
 
@@ -306,7 +314,7 @@ def test_two_jobs_that_list_at_once_lose_no_frame(out, monkeypatch):
         patch.setattr(storage, "put_if_absent", put)
         plan = make_plan(out, mine)
     assert len(contents(out)) > before
-    ids = pa.concat_tables([ledger.read_rows(chunk) for chunk in plan.chunks])["frame_id"].to_pylist()
+    ids = pa.concat_tables([manifest.read_rows(chunk) for chunk in plan.chunks])["frame_id"].to_pylist()
     assert sorted(ids) == sorted(mine.table["frame_id"].to_pylist())
 
 
@@ -316,7 +324,7 @@ def test_two_jobs_that_list_at_once_lose_no_frame(out, monkeypatch):
 def test_a_chunk_is_done_when_its_record_exists(out):
     plan = make_plan(out)
     chunk = plan.chunks[2]
-    receipt = ledger.commit(out, chunk, label(ledger.read_rows(chunk)), writer="job-1")
+    receipt = ledger.commit(out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
     assert (receipt.chunk_id, receipt.key, receipt.n_rows) == ("000-000002", chunk.key, 3)
     assert (receipt.ok, dict(receipt.rejected), receipt.writer) == (2, {"truncated": 1}, "job-1")
     part = storage.read_bytes(storage.join(out, "_work", "parts", receipt.part))
@@ -330,7 +338,7 @@ def test_a_chunk_is_done_when_its_record_exists(out):
 def test_of_two_records_of_one_chunk_the_first_stands(out):
     plan = make_plan(out)
     chunk = plan.chunks[2]
-    rows = ledger.read_rows(chunk)
+    rows = manifest.read_rows(chunk)
     first = ledger.commit(out, chunk, label(rows), writer="job-1")
     assert ledger.commit(out, chunk, label(rows, broken={}), writer="job-2") == first
     assert ledger.commit(out, chunk, label(rows), writer="job-2") == first
@@ -351,7 +359,7 @@ def test_the_same_rows_give_the_same_part(tmp_path):
 def test_a_part_is_plain_parquet(tmp_path):
     plan = make_plan(str(tmp_path / "out"))
     chunk = plan.chunks[2]
-    receipt = ledger.commit(plan.out, chunk, label(ledger.read_rows(chunk)), writer="job-1")
+    receipt = ledger.commit(plan.out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
     table = pq.read_table(tmp_path / "out" / "_work" / "parts" / receipt.part)
     assert table["frame_id"].to_pylist() == [f"b/left/{n}.png" for n in range(3)]
     assert table["reason"].to_pylist() == [None, None, BROKEN["b/left/2.png"]]
@@ -376,7 +384,7 @@ def test_files_that_go_while_they_are_listed_are_passed_over(tmp_path, monkeypat
 
 def test_another_jobs_sign_of_life_is_seen_while_it_is_fresh(out):
     make_plan(out)
-    ledger.heartbeat(out, "job-1")
-    assert ledger.other_job(out, "job-1") is None
-    assert "job-1" in ledger.other_job(out, "job-2")
-    assert ledger.other_job(out, "job-2", within_s=-1) is None
+    heartbeats.write(out, "job-1")
+    assert heartbeats.other_job(out, "job-1") is None
+    assert "job-1" in heartbeats.other_job(out, "job-2")
+    assert heartbeats.other_job(out, "job-2", within_s=-1) is None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ray_nodes import RayNodes
 
-from unet_ray import publish, synthetic, trials
+from unet_ray import synthetic, trials, verify
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "127.0.0.2"
@@ -141,7 +141,7 @@ def test_the_machines_share_nothing_but_the_paths_that_are_given(nodes, folders,
     ):
         told = run(nodes, command, {"TMPDIR": str(own)})
         assert told.returncode == 0, told.stdout + told.stderr
-    assert publish.verify(f"{shared}/labels") == []
+    assert verify.verify(f"{shared}/labels") == []
 
 
 PRECISION = """

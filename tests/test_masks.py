@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from unet_ray import cli, ledger, manifest, masks, storage
+from unet_ray import cli, manifest, masks, plans, storage
 from unet_ray.config import ExportMasksConfig
 from unet_ray.pairs import find_pairs
 
@@ -45,7 +45,7 @@ def rename(labels: str, names: dict[str, str]) -> None:
         table = pq.read_table(file.uri)
         ids = [names.get(frame_id, frame_id) for frame_id in table["frame_id"].to_pylist()]
         pq.write_table(table.set_column(0, "frame_id", [ids]), file.uri)
-    summary = ledger.read_summary(labels)
+    summary = plans.read_summary(labels)
     for entry in summary["files"]:
         entry["bytes"] = len(storage.read_bytes(storage.join(labels, entry["path"])))
     storage.write_whole(storage.join(labels, "summary.json"), manifest.sealed(summary))
@@ -170,7 +170,7 @@ for labels in sys.argv[1:]:
 def test_six_times_the_frames_take_no_more_memory(tmp_path, monkeypatch):
     noise = np.random.default_rng(3).integers(0, 3, (600, 80, 80), np.uint8)
     monkeypatch.setattr(small_output, "mask_of", lambda frame_id: noise[int(frame_id.split("/")[2][:-4])])
-    cutting = ledger.Cutting(chunk_frames=100, shard_rows=100)
+    cutting = manifest.Cutting(chunk_frames=100, shard_rows=100)
     outs = [str(tmp_path / f"{n_frames}") for n_frames in (100, 600)]
     for out in outs:
         listing = small_output.listing({("a", ""): int(Path(out).name)})

@@ -6,6 +6,7 @@ from labelled import DRIVES, make_plan, run, write_archive
 from PIL import Image
 
 from unet_ray import preview, segmentation
+from unet_ray.frames import list_archives
 from unet_ray.preview import choose_rows
 
 
@@ -40,7 +41,7 @@ def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(
     plan = make_plan(root, out)
     files = [pq.ParquetFile(path) for path in sorted((tmp_path / "out" / "frames").iterdir())]
     (tmp_path / "log" / "b" / "2.png").unlink()
-    shown = list(preview._shown(plan, files, list(range(13))))
+    shown = list(preview._shown(plan, list_archives([root]), files, list(range(13))))
     names = [f"{drive}/{index}.png" for drive, n_frames in DRIVES.items() for index in range(n_frames)]
     assert [caption.split()[0] for *_, caption in shown] == [name for name in names if name != "b/2.png"]
     rows = {row["frame_id"]: row for file in files for row in file.read().to_pylist()}
@@ -53,11 +54,11 @@ def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(
 def test_it_is_drawn_again_when_the_output_has_changed(tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "out")
     run(write_archive(tmp_path / "log"), out)
-    plan, drawn = make_plan(str(tmp_path / "log"), out), []
-    monkeypatch.setattr(preview, "write_preview", lambda plan: drawn.append(plan) or f"{out}/preview.png")
-    segmentation._show_preview(plan, False)
+    plan, listing, drawn = make_plan(str(tmp_path / "log"), out), list_archives([str(tmp_path / "log")]), []
+    monkeypatch.setattr(preview, "write_preview", lambda plan, listing: drawn.append(plan) or f"{out}/preview.png")
+    segmentation._show_preview(plan, listing, False)
     (tmp_path / "out" / "preview.png").write_bytes(b"of an earlier run")
-    segmentation._show_preview(plan, False)
+    segmentation._show_preview(plan, listing, False)
     assert len(drawn) == 1
-    segmentation._show_preview(plan, True)
+    segmentation._show_preview(plan, listing, True)
     assert len(drawn) == 2 and capsys.readouterr().out == f"preview: {out}/preview.png\n" * 3

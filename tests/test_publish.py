@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from labelled import CLASSES, DRIVES, LINEAGE, label, make_plan, published, run, write_archive
 
-from unet_ray import ledger, publish, storage
+from unet_ray import heartbeats, ledger, manifest, plans, publish, rejected, storage, verify
 from unet_ray.endings import JobFailed
 
 
@@ -33,7 +33,7 @@ def test_every_frame_is_published_once_in_the_manifests_order(root, tmp_path):
     assert set(os.listdir(out)) == {
         "config.yaml", "run.json", "manifest", "frames", "class_statistics.parquet", "summary.json"
     }  # fmt: skip
-    assert publish.verify(out) == []
+    assert verify.verify(out) == []
 
 
 def test_the_footer_says_what_the_labels_are(root, tmp_path):
@@ -109,7 +109,7 @@ def test_killed_between_any_two_steps_the_next_run_gives_the_same_bytes(where, m
         killed = killed_at(monkeypatch, place, moment, lambda out=out: run(root, out, reject=("b/6.png",)))
         run(root, out, reject=("b/6.png",))
         assert published(out) == expected, f"killed {moment} change {place}"
-        assert publish.verify(out) == []
+        assert verify.verify(out) == []
     assert place > 20  # 3 files of the plan, 2 a chunk, 3 shards, statistics, summary
 
 
@@ -124,8 +124,8 @@ def test_killed_while_publishing_a_rerun_labels_nothing(moment, tmp_path, root, 
         for chunk in plan.chunks:
             ledger.commit(out, chunk, label(chunk), writer="test")
         killed = killed_at(monkeypatch, place, moment, lambda plan=plan: publish.publish(plan, max_rejected=0))
-        if killed and ledger.read_summary(out) is None:
-            assert publish.verify(out)[0].endswith(" 0 of 6 chunks are to be done; run segment again")
+        if killed and plans.read_summary(out) is None:
+            assert verify.verify(out)[0].endswith(" 0 of 6 chunks are to be done; run segment again")
         seen: list[str] = []
         run(root, out, seen=seen)
         assert (seen, published(out)) == ([], expected), f"killed {moment} change {place}"
@@ -138,7 +138,7 @@ def test_a_retry_killed_anywhere_ends_as_one_that_was_not(moment, tmp_path, root
     expected, place, killed = published(str(tmp_path / "clean")), 0, True
 
     def retry(out: str) -> list[str]:
-        publish.retry_rejected(make_plan(root, out), ["truncated"])
+        rejected.retry_rejected(make_plan(root, out), ["truncated"])
         seen: list[str] = []
         run(root, out, seen=seen)
         return seen
@@ -149,10 +149,10 @@ def test_a_retry_killed_anywhere_ends_as_one_that_was_not(moment, tmp_path, root
         run(root, out, reject=("b/4.png",))
         killed = killed_at(monkeypatch, place, moment, lambda out=out: retry(out))
         if killed:
-            publish.verify(out)  # which marks what it takes for damage
+            verify.verify(out)  # which marks what it takes for damage
         assert set(retry(out)) <= {"000-000003"}
         assert published(out) == expected, f"killed {moment} change {place}"
-        assert publish.verify(out) == []
+        assert verify.verify(out) == []
     assert place > 10
 
 
@@ -231,7 +231,7 @@ def test_an_archive_that_grew_gets_new_files_and_keeps_the_old_ones(root, tmp_pa
     assert all(after[path] == data for path, data in before.items() if path.startswith(("frames/", "manifest/")))
     ids = pq.read_table(out + "/frames", columns=["frame_id"])["frame_id"].to_pylist()
     assert len(ids) == len(set(ids)) == 17
-    assert publish.verify(out) == []
+    assert verify.verify(out) == []
 
 
 def test_frames_that_changed_or_vanished_are_counted_and_stay(root, tmp_path):
@@ -241,7 +241,7 @@ def test_frames_that_changed_or_vanished_are_counted_and_stay(root, tmp_path):
     (tmp_path / "log/a/0.png").write_bytes(b"something else")
     (tmp_path / "log/a/1.png").unlink()
     plan = make_plan(root, out)
-    assert (plan.n_new, plan.n_changed, plan.n_vanished) == (0, 1, 1)
+    assert (plan.n_new, plan.origin.n_changed, plan.origin.n_gone) == (0, 1, 1)
     assert ledger.pending(plan) == [] and published(out) == before
 
 
@@ -269,8 +269,8 @@ def test_rejected_frames_are_tried_again_and_no_others(when, root, tmp_path):
     else:
         with pytest.raises(JobFailed):
             run(root, out, reject=("b/4.png",), max_rejected=0)
-    assert publish.retry_rejected(make_plan(root, out), ["crashed"]) == 0
-    assert publish.retry_rejected(make_plan(root, out), ["truncated"]) == 1
+    assert rejected.retry_rejected(make_plan(root, out), ["crashed"]) == 0
+    assert rejected.retry_rejected(make_plan(root, out), ["truncated"]) == 1
     seen: list[str] = []
     run(root, out, seen=seen)
     assert seen == ["000-000003"]
@@ -282,14 +282,14 @@ def test_an_unknown_reason_to_retry_is_refused(root, tmp_path):
     with pytest.raises(
         ValueError, match="--retry-rejected is 'crash'; the reasons are .*, out_of_memory; without one, all"
     ):
-        publish.retry_rejected(make_plan(root, str(tmp_path / "out")), ["changed", "crash"])
+        rejected.retry_rejected(make_plan(root, str(tmp_path / "out")), ["changed", "crash"])
 
 
 def test_another_lineage_is_refused_with_the_difference(root, tmp_path):
     out = str(tmp_path / "out")
     run(root, out)
     before = published(out)
-    other = ledger.Lineage(bundle_digest="cd" * 32, class_set=CLASSES, options={"mask_size": "native", "window": None})
+    other = plans.Lineage(bundle_digest="cd" * 32, class_set=CLASSES, options={"mask_size": "native", "window": None})
     with pytest.raises(ValueError) as caught:
         make_plan(root, out, lineage=other)
     assert str(caught.value) == (
@@ -316,9 +316,9 @@ def test_a_folder_with_something_else_is_refused_and_never_deleted(root, tmp_pat
 def test_chunks_hold_one_drive_and_keys_say_versions_and_options(root, tmp_path):
     plan = make_plan(root, str(tmp_path / "one"))
     assert [chunk.n_rows for chunk in plan.chunks] == [3, 2, 3, 3, 1, 1]
-    drives = [set(ledger.read_rows(chunk)["sequence"].to_pylist()) for chunk in plan.chunks]
+    drives = [set(manifest.read_rows(chunk)["sequence"].to_pylist()) for chunk in plan.chunks]
     assert drives == [{"a"}, {"a"}, {"b"}, {"b"}, {"b"}, {"c"}]
-    other = ledger.Lineage(bundle_digest="ab" * 32, class_set=CLASSES, options={"mask_size": "native", "window": None})
+    other = plans.Lineage(bundle_digest="ab" * 32, class_set=CLASSES, options={"mask_size": "native", "window": None})
     keys = {chunk.key for chunk in plan.chunks}
     assert keys.isdisjoint(chunk.key for chunk in make_plan(root, str(tmp_path / "two"), lineage=other).chunks)
     (tmp_path / "log/b/3.png").write_bytes(b"another version")
@@ -328,22 +328,22 @@ def test_chunks_hold_one_drive_and_keys_say_versions_and_options(root, tmp_path)
 
 @pytest.mark.parametrize(("pixels", "frames"), [(480 * 640, 96), (8_000_000, 25), (900_000_000, 1)])
 def test_large_frames_make_small_chunks(pixels, frames):
-    cutting = ledger.Cutting(chunk_frames=96, shard_rows=1)
+    cutting = manifest.Cutting(chunk_frames=96, shard_rows=1)
     assert cutting.most_frames(pixels) == frames
 
 
 def test_a_second_job_is_noticed(tmp_path):
     out = str(tmp_path)
-    ledger.heartbeat(out, "one")
-    assert ledger.other_job(out, "one") is None
-    assert ledger.other_job(out, "two") == "one"
-    assert ledger.other_job(out, "two", within_s=0) is None
-    ledger.end_heartbeat(out, "one")
-    assert ledger.other_job(out, "two") is None
+    heartbeats.write(out, "one")
+    assert heartbeats.other_job(out, "one") is None
+    assert heartbeats.other_job(out, "two") == "one"
+    assert heartbeats.other_job(out, "two", within_s=0) is None
+    heartbeats.end(out, "one")
+    assert heartbeats.other_job(out, "two") is None
 
 
 def test_a_manifest_of_many_chunks_is_read_by_row_groups(tmp_path):
     root = write_archive(tmp_path / "many", {"long": 2100, "short": 5})
     plan = make_plan(root, str(tmp_path / "out"))
-    ids = [i for chunk in plan.chunks for i in ledger.read_rows(chunk)["frame_id"].to_pylist()]
+    ids = [i for chunk in plan.chunks for i in manifest.read_rows(chunk)["frame_id"].to_pylist()]
     assert ids == [f"long/{n}.png" for n in range(2100)] + [f"short/{n}.png" for n in range(5)]

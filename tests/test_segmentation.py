@@ -22,7 +22,7 @@ import scraping
 import small_output
 from PIL import Image
 
-from unet_ray import allocation, cli, faults, images, labelling, ledger, publish, segmentation, waves
+from unet_ray import allocation, cli, faults, images, labelling, ledger, manifest, plans, segmentation, verify, waves
 from unet_ray.bundle import read_bundle, write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster import Gauges, connect
@@ -179,7 +179,7 @@ def test_rows_are_the_frames_and_masks_agree_with_the_network(labelled: Path, mo
 
 
 def test_the_output_verifies_and_the_result_names_the_classes(labelled: Path, model: str, archive: Path) -> None:
-    assert publish.verify(str(labelled)) == []
+    assert verify.verify(str(labelled)) == []
     table = rows_of(labelled)
     again = run(model, archive, labelled, shard_rows=10)
     assert dict(again.class_pixels) == {f"c{k}": sum(table[f"pixels_c{k}"].to_pylist()) for k in range(K)}
@@ -266,7 +266,7 @@ def test_other_masks(cluster, model: str, archive: Path, tmp_path: Path, options
             n_unlike += (mask != whole.argmax(-1)).sum()
         assert np.bincount(mask.ravel(), minlength=K).tolist() == [row[f"pixels_c{k}"] for k in range(K)]
     assert "tta" not in options or n_unlike > 0  # else nobody could tell whether it was done
-    assert publish.verify(str(tmp_path / "out")) == []
+    assert verify.verify(str(tmp_path / "out")) == []
 
 
 def break_frames(archive: Path) -> dict[str, str]:
@@ -297,8 +297,8 @@ def test_an_archive_that_is_not_as_it_was_planned_is_said(tmp_path: Path, capsys
     segmentation._say_changes(plan)
     assert capsys.readouterr().out == (
         "3 frames are new since the last run\n"
-        "warning: 1 frames have changed and 1 are gone since they were listed; what is labelled stays, the rest is "
-        "rejected as changed or missing (--overwrite labels all anew)\n"
+        "warning: since they were listed 1 frame changed and 1 frame went; what is labelled stays, the rest is rejected "
+        "as changed or missing (--overwrite labels all anew)\n"
     )
 
 
@@ -337,7 +337,7 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     assert not (tmp_path / "out/frames").exists()
 
     result = run(model, archive, tmp_path / "out", max_rejected=0.5, **options)
-    assert "no record; once more, each frame in a process of its own" in capsys.readouterr().out
+    assert "without a record; once more, each frame in a process of its own" in capsys.readouterr().out
     assert (result.listed, result.ok) == (18, 12)
     assert result.rejected == {"crashed": 1, "not_an_image": 2, "too_large": 1, "truncated": 1, "unsupported": 1}
     rows, good = rows_of(tmp_path / "out").to_pylist(), rows_of(labelled).to_pylist()
@@ -350,7 +350,7 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
             assert row["mask"] is None and row["error"]
     errors = {row["frame_id"]: row["error"] for row in rows}
     assert errors["a/5.png"] == "decoding ended its process with SIGSEGV, 3 times"
-    assert publish.verify(str(tmp_path / "out")) == []
+    assert verify.verify(str(tmp_path / "out")) == []
 
     before, counted = digests(tmp_path / "out"), scraping.scrape()
     with scraping.watching() as seen:
@@ -385,14 +385,12 @@ def test_a_chunk_that_ends_its_actor_also_alone_is_named_and_the_others_are_done
     monkeypatch.setattr(waves, "TASK_RETRIES", 0)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
-        with pytest.raises(
-            JobFailed, match="^1 chunks ended every process that labelled them, the first is 000-000001$"
-        ):
+        with pytest.raises(JobFailed, match="^1 chunk crashed every process, the first is 000-000001$"):
             run(model, archive, tmp_path / "out")
     finally:
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    (left,) = ledger.pending(ledger.read_plan(str(tmp_path / "out")))
-    assert "a/5.png" in ledger.read_rows(left)["frame_id"].to_pylist()
+    (left,) = ledger.pending(plans.read_plan(str(tmp_path / "out")))
+    assert "a/5.png" in manifest.read_rows(left)["frame_id"].to_pylist()
 
 
 @pytest.fixture
@@ -425,7 +423,7 @@ def test_a_frame_that_is_again_as_it_was_listed_is_labelled_when_it_is_tried_aga
     overwrite(archive / "bb/4.png", png(204, *SIZES[4 % 3]), mtime_ns=int(listed["version"].partition("-")[0]))
     result = run(model, archive, out, max_rejected=0.1, retry_rejected=("truncated", "changed"))
     assert (result.ok, result.rejected) == (18, {})
-    assert digests(out) == undisturbed and publish.verify(str(out)) == []
+    assert digests(out) == undisturbed and verify.verify(str(out)) == []
     said = capsys.readouterr().out
     assert "rejected frames that are tried again: 1\n" in said and "other files now" not in said
 
@@ -436,7 +434,7 @@ def test_a_frame_that_is_still_another_is_rejected_again_and_that_is_said_before
     overwrite(archive / "bb/4.png", png(10, 33, 52), mtime_ns=1)
     result = run(model, archive, out, max_rejected=0.1, retry_rejected=())
     assert (result.ok, result.rejected) == (17, {"changed": 1})
-    assert digests(out) == before and publish.verify(str(out)) == []
+    assert digests(out) == before and verify.verify(str(out)) == []
     (row,) = (row for row in rows_of(out).to_pylist() if row["frame_id"] == "bb/4.png")
     assert row["mask"] is None and row["error"] == f"{archive}/bb/4.png has changed since it was listed"
     said = capsys.readouterr().out
@@ -484,7 +482,7 @@ def test_too_many_rejected_frames_end_a_job_while_it_works(monkeypatch) -> None:
         Progress(40, "frames") as progress,
         pytest.raises(JobFailed, match="^2 of 16 frames are rejected "),
     ):
-        labelling._label(None, range(10), progress, labelling._Tally(40, 0.025), meters, carefully=False)
+        labelling._label(None, range(10), progress, labelling._Tally(40, 0.025), meters, int, carefully=False)
     assert asked == [0, 1, 2, 3]
 
 
@@ -499,9 +497,9 @@ def test_tasks_that_all_fail_end_the_careful_pass_and_only_that(monkeypatch) -> 
     monkeypatch.setattr(labelling, "run_wave", receipts)
     tally = labelling._Tally(4000, 0.0)
     with Progress(4000, "frames") as progress:
-        labelling._label(None, range(3000), progress, tally, None, carefully=False)
+        labelling._label(None, range(3000), progress, tally, None, int, carefully=False)
         with pytest.raises(JobFailed, match="^8 tasks could not be done: RuntimeError in inference.py:1: OOM; for "):
-            labelling._label(None, range(1000), progress, tally, None, carefully=True)
+            labelling._label(None, range(1000), progress, tally, None, int, carefully=True)
     assert asked == [*range(labelling.WAVE_TASKS), *range(8)]
 
 

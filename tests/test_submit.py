@@ -25,7 +25,7 @@ from object_store import KEY_ID, SECRET, make_bucket, reach, run_server
 from ray_nodes import Gates, RayNodes
 from test_readme import blocks
 
-from unet_ray import publish, synthetic
+from unet_ray import synthetic, verify
 from unet_ray.trials import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def test_a_submitted_labelling_is_stopped_and_the_same_line_goes_on(labelled):
     assert "24 frames in 24 chunks, 23 in 23 to do" in said
     assert "24 of 24 frames (100%), " in said
     assert "24 frames: 24 labelled, 0 rejected" in said
-    assert publish.verify("s3://bucket/labels") == []
+    assert verify.verify("s3://bucket/labels") == []
 
 
 def test_training_is_spread_and_all_nodes_decode_and_label(labelled, desk):

@@ -11,7 +11,7 @@ import pytest
 from labelled import label, make_plan, published, run, write_archive
 from small_output import flipped
 
-from unet_ray import cli, ledger, manifest, publish, storage
+from unet_ray import cli, heartbeats, ledger, manifest, publish, rejected, storage, verify
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_damage_is_found_and_only_that_file_is_done_again(damage, root, tmp_path
         "truncate": f"{len(data) - 9:,} bytes, summary.json says {len(data):,}",
         "delete": "missing",
     }[damage]
-    assert publish.verify(out) == [f"frames/part-00001.parquet: {said}"]
+    assert verify.verify(out) == [f"frames/part-00001.parquet: {said}"]
     seen: list[str] = []
     run(root, out, seen=seen)
     assert seen == ["000-000002", "000-000003"]
@@ -50,7 +50,7 @@ def test_damage_beside_the_frames_is_found_and_mended(root, tmp_path):
     expected = published(out)
     (tmp_path / "out/class_statistics.parquet").write_bytes(b"PAR1")
     (tmp_path / "out/frames/part-00009.parquet").write_bytes(b"PAR1")
-    problems = publish.verify(out)
+    problems = verify.verify(out)
     assert problems[0].startswith("class_statistics.parquet: 4 bytes, summary.json says ")
     assert problems[1] == "frames/part-00009.parquet: not in summary.json; its rows would be read twice, delete it"
     (tmp_path / "out/frames/part-00009.parquet").unlink()
@@ -70,10 +70,10 @@ def test_any_flipped_bit_of_what_proves_the_output_is_named(name, root, tmp_path
     data = path.read_bytes()
     for place in range(0, len(data), 5):
         path.write_bytes(flipped(data, place, place % 8))
-        (problem,) = publish.verify(out)
+        (problem,) = verify.verify(out)
         assert name in problem and "\n" not in problem, place
     path.write_bytes(data)
-    assert publish.verify(out) == []
+    assert verify.verify(out) == []
 
 
 @pytest.mark.parametrize("after", ["listed", "files", "sha256", '"ok": 1', '"rows": 5', '"sha256": "', '"seal": "'])
@@ -85,7 +85,7 @@ def test_a_flipped_bit_of_the_summary_is_mended_and_no_frame_labelled(after, roo
     data = expected["summary.json"]
     place = data.index(after.encode()) + len(after) - (not after.endswith('"'))
     (tmp_path / "out/summary.json").write_bytes(flipped(data, place, 1))
-    (problem,) = publish.verify(out)
+    (problem,) = verify.verify(out)
     assert "/summary.json: missing or damaged" in problem
     seen: list[str] = []
     run(root, out, seen=seen)
@@ -129,7 +129,7 @@ def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, 
     assert ", 1 of 6 chunks are to be done (first 000-000003, from frame b/3.png on); run" in capsys.readouterr().out
 
 
-def change_record(out: str, chunk: ledger.Chunk, write) -> None:
+def change_record(out: str, chunk: manifest.Chunk, write) -> None:
     """Makes a record tell of frames that were never rejected."""
     (receipt,) = ledger.read_receipts(out, [chunk.key])
     told = dataclasses.replace(receipt, ok=receipt.ok - 2, rejected={"crashed": 2})
@@ -162,7 +162,7 @@ def test_counts_that_are_not_those_of_the_rows_are_found_and_mended(root, tmp_pa
     out, plan = committed(root, tmp_path)
     change_record(out, plan.chunks[1], manifest.sealed)
     assert publish.publish(plan, max_rejected=1)["rejected"] == {"crashed": 2}
-    assert publish.verify(out) == ["frames/part-00000.parquet: its rows are 5 ok; summary.json says 2 crashed, 3 ok"]
+    assert verify.verify(out) == ["frames/part-00000.parquet: its rows are 5 ok; summary.json says 2 crashed, 3 ok"]
     seen: list[str] = []
     run(root, out, seen=seen)
     assert seen == ["000-000000", "000-000001"] and published(out) == published(str(tmp_path / "undisturbed"))
@@ -173,7 +173,7 @@ def test_sums_that_are_not_those_of_the_files_are_found(root, tmp_path):
     summary = run(root, out, reject=("b/4.png",))
     wrong = {**summary, "ok": 11, "rejected": {"truncated": 2}}
     storage.write_whole(storage.join(out, "summary.json"), manifest.sealed(wrong))
-    assert publish.verify(out) == [
+    assert verify.verify(out) == [
         "summary.json: 13 frames listed, 11 ok, {'truncated': 2} rejected; the manifest lists 13, and of 13 rows "
         "{'truncated': 1} are rejected"
     ]
@@ -186,14 +186,14 @@ def test_what_another_job_writes_while_the_work_goes_does_no_harm(root, tmp_path
 
     def late(path, **options):
         if str(path).endswith("_work"):
-            ledger.heartbeat(out, "another-job")
+            heartbeats.write(out, "another-job")
         return original(path, **options)
 
     monkeypatch.setattr(os, "rmdir", late)
     assert run(root, out)["listed"] == 13
     monkeypatch.undo()
     assert storage.exists(storage.join(out, "_work/jobs/another-job.json"))
-    assert publish.verify(out) == []
+    assert verify.verify(out) == []
     run(root, out)
     assert published(out) == published(str(tmp_path / "undisturbed"))
 
@@ -205,11 +205,11 @@ def test_a_lost_summary_is_written_again_and_no_frame_is_labelled(damage, root, 
     expected = published(out)
     summary = tmp_path / "out/summary.json"
     summary.unlink() if damage is None else summary.write_bytes(damage)
-    (line,) = publish.verify(out)
+    (line,) = verify.verify(out)
     assert ", 0 of 6 chunks are to be done; " in line
     seen: list[str] = []
     run(root, out, seen=seen)
-    assert seen == [] and published(out) == expected and publish.verify(out) == []
+    assert seen == [] and published(out) == expected and verify.verify(out) == []
 
 
 def test_with_the_statistics_lost_too_all_is_done_again(root, tmp_path):
@@ -227,7 +227,7 @@ def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
     ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
-    assert publish.verify(out) == [
+    assert verify.verify(out) == [
         f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks are to be done "
         "(first 000-000001, from frame a/3.png on); run segment again"
     ]
@@ -256,8 +256,8 @@ def test_a_retry_of_a_damaged_file_does_it_again_whole(root, tmp_path):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert publish.retry_rejected(make_plan(root, out)) == 1
+    assert rejected.retry_rejected(make_plan(root, out)) == 1
     seen: list[str] = []
     run(root, out, seen=seen)
     assert {"000-000003"} < set(seen)
-    assert published(out) == published(str(tmp_path / "clean")) and publish.verify(out) == []
+    assert published(out) == published(str(tmp_path / "clean")) and verify.verify(out) == []

@@ -10,7 +10,7 @@ from object_store import make_bucket, reach, run_server
 from small_output import contents, segment
 from weather import Proxy, Weather, shares
 
-from unet_ray import filesystems, listings, publish, storage
+from unet_ray import filesystems, listings, storage, verify
 from unet_ray.contents import read_frames
 from unet_ray.frames import list_archives
 from unet_ray.pairs import find_pairs, read_pairs
@@ -151,7 +151,7 @@ def test_an_output_made_in_bad_weather_has_the_same_bytes(bucket, proxy):
         seen.append(proxy.seen)
         proxy.reset_counts(Weather())
         assert contents(f"{bucket}/foul{seed}") == expected
-        assert publish.verify(f"{bucket}/foul{seed}") == []
+        assert verify.verify(f"{bucket}/foul{seed}") == []
     print(f"ideal {ideal} requests; {[shares(counts) for counts in seen]}")
     troubles = sum((counts for counts in seen), start=type(seen[0])())
     assert min(troubles[name] for name in ("slow_down", "reset", "cut", "wait")) > 0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from unet_ray import faults, ledger, publish
+from unet_ray import faults, plans, verify
 from unet_ray.allocation import CPU_SHARE_OF_ACTORS, WRITE_CPUS
 from unet_ray.trials import Stage, Trial, frames_of, rows_of, wait_until
 
@@ -123,7 +123,7 @@ def processes_killed(stage: Stage) -> Trial:
     """Decode workers, model actors and writers, five in one run."""
     trial = Trial(stage, "processes_killed")
     trial.watch()
-    step = max(1, len(ledger.read_plan(str(stage.undisturbed)).chunks) // 8)
+    step = max(1, len(plans.read_plan(str(stage.undisturbed)).chunks) // 8)
     with trial.started() as job:
         for number, title in enumerate(_TO_KILL):
             wait_until(partial(trial.has_records, number * step), job)
@@ -298,7 +298,7 @@ def output_damaged(stage: Stage) -> Trial:
     files[0].write_bytes(data)
     files[-1].unlink()
     (trial.out / "class_statistics.parquet").unlink()
-    problems = publish.verify(str(trial.out))
+    problems = verify.verify(str(trial.out))
     for name in (files[0].name, files[-1].name, "class_statistics.parquet"):
         trial.require(any(name in problem for problem in problems), f"verify did not name {name}: {problems}")
     kept = {file: file.stat().st_mtime_ns for file in files[1:-1]}

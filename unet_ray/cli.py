@@ -72,11 +72,12 @@ def _check(told: config.CheckConfig) -> int:
 
 
 def _verify(told: config.VerifyConfig) -> int:
-    from unet_ray.publish import verify
+    from unet_ray import verify
 
-    problems = verify(storage.resolve(told.out))
-    for problem in problems:
-        print(problem)
+    out = storage.resolve(told.out)
+    problems = verify.verify(out)
+    for line in problems or verify.kept_labels(out):
+        print(line)
     print(f"{told.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
     return EXIT_FAILED if problems else 0
 

@@ -336,10 +336,16 @@ class SegmentConfig(ClusterConfig):
     max_rejected: float = 0.01
     """Largest share of rejected frames with which the output is published."""
     retry_rejected: tuple[str, ...] | None = None
-    """Try rejected frames again: all, or those rejected for the reasons that follow, such as crashed. One whose file is
-    not what was listed stays rejected as changed: another `--out` or `--overwrite` labels it as it is now."""
+    """Try rejected frames again, and no others: all, or those rejected for the reasons that follow, such as crashed.
+    One whose file is not what was listed is rejected as changed: another `--out` or `--overwrite` labels it as it is
+    now."""
+    add_root: bool = False
+    """Add folders or files to an output that holds others: their frame ids begin with their names, and frames that are
+    there keep their ids and labels."""
+    keep_gone: bool = False
+    """Go on although more than half of the frames that the output holds of `--frames` are gone; labels stay."""
     overwrite: bool = False
-    """Delete what lies in `--out` and start anew."""
+    """Delete what lies in `--out` and start anew; refused while another job works on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

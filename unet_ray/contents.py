@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from unet_ray import archives, storage
-from unet_ray.frames import ROOTS_KEY
+from unet_ray.frames import read_roots
 from unet_ray.parquet_files import open_parquet
 
 _WINDOW_BYTES = 128 * 2**20
@@ -54,7 +53,7 @@ def read_frames(rows: pa.Table) -> Iterator[bytes | FrameGone]:
     Raises:
         StorageError: the store did not answer, or this machine does not see the archive; never a row.
     """
-    roots: list[str] = json.loads((rows.schema.metadata or {}).get(ROOTS_KEY, b"[]"))
+    roots = read_roots(rows)
     columns = rows.select(["uri", "kind", "offset_bytes", "size_bytes", "column", "row", "version"])
     refs = [_Reference(*row) for row in zip(*(column.to_pylist() for column in columns.columns), strict=True)]
     for ref, content in zip(refs, _read_listed(refs), strict=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -55,6 +55,15 @@ RunEach = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """What `map` is, perhaps over many processes: the answers come in order."""
 
 
+class Root(NamedTuple):
+    """What was given to `--frames`."""
+
+    uri: str
+    """In the form of `storage.resolve`; a glob as it was given."""
+    label: str
+    """How the ids of its frames begin; a glob's go on with what its matches have of their own."""
+
+
 class PathFields(NamedTuple):
     """What a relative path says of a frame."""
 
@@ -75,6 +84,8 @@ class Listing:
     """Files with other extensions, counted by extension."""
     unlistable: tuple[tuple[str, str], ...] = ()
     """URI and reason of what could not be listed."""
+    roots: tuple[Root, ...] = ()
+    """What was listed."""
 
 
 # --- names ---
@@ -167,17 +178,19 @@ def list_archives(
     path_pattern: str | None = None,
     image_column: str | None = None,
     run_each: RunEach | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Listing:
     """Lists folders (at any depth), tar, zip and Parquet files, catalogues, and globs of them; archives in parallel.
 
     A frame's id is its path relative to its root: `drive07/000001.png`; inside an archive the member's name follows
-    after `!`. Of several roots, the id begins with the root's name.
+    after `!`. Of several roots, the id begins with the root's name, unless `labels` says how.
 
     Args:
         uris: the roots.
         path_pattern: see `parse_path`.
         image_column: the column of Parquet files that holds the encoded images, where it is not `image`.
         run_each: how the archives are listed; by default in threads of this process.
+        labels: how the ids below some of the roots begin, by the root's resolved URI.
 
     Raises:
         ValueError: a root that does not exist or holds no frame, two frames with one id.
@@ -186,7 +199,8 @@ def list_archives(
     rows, findings = _Rows(path_pattern), Findings()
     found: list[tuple[str, storage.FileInfo]] = []
     told = [storage.resolve(uri) for uri in uris]
-    for label, uri in _roots(told):
+    places, roots = _roots(told, labels or {})
+    for label, uri in places:
         if storage.is_folder(uri):
             list_some = partial(_list_part, f"{label}/" if label else "", path_pattern)
             for table, of_part, archives_there in _in_threads(list_some, storage.list_parts(uri)):
@@ -204,13 +218,14 @@ def list_archives(
         ignored = f"{sum(findings.ignored.values()):,} other files" if findings.ignored else "nothing"
         raise ValueError(f"{', '.join(uris)} holds {ignored}; frames are {', '.join(IMAGE_EXTENSIONS)}")
     _require_distinct(table)
-    order, columns, schema = _order(table), table.columns, _with_roots(table.schema, told)
+    order, columns, schema = _order(table), table.columns, _schema_with_roots(table.schema, told)
     del table, rows
     _take(columns, order)
     return Listing(
         table=pa.Table.from_arrays(columns, schema=schema),
         ignored=dict(sorted(findings.ignored.items())),
         unlistable=tuple(findings.unlistable),
+        roots=tuple(roots),
     )
 
 
@@ -271,29 +286,34 @@ class _Rows:
             ) from error
 
 
-def _roots(uris: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns label and URI of every root; the label begins the frame ids below it."""
-    roots: list[tuple[str, str]] = []
-    matched = {uri for uri in uris if _is_glob(uri)}
-    plain = [uri for uri in dict.fromkeys(uris) if uri not in matched]
+def _roots(uris: Sequence[str], labels: Mapping[str, str]) -> tuple[list[tuple[str, str]], list[Root]]:
+    """Returns label and URI of every place to list, globs resolved, and the roots; a label begins the frame ids."""
+    places: list[tuple[str, str]] = []
+    roots: list[Root] = []
+    plain = [uri for uri in dict.fromkeys(uris) if not is_glob(uri)]
     depth = 1
-    while len({_tail(uri, depth) for uri in plain}) < len(set(plain)):  # roots with one name: `a/cam0` and `b/cam0`
+    while len({tail(uri, depth) for uri in plain}) < len(set(plain)):  # roots with one name: `a/cam0` and `b/cam0`
         depth += 1
         if depth > max(uri.count("/") for uri in plain) + 1:
-            twice = next(uri for uri in plain if sum(_tail(uri, depth) == _tail(other, depth) for other in plain) > 1)
+            twice = next(uri for uri in plain if sum(tail(uri, depth) == tail(other, depth) for other in plain) > 1)
             raise ValueError(f"{twice} has the path of another of --frames; their frames' ids would be the same")
     for uri in uris:
-        if uri in matched:
-            base, matches = _glob_base(uri), storage.glob(uri)
+        if uri not in plain:
+            base, matches, label = _glob_base(uri), storage.glob(uri), labels.get(uri, "")
             if not matches:
                 raise ValueError(f"{uri}: nothing matches")
-            roots += [(match.removeprefix(base).strip("/"), match) for match in matches]
+            for match in matches:
+                places.append(("/".join(filter(None, (label, match.removeprefix(base).strip("/")))), match))
         else:
-            roots.append(("" if len(uris) == 1 and storage.is_folder(uri) else _tail(uri, depth), uri))
-    return roots
+            natural = "" if len(uris) == 1 and storage.is_folder(uri) else tail(uri, depth)
+            label = labels.get(uri, natural)
+            places.append((label, uri))
+        roots.append(Root(uri, label))
+    return places, roots
 
 
-def _is_glob(uri: str) -> bool:
+def is_glob(uri: str) -> bool:
+    """Whether a root is a pattern, not the name of something that is there."""
     return bool(re.search(r"[*?\[]", uri)) and not storage.exists(uri)
 
 
@@ -301,18 +321,34 @@ def _glob_base(uri: str) -> str:
     return re.split(r"[*?\[]", uri)[0].rpartition("/")[0]
 
 
-def _with_roots(schema: pa.Schema, told: Iterable[str]) -> pa.Schema:
-    return schema.with_metadata({ROOTS_KEY: json.dumps([_folder(uri) for uri in told if storage.is_local(uri)])})
+def with_roots(table: pa.Table, uris: Iterable[str]) -> pa.Table:
+    """Returns listed rows as a listing of these roots has them: `ROOTS_KEY` in the schema's metadata."""
+    return table.cast(_schema_with_roots(table.schema, uris))
 
 
-def _folder(uri: str) -> str:
-    """The folder that a root is or lies in."""
-    if _is_glob(uri):
+def _schema_with_roots(schema: pa.Schema, uris: Iterable[str]) -> pa.Schema:
+    return schema.with_metadata(roots_metadata(folder_of(uri) for uri in uris if storage.is_local(uri)))
+
+
+def read_roots(table: pa.Table) -> list[str]:
+    """Returns what `ROOTS_KEY` says in the metadata of rows of a manifest; nothing where it is not there."""
+    return json.loads((table.schema.metadata or {}).get(ROOTS_KEY, b"[]"))
+
+
+def roots_metadata(folders: Iterable[str]) -> dict[bytes, bytes]:
+    """Returns `ROOTS_KEY` for the metadata of a manifest's schema."""
+    return {ROOTS_KEY: json.dumps(list(folders)).encode()}
+
+
+def folder_of(uri: str) -> str:
+    """Returns the folder that a root is or lies in."""
+    if is_glob(uri):
         return _glob_base(uri)
     return uri if storage.is_folder(uri) else uri.rpartition("/")[0]
 
 
-def _tail(uri: str, depth: int) -> str:
+def tail(uri: str, depth: int) -> str:
+    """Returns the last parts of a URI: `b/cam0` of `/logs/b/cam0` at depth 2."""
     return "/".join(uri.partition("://")[2 if "://" in uri else 0].strip("/").split("/")[-depth:])
 
 

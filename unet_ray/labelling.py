@@ -1,32 +1,28 @@
 """The work of a labelling: chunks go out in waves, what comes back is counted, and what left no record goes carefully.
 
-While it works the job gives signs of life in the output, figures to the cluster's Prometheus, and a line to a person.
+While it works the job gives figures to the cluster's Prometheus, and a line to a person.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray.util import metrics
 
-from unet_ray import cluster, ledger, publish, storage
+from unet_ray import cluster, ledger, storage
 from unet_ray.allocation import TASK_FRAMES, share_tasks
 from unet_ray.cluster import say
 from unet_ray.endings import JobFailed
-from unet_ray.manifest import frames_together
+from unet_ray.manifest import Chunk, frames_together
+from unet_ray.messages import count
+from unet_ray.plans import Plan
 from unet_ray.progress import Progress
+from unet_ray.rejected import require_share
 from unet_ray.waves import WAVE_TASKS, WaveJob, run_wave
-
-HEARTBEAT_S = 15.0
-
-HEARTBEAT_END_S = 5.0
-"""For which the job waits until its sign of life is gone: a store that does not answer must not hold up its end."""
 
 COUNTERS: Mapping[str, tuple[Any, ...]] = {
     "unet_ray_segment_frames_labelled": ("Frames labelled",),
@@ -44,44 +40,49 @@ TROUBLED_IN_A_ROW = 8
 is full or the network does not fit the device, and going on with the rest would be for nothing."""
 
 
-def work(job: WaveJob, plan: ledger.Plan, chunks: list[ledger.Chunk], max_rejected: float) -> float:
-    """Labels the chunks; returns frames a second. What is left without a record is tried once more, carefully."""
-    other = ledger.other_job(plan.out, job.writer)
-    if other:
-        say(
-            f"warning: another job, {other}, worked on this output within the last minute; if it was killed, nothing is"
-            " lost, and if it still works, both may go on: the result is the same"
-        )
+def work(
+    job: WaveJob,
+    plan: Plan,
+    chunks: list[Chunk],
+    max_rejected: float,
+    require_ours: Callable[[], None],
+) -> float:
+    """Labels the chunks; returns frames a second. What is left without a record is tried once more, carefully.
+
+    `require_ours` is called with each answer; what it raises ends the work.
+    """
     started_s = time.monotonic()
     todo = sum(chunk.n_rows for chunk in chunks)
     tally = _Tally(plan.n_frames, max_rejected)
     if todo < plan.n_frames:
-        _count_earlier(plan, tally)
+        n_done, rejected = ledger.done_so_far(plan)
+        tally.add(rejected, n_done)
     progress = Progress(plan.n_frames, "frames", done=plan.n_frames - todo)
     meters = _Meters(plan.n_frames, todo)
-    with _heartbeat(plan.out, job.writer), meters.gauges, progress:
+    with meters.gauges, progress:
         blocks = share_tasks(chunks, frames_together(TASK_FRAMES, plan.frame_pixels), job.allocation.actors[1])
-        _label(job, blocks, progress, tally, meters, carefully=False)
+        _label(job, blocks, progress, tally, meters, require_ours, carefully=False)
         left = ledger.pending(plan)
         if left:
-            say(f"{len(left):,} chunks have no record; once more, each frame in a process of its own")
+            say(f"{count(len(left), 'chunk')} without a record; once more, each frame in a process of its own")
             tally.troubles.clear()  # all that is left is tried again
-            _label(job, [[chunk] for chunk in left], progress, tally, meters, carefully=True)
+            _label(job, [[chunk] for chunk in left], progress, tally, meters, require_ours, carefully=True)
             left = ledger.pending(plan)
     progress.finish(tally.note())
     if left and tally.troubles:
-        raise tally.trouble_error(f"{len(left):,} chunks are not done")
+        raise tally.trouble_error(f"{count(len(left), 'chunk')} not done")
     if left:
-        raise JobFailed(f"{len(left):,} chunks ended every process that labelled them, the first is {left[0].chunk_id}")
+        raise JobFailed(f"{count(len(left), 'chunk')} crashed every process, the first is {left[0].chunk_id}")
     return todo / (time.monotonic() - started_s)
 
 
 def _label(
     job: WaveJob,
-    blocks: Sequence[Sequence[ledger.Chunk]],
+    blocks: Sequence[Sequence[Chunk]],
     progress: Progress,
     tally: _Tally,
     meters: _Meters,
+    require_ours: Callable[[], None],
     *,
     carefully: bool,
 ) -> None:
@@ -89,6 +90,7 @@ def _label(
     for start in range(0, len(blocks), WAVE_TASKS):
         finished = troubled = failed = in_a_row = 0
         for receipts in run_wave(job, blocks[start : start + WAVE_TASKS], carefully=carefully):
+            require_ours()
             for receipt in receipts:
                 if receipt["trouble"] is not None:
                     tally.troubles[receipt["kind"]] = receipt["trouble"]
@@ -108,19 +110,9 @@ def _label(
             if in_a_row == TROUBLED_IN_A_ROW:
                 break
         if in_a_row == TROUBLED_IN_A_ROW or (troubled and not finished):
-            raise tally.trouble_error(f"{troubled:,} tasks could not be done")
+            raise tally.trouble_error(f"{count(troubled, 'task')} could not be done")
         if failed and not finished:
             return  # more would fail, too
-
-
-def _count_earlier(plan: ledger.Plan, tally: _Tally) -> None:
-    """Counts what earlier runs rejected."""
-    published, recorded = ledger.published_shards(plan.out), ledger.recorded_keys(plan.out)
-    for file in published.values():
-        tally.add(file["rejected"], file["rows"])
-    keys = [chunk.key for chunk in plan.chunks if chunk.shard not in published and chunk.key in recorded]
-    for receipt in ledger.read_receipts(plan.out, keys):
-        tally.add(receipt.rejected, receipt.n_rows)
 
 
 class _Tally:
@@ -137,7 +129,7 @@ class _Tally:
         """Counts a chunk. Raises JobFailed once more frames are rejected than may be, whatever is still to come."""
         self._rejected.update(rejected)
         self._n_done += n_rows
-        publish.require_share(self._rejected, self._n_done, self._n_frames, self._max_rejected)
+        require_share(self._rejected, self._n_done, self._n_frames, self._max_rejected)
 
     def trouble_error(self, what: str) -> Exception:
         """Returns what the job ends with; only of storage that does not answer, trying again may help."""
@@ -164,33 +156,10 @@ class _Meters:
 
     def add(self, rejected: Mapping[str, int], n_rows: int) -> None:
         """Counts a chunk."""
-        for reason, count in rejected.items():
-            self._rejected.inc(count, {"reason": reason})
+        for reason, number in rejected.items():
+            self._rejected.inc(number, {"reason": reason})
         n_labelled = n_rows - sum(rejected.values())
         if n_labelled:  # Ray refuses to count 0
             self._labelled.inc(n_labelled)
         self._n_left -= n_rows
         self.gauges.set("frames_left", self._n_left)
-
-
-@contextlib.contextmanager
-def _heartbeat(out: str, writer: str) -> Iterator[None]:
-    """A sign of life of this job while the block runs, so that a second one is warned."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while True:
-            with contextlib.suppress(OSError):  # it only serves to warn; the work itself will say what storage has
-                ledger.heartbeat(out, writer)
-            if over.wait(HEARTBEAT_S):
-                break
-        with contextlib.suppress(OSError):
-            ledger.end_heartbeat(out, writer)
-
-    beating = threading.Thread(target=beat, daemon=True)
-    beating.start()
-    try:
-        yield
-    finally:
-        over.set()
-        beating.join(HEARTBEAT_END_S)

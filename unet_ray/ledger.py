@@ -1,114 +1,48 @@
-"""What is to be done, what is done, and the proof: plan, chunks and their commit records.
+"""What of a plan is done: commit records of chunks, and the published files that stand for theirs.
 
-    OUT/run.json                   the lineage: model, classes and options that every label of this output comes from;
-                                   sealed by its own digest (`manifest.sealed`), as is every JSON file below
-    OUT/manifest/*.parquet         the plan: a row a frame, with the chunk and the shard that it belongs to
-    OUT/manifest/_g000.json        a generation of the plan is whole; frames found later are a new generation
     OUT/_work/parts/*.parquet      rows of a finished chunk, named by its key and their digest
     OUT/_work/records/KEY.json     the chunk is done: its part, digest, counts
-    OUT/_work/shards/FILE.json     a file of frames/ is whole, though others are not yet: stands for its chunks
+    OUT/_work/shards/FILE.json     a file of frames/ is or will be of these bytes; it stands for its chunks where it is
     OUT/_work/damaged/FILE         what `verify` found to be damaged
+    OUT/_work/kept/*.parquet       labels that a damaged file still had (see `salvage`)
+    OUT/_work/retries/000.json     rejected frames that are tried again (see `retries`)
 
 A chunk's key is a digest of its frames with their versions and of the lineage. A chunk is **done** when the record of
 its key exists, or when its shard is published (see `publish`). No lock: two jobs on one output write the same bytes
 under the same keys, and of two records of one key the first stands.
 
 Steps of a commit, after each of which a kill does no harm: (1) the part, whole or not at all: without a record it is
-nothing; (2) the record, put if absent: the chunk is done. Steps of a plan: (1) run.json, put if absent;
-(2) config.yaml; (3) the manifest's files, named by their content; (4) the generation's mark, put if absent: without it
-they are nothing.
+nothing; (2) the record, put if absent: the chunk is done.
+
+Any of these files may be a stranger's or of a job whose output was overwritten. So every name in them is one that this
+module would have given, and what is said of a published file counts only beside the key of its chunks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet_ray import manifest, storage
-from unet_ray.classes import ClassSet
-from unet_ray.frames import MANIFEST_SCHEMA, Listing, carried_schema
-from unet_ray.manifest import CHUNK_SCHEMA, Chunk, Cutting, json_bytes, parquet_bytes, read_rows, sealed, unsealed
-from unet_ray.results import FORMAT_VERSION, frames_schema
-
-__all__ = ["Chunk", "Cutting", "read_rows"]  # what a job needs of the manifest, beside what is defined here
-
-_OURS = re.compile(
-    r"frames/part-\d+\.parquet|manifest/(g\d+-.*\.parquet|_g\d+\.json)|_work/.*"
-    r"|summary\.json|class_statistics\.parquet|preview\.png"
-)
-"""What --overwrite deletes; a user's own file beside it stays."""
+from unet_ray import manifest, retries, storage
+from unet_ray.manifest import Chunk, parquet_bytes, sealed, unsealed
+from unet_ray.plans import Plan, read_summary
+from unet_ray.results import REASONS
+from unet_ray.retries import Retry
 
 FILES_KEY = "unet_ray.files"
 """In the footer of class_statistics.parquet: what summary.json says of the files of `frames/`."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Lineage:
-    """All that decides a frame's labels, but for the frame: part of every chunk's key."""
-
-    bundle_digest: str
-    class_set: ClassSet
-    options: Mapping[str, Any]
-    """Every option that changes a result, as plain JSON types."""
-    result_version: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the lineage as plain JSON types, as it is when it was written and read again."""
-        lineage = {
-            "bundle_digest": self.bundle_digest,
-            "class_set": self.class_set.to_dict(),
-            "options": dict(self.options),
-            "result_version": self.result_version,
-        }
-        return json.loads(json.dumps(lineage))
-
-    @cached_property
-    def digest(self) -> str:
-        """What of a lineage goes into every key."""
-        return storage.sha256(json_bytes(self.to_dict()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything that is to be done for one output."""
-
-    out: str
-    lineage: Lineage
-    chunks: tuple[Chunk, ...]
-    """In the manifest's order, generation after generation."""
-    carried: pa.Schema
-    """The catalogue's own columns."""
-    ignored: Mapping[str, int]
-    """Files that the newest listing ignored, by extension."""
-    recorded: Mapping[str, Any]
-    """Package versions and machines of the first run."""
-    manifest_files: tuple[dict[str, Any], ...]
-    """Path, rows, bytes and sha256 of the manifest's files."""
-    frame_pixels: int = 0
-    """Pixels of the largest frame that was looked at when chunks were cut; 0 where none said its size."""
-    n_new: int = 0
-    """Frames that this plan added."""
-    n_changed: int = 0
-    """Frames planned before, of which the archive holds another version now: they stay as they are."""
-    n_vanished: int = 0
-    """Frames planned before that the archive no longer has."""
-
-    @property
-    def n_frames(self) -> int:
-        """Frames listed, over all generations."""
-        return sum(chunk.n_rows for chunk in self.chunks)
+_PART = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})\.parquet")
+_SHARD = re.compile(r"part-(\d{5,})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,261 +62,66 @@ class Receipt:
     writer: str
 
 
-# --- planning ---
-
-
-def plan(
-    out: str,
-    listing: Listing,
-    lineage: Lineage,
-    cutting: Cutting,
-    *,
-    config_yaml: str,
-    recorded: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Plan:
-    """Makes the plan of an output, or goes on with the one that is there: frames found since are appended.
-
-    Args:
-        out: URI of the output's folder.
-        listing: what lies in the archives now.
-        lineage: what the labels come from.
-        cutting: how new frames are cut.
-        config_yaml: the resolved configuration.
-        recorded: package versions, machines: written to run.json, compared with nothing.
-        overwrite: delete an output that is there, and start anew.
-
-    Raises:
-        ValueError: the folder holds something else, or an output of another lineage; the message shows the difference.
-        JobFailed: what is planned is damaged or gone; the message names the file.
-        StorageError: trying again may help.
-    """
-    frames_schema(lineage.class_set, carried_schema(listing.table.schema))  # a catalogue's column may have a taken name
-    run = _claim(out, lineage, recorded or {}, overwrite)
-    if overwrite or not storage.exists(storage.join(out, "config.yaml")):
-        storage.write_whole(storage.join(out, "config.yaml"), config_yaml.encode())
-    _refuse_lost_marks(out)
-    known, new = manifest.known_and_new(out, listing.table)
-    n_known = len(known)
-    if n_known and len(new):
-        manifest.refuse_doubled(out, new)
-        _refuse_other_columns(carried_schema(listing.table.schema), _read_plan(out, run).carried)
-    while len(new):  # again only where another job's generation came first
-        manifest.append_generation(out, new, lineage.digest, cutting, listing.ignored)
-        _, new = manifest.known_and_new(out, listing.table)
-    manifest.delete_unmarked(out)
-    place = pc.index_in(listing.table["frame_id"], known["frame_id"])
-    versions = listing.table["version"].filter(pc.is_valid(place))
-    return dataclasses.replace(
-        _read_plan(out, run),
-        ignored=listing.ignored,
-        n_new=len(listing.table) - len(versions),
-        n_changed=pc.sum(pc.not_equal(known["version"].take(pc.drop_null(place)), versions)).as_py() or 0,
-        n_vanished=n_known - len(versions),
-    )
-
-
-def _refuse_lost_marks(out: str) -> None:
-    """Raises JobFailed where a generation that was published has no mark any more: its frames would be planned anew."""
-    there = {f"manifest/{file.path}" for file in manifest.list_folder(storage.join(out, "manifest"))}
-    for file in (read_summary(out) or {"files": ()})["files"]:
-        if file["path"].startswith("manifest/_g") and file["path"] not in there:
-            raise manifest.lost(storage.join(out, file["path"]), FileNotFoundError())
-
-
-def _refuse_other_columns(here: pa.Schema, there: pa.Schema) -> None:
-    if here != there:
-        shown = [", ".join(f"{field.name} {field.type}" for field in schema) or "none" for schema in (there, here)]
-        raise ValueError(
-            f"the catalogues' own columns are {shown[0]} in the output and {shown[1]} here; "
-            "give catalogues with the same columns, or another --out"
-        )
-
-
-def read_plan(out: str) -> Plan:
-    """Returns the plan of an output as it stands. Raises ValueError where there is none, JobFailed for damage."""
-    return _read_plan(out, _read_run(out))
-
-
-def options_of(out: str) -> dict[str, Any] | None:
-    """Returns the options with which an output was begun; None where there is none yet."""
-    if not storage.exists(storage.join(out, "run.json")):
-        return None
-    return _read_run(out)["lineage"]["options"]
-
-
-def _read_run(out: str) -> dict[str, Any]:
-    uri = storage.join(out, "run.json")
-    try:
-        return unsealed(storage.read_bytes(uri))
-    except (FileNotFoundError, ValueError) as error:
-        if manifest.read_generations(out):
-            raise manifest.lost(uri, error, "restore it, or give another --out") from error
-        whose = "run.json is missing"
-        if not isinstance(error, FileNotFoundError):
-            whose = "its run.json is another job's, or damaged; give another --out"
-        raise ValueError(f"{out} is no output of segment: {whose}") from error
-
-
-def _strangers(out: str) -> Iterator[str]:
-    """Yields files that neither a job that was killed early nor one that starts beside this one leaves."""
-    for file in manifest.list_folder(out):
-        if not file.path.startswith("_work/"):
-            yield file.path
-
-
-def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Returns run.json, written now where the folder is empty; refuses what is not ours or of another lineage."""
-    uri = storage.join(out, "run.json")
-    ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "lineage": lineage.to_dict(), "recorded": dict(recorded)}
-    if not storage.exists(uri):
-        stranger = next(_strangers(out), None)
-        if stranger is None:
-            storage.put_if_absent(uri, sealed(ours))
-        elif not manifest.read_generations(out):
-            raise ValueError(f"{out} holds files that are no output of segment ({stranger}); give another --out")
-    run = _read_run(out)
-    if overwrite:
-        # What proves the output goes before what it proves.
-        for file in sorted(manifest.list_folder(out), key=lambda file: "/" in file.path):
-            if _OURS.fullmatch(file.path):
-                storage.delete(file.uri)
-        storage.write_whole(uri, sealed(ours))  # last: until then the folder is an output of ours
-        return ours
-    if run["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{out} has format version {run['format_version']}, here it is {FORMAT_VERSION}; give another --out"
-        )
-    differences = list(_differences(run["lineage"], ours["lineage"]))
-    if differences:
-        raise ValueError(
-            f"{out} holds labels of another kind: {'; '.join(differences)}; give another --out, or --overwrite"
-        )
-    return run
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    names = {"bundle_digest": "model", "class_set": "class set", "result_version": "result version"}
-    for key, name in names.items():
-        if there[key] != here[key]:
-            values = [lineage[key] for lineage in (there, here)]
-            if key == "class_set":
-                values = [value["name"] for value in values]
-            yield f"{name} is {str(values[0])[:12]} there and {str(values[1])[:12]} here"
-    for option in sorted({*there["options"], *here["options"]}):
-        before, now = there["options"].get(option), here["options"].get(option)
-        if before != now:
-            yield f"--{option.replace('_', '-')} is {before} there and {now} here"
-
-
-def _read_plan(out: str, run: Mapping[str, Any]) -> Plan:
-    marks = manifest.read_generations(out)
-    files = tuple(file for mark in marks for file in mark["files"])
-    stored = run["lineage"]
-    carried = pa.schema([])
-    if files:
-        schema = manifest.open_manifest(storage.join(out, files[0]["path"])).schema_arrow
-        carried = pa.schema(
-            [field for field in schema if field.name not in (*MANIFEST_SCHEMA.names, *CHUNK_SCHEMA.names)]
-        )
-    return Plan(
-        out=out,
-        lineage=Lineage(**{**stored, "class_set": ClassSet.from_dict(stored["class_set"])}),
-        chunks=tuple(chunk for file in files for chunk in manifest.read_chunks(storage.join(out, file["path"]))),
-        carried=carried,
-        ignored=marks[-1]["ignored"] if marks else {},
-        recorded=run["recorded"],
-        manifest_files=files,
-        frame_pixels=max((mark.get("frame_pixels", 0) for mark in marks), default=0),
-    )
-
-
-# --- commits ---
+# --- chunks ---
 
 
 def pending(plan: Plan) -> list[Chunk]:
     """Returns the chunks that are not done, in order; lists the records and opens none of them."""
     # Records before summary.json: they go after it was written, so who sees none of them sees it.
-    parts = manifest.list_folder(storage.join(plan.out, "_work", "parts"))
-    recorded = recorded_keys(plan.out) & {file.path.partition("-")[0] for file in parts}
-    published = published_shards(plan.out)
-    return [chunk for chunk in plan.chunks if chunk.shard not in published and chunk.key not in recorded]
+    recorded = committed_keys(plan.out)
+    published = published_shards(plan)
+    chunks = [chunk for chunk in plan.chunks if chunk.shard not in published and chunk.key not in recorded]
+    undone = {chunk.chunk_id for chunk in chunks}
+    again = [chunk for _, chunk in open_retries(plan) if chunk.key not in recorded and chunk.chunk_id not in undone]
+    if chunks:
+        kept = {match[1]: match[0] for file in list_work(plan.out, "kept") if (match := _PART.fullmatch(file.path))}
+        chunks = [dataclasses.replace(chunk, kept=kept.get(chunk.key)) for chunk in chunks]
+    return [*chunks, *again]
 
 
-def published_shards(out: str) -> dict[int, dict[str, Any]]:
-    """Returns what its note, or else summary.json, or where that is lost the footer of class_statistics.parquet, says
-    of each file of frames/ that is there in its size and not known to be damaged."""
-    # Notes before summary.json: they go after it was written. The files after both, which are written after the files.
-    notes = read_notes(out)
-    summary = read_summary(out)
-    files = [*(summary["files"] if summary else _files_of_statistics(out)), *notes]
-    there = {file.path: file.size_bytes for file in manifest.list_folder(storage.join(out, "frames"))}
-    damaged = {file.path for file in manifest.list_folder(storage.join(out, "_work", "damaged"))}
-    shards: dict[int, dict[str, Any]] = {}
-    for file in files:
-        folder, _, name = file["path"].partition("/")
-        if folder == "frames":
-            shard = int(name.removeprefix("part-").removesuffix(".parquet"))
-            shards.pop(shard, None)
-            if there.get(name) == file["bytes"] and name not in damaged:
-                shards[shard] = file
-    return shards
-
-
-def _files_of_statistics(out: str) -> list[dict[str, Any]]:
-    try:
-        with storage.open_read(storage.join(out, "class_statistics.parquet")) as file:
-            metadata = pq.read_schema(file).metadata or {}
-        return unsealed(metadata.get(FILES_KEY.encode(), b""))["files"]
-    except storage.StorageError:
-        raise
-    except (OSError, ValueError):  # there is none, or it is damaged, for which Arrow has either
+def open_retries(plan: Plan) -> list[tuple[Retry, Chunk]]:
+    """Returns the chunks of all retries that no published file holds yet, retry after retry."""
+    every = retries.read(plan)
+    if not every:
         return []
+    published = published_shards(plan)
+    held = dict.fromkeys(plan.of_shard, 0)
+    for entry in read_notes(plan):
+        shard = shard_of(entry["file"]["path"])
+        if shard in held and published.get(shard) == entry["file"]:
+            held[shard] = entry["n_retries"]
+    return [(retry, chunk) for retry in every for chunk in retry.chunks(plan) if retry.number >= held[chunk.shard]]
 
 
-def read_notes(out: str) -> list[dict[str, Any]]:
-    """Returns the notes of the files that a job has published and that summary.json may not know yet.
-
-    A note that is damaged is none.
-    """
-    listed = manifest.list_folder(storage.join(out, "_work", "shards"))
-    contents = storage.read_many([(file.uri, 0, None) for file in listed]) if listed else []
-    notes = []
-    for content in contents:
-        if isinstance(content, storage.StorageError):  # a note that is gone is another job's doing
-            raise content
-        if isinstance(content, bytes):
-            with contextlib.suppress(ValueError):
-                notes.append(unsealed(content)["file"])
-    return notes
-
-
-def let_work_go(out: str, file: Mapping[str, Any], receipts: Sequence[Receipt]) -> None:
-    """Notes that a file of frames/ is whole, and deletes the records and parts that it was made of."""
-    name = storage.name(file["path"])
-    storage.write_whole(storage.join(out, "_work", "shards", f"{name}.json"), sealed({"file": file}))
-    storage.delete(storage.join(out, "_work", "damaged", name))
-    # Records first: while one counts its part is needed.
-    storage.delete_many([record_uri(out, receipt.key) for receipt in receipts])
-    storage.delete_many([part_uri(out, receipt.part) for receipt in receipts])
+def done_so_far(plan: Plan) -> tuple[int, Counter[str]]:
+    """Returns the number of frames that are done and not to be tried again, and of the rejected ones by reason."""
+    published, recorded = published_shards(plan), committed_keys(plan.out)
+    is_done = {c.chunk_id for c in plan.chunks if c.shard in published or c.key in recorded}
+    keys = [c.key for c in plan.chunks if c.shard not in published and c.key in recorded]
+    receipts = read_receipts(plan.out, keys)
+    n_done = sum(chunk.n_rows for chunk in plan.chunks if chunk.chunk_id in is_done)
+    rejected = rejected_of(published.values(), receipts)
+    for retry, chunk in open_retries(plan):
+        if chunk.chunk_id in is_done:
+            rejected.subtract(retry.rejected[chunk.chunk_id])
+            n_done -= chunk.n_rows
+            if chunk.key in recorded:
+                (receipt,) = read_receipts(plan.out, [chunk.key])
+                rejected.update(receipt.rejected)
+                n_done += chunk.n_rows
+    return n_done, +rejected
 
 
-def read_summary(out: str) -> dict[str, Any] | None:
-    """Returns summary.json, None where there is none or it is damaged."""
-    try:
-        return unsealed(storage.read_bytes(storage.join(out, "summary.json")))
-    except (FileNotFoundError, ValueError):
-        return None
+def committed_keys(out: str) -> set[str]:
+    """Returns the keys that have a record and a part."""
+    parts = list_work(out, "parts")
+    records = {file.path.removesuffix(".json") for file in list_work(out, "records")}
+    return records & {file.path.partition("-")[0] for file in parts}
 
 
-def mark_damaged(out: str, name: str) -> None:
-    """Notes that a published file is not what it was, so that its chunks are done again."""
-    storage.write_whole(storage.join(out, "_work", "damaged", name), b"damaged\n")
-
-
-def recorded_keys(out: str) -> set[str]:
-    """Returns the keys that have a record."""
-    return {file.path.removesuffix(".json") for file in manifest.list_folder(storage.join(out, "_work", "records"))}
+def list_work(out: str, folder: str) -> list[storage.FileInfo]:
+    """Returns the files of a folder below `_work/`."""
+    return manifest.list_folder(storage.join(out, "_work", folder))
 
 
 def record_uri(out: str, key: str) -> str:
@@ -395,28 +134,40 @@ def part_uri(out: str, part: str) -> str:
     return storage.join(out, "_work", "parts", part)
 
 
+def kept_uri(out: str, name: str) -> str:
+    """Returns where labels of a chunk lie that a damaged file still had."""
+    return storage.join(out, "_work", "kept", name)
+
+
+def content_name(key: str, data: bytes) -> str:
+    """Returns the name of a file that belongs to a chunk, from its key and content."""
+    return f"{key}-{storage.sha256(data)[:16]}.parquet"
+
+
 def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Receipt:
     """Writes a finished chunk: its part, then its record.
 
     Args:
         out: the output.
         chunk: which chunk.
-        table: its rows, in the manifest's order (`results.result_table`).
+        table: its rows, in the manifest's order (`results.result_table`). Where one is rejected and `chunk.kept` has a
+            label of that frame, the label stays.
         writer: names the job, for a person who reads the record.
 
     Returns:
         The record that stands: this one, or that of another job which was first.
     """
     assert len(table) == chunk.n_rows, (len(table), chunk)
+    if chunk.kept is not None:
+        table = _with_kept(out, chunk.kept, table)
     data = parquet_bytes(table)
-    digest = storage.sha256(data)
     reasons = pc.value_counts(pc.drop_null(table["reason"])).to_pylist()
     rejected = {count["values"]: count["counts"] for count in sorted(reasons, key=lambda count: count["values"])}
     receipt = Receipt(
         chunk_id=chunk.chunk_id,
         key=chunk.key,
-        part=f"{chunk.key}-{digest[:16]}.parquet",
-        sha256=digest,
+        part=content_name(chunk.key, data),
+        sha256=storage.sha256(data),
         size_bytes=len(data),
         n_rows=len(table),
         ok=len(table) - sum(rejected.values()),
@@ -429,6 +180,33 @@ def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Receipt:
     return read_receipts(out, [chunk.key])[0]
 
 
+def _with_kept(out: str, name: str, table: pa.Table) -> pa.Table:
+    """Puts kept labels in place of rejected rows, with the reason in `error`."""
+    try:
+        data = storage.read_bytes(kept_uri(out, name))
+    except FileNotFoundError:
+        return table  # another job has published the file that they were kept for
+    if not name.endswith(f"-{storage.sha256(data)[:16]}.parquet"):
+        return table
+    kept = manifest.read_parquet(data)
+    rows = {place: index for index, place in enumerate(kept["place"].to_pylist())}
+    source = pa.array(
+        [rows.get(n) if reason else None for n, reason in enumerate(table["reason"].to_pylist())], pa.int64()
+    )
+    is_kept = pc.is_valid(source)
+    why = pc.binary_join_element_wise(
+        "kept from a damaged file; the frame could not be labelled again", table["reason"], table["error"], ": "
+    )
+    values = {name: kept[name].take(source) for name in kept.column_names if name != "place"}
+    for side in ("height_px", "width_px"):
+        values[side] = pc.coalesce(values[side], table[side])
+    values |= {"status": pa.scalar("ok"), "reason": pa.scalar(None, pa.string()), "error": why}
+    for column, value in values.items():
+        place = table.column_names.index(column)
+        table = table.set_column(place, table.schema.field(column), pc.if_else(is_kept, value, table[column]))
+    return table
+
+
 def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
     """Returns the records of chunks that have one. Raises StorageError where one cannot be read."""
     contents = storage.read_many([(record_uri(out, key), 0, None) for key in keys])
@@ -438,7 +216,7 @@ def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
     receipts = []
     for key, content in zip(keys, contents, strict=True):
         try:
-            receipts.append(Receipt(**unsealed(content)))  # type: ignore[arg-type]
+            receipts.append(_checked_receipt(unsealed(content), key))  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             storage.delete(record_uri(out, key))
             raise storage.StorageError(
@@ -447,45 +225,179 @@ def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
     return receipts
 
 
-def receipts(plan: Plan) -> list[Receipt]:
-    """Returns the records of all chunks that are done and not yet published, in order."""
-    recorded = recorded_keys(plan.out)
-    return read_receipts(plan.out, [chunk.key for chunk in plan.chunks if chunk.key in recorded])
+def _checked_receipt(record: Mapping[str, Any], key: str) -> Receipt:
+    receipt = Receipt(**record)
+    match = _PART.fullmatch(receipt.part)
+    if receipt.key != key or not match or match[1] != key or not receipt.sha256.startswith(match[2]):
+        raise ValueError("it names a part that is not its own")
+    if not set(receipt.rejected) <= set(REASONS):
+        raise ValueError("it counts frames by reasons that there are not")
+    return receipt
 
 
-def rejected_share(receipts: Iterable[Receipt]) -> float:
-    """Returns the rejected frames' share of the finished ones; 0 where none is finished."""
-    receipts = list(receipts)
-    n_rows = sum(receipt.n_rows for receipt in receipts)
-    return 1 - sum(receipt.ok for receipt in receipts) / n_rows if n_rows else 0.0
+# --- published files ---
 
 
-# --- other jobs ---
+def shard_name(shard: int) -> str:
+    """Returns the name of a published file within `frames/`."""
+    return f"part-{shard:05d}.parquet"
 
 
-def heartbeat(out: str, writer: str) -> None:
-    """Leaves a sign of life of this job, to warn others."""
-    storage.write_whole(storage.join(out, "_work", "jobs", f"{writer}.json"), sealed({"time_s": time.time()}))
+def published_shards(plan: Plan) -> dict[int, dict[str, Any]]:
+    """Returns what is said of each file of frames/ that is there in its size and not known to be damaged.
+
+    Its note says it, or else summary.json, or where that is lost the footer of class_statistics.parquet.
+    """
+    # Notes before summary.json: they go after it was written. The files after both, which are written after the files.
+    expected = expected_files(plan)
+    there = {file.path: file.size_bytes for file in manifest.list_folder(storage.join(plan.out, "frames"))}
+    damaged = {file.path for file in list_work(plan.out, "damaged")}
+    shards: dict[int, dict[str, Any]] = {}
+    for shard, files in expected.items():
+        name = shard_name(shard)
+        files = [file for file in files if there.get(name) == file["bytes"] and name not in damaged]
+        if len({file["sha256"] for file in files}) > 1:  # before and after a retry, by chance of one size
+            files = [file for file in files if is_whole(plan.out, file)]
+        if files:
+            shards[shard] = files[-1]
+    return shards
 
 
-def end_heartbeat(out: str, writer: str) -> None:
-    """Takes the sign of life away."""
-    storage.delete(storage.join(out, "_work", "jobs", f"{writer}.json"))
+def expected_files(plan: Plan) -> dict[int, list[dict[str, Any]]]:
+    """Returns all that is said of each published file of a plan, the newest last: one of these it should be."""
+    notes = [note["file"] for note in read_notes(plan)]
+    summary = read_summary(plan.out)
+    files = [file for file in summary["files"] if file["path"].startswith("frames/")] if summary else []
+    if summary is None:
+        files = _files_of_statistics(plan)
+    else:
+        is_ours = {file["path"]: file for file in summary["files"]}.get("run.json")
+        files = [file for file in files if "key" in file or (is_ours and is_whole(plan.out, is_ours))]
+    expected: dict[int, list[dict[str, Any]]] = {}
+    for file in [*files, *notes]:
+        shard = shard_of(file["path"])
+        if shard in plan.of_shard and file.get("key", plan.shard_key[shard]) == plan.shard_key[shard]:
+            expected.setdefault(shard, []).append(file)
+    return expected
 
 
-def other_job(out: str, writer: str, *, within_s: float = 60.0) -> str | None:
-    """Returns the name of another job that gave a sign of life just now, else None."""
-    for file in manifest.list_folder(storage.join(out, "_work", "jobs")):
-        other = file.path.removesuffix(".json")
-        try:
-            told = unsealed(storage.read_bytes(file.uri))
-        except (FileNotFoundError, ValueError):
-            continue
-        if other != writer and time.time() - told["time_s"] < within_s:
-            return other
-    return None
+def shard_of(path: str) -> int | None:
+    """Returns the number of a published file, None of any other path."""
+    folder, _, name = path.partition("/")
+    match = _SHARD.fullmatch(name) if folder == "frames" else None
+    return int(match[1]) if match else None
 
 
-def new_writer() -> str:
-    """Returns a name for this job's process."""
-    return f"{os.uname().nodename}-{os.getpid()}-{time.time_ns() % 10**9:09d}"
+def is_whole(out: str, file: Mapping[str, Any]) -> bool:
+    """Whether a file of an output is what is said of it; reads it."""
+    try:
+        data = storage.read_bytes(storage.join(out, file["path"]))
+    except FileNotFoundError:
+        return False
+    return len(data) == file["bytes"] and storage.sha256(data) == file["sha256"]
+
+
+def _checked_files(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    for file in value["files"]:
+        if shard_of(manifest.require_entry(file)["path"]) is None:
+            raise ValueError(f"it names {file['path']!r}, which is no published file")
+    return value["files"]
+
+
+def _files_of_statistics(plan: Plan) -> list[dict[str, Any]]:
+    try:
+        with storage.open_read(storage.join(plan.out, "class_statistics.parquet")) as file:
+            metadata = pq.read_schema(file).metadata or {}
+        files = _checked_files(unsealed(metadata.get(FILES_KEY.encode(), b"")))
+    except storage.StorageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged, for which Arrow has either
+        return []
+    return [file for file in files if "key" in file or _has_lineage(plan, file["path"])]
+
+
+def lineage_of(out: str, path: str) -> bytes | None:
+    """Returns the lineage in a published file's footer, None where it cannot be read."""
+    try:
+        with storage.open_read(storage.join(out, path)) as file:
+            return (pq.read_schema(file).metadata or {}).get(b"unet_ray.lineage")
+    except storage.StorageError:
+        raise
+    except (OSError, ValueError):
+        return None
+
+
+def read_notes(plan: Plan) -> list[dict[str, Any]]:
+    """Returns the notes of the files that a job has published and that summary.json may not know yet, oldest first.
+
+    A note has `file`, what summary.json will say, and `n_retries`, how many retries the file holds. One that is damaged
+    or of another lineage is none.
+    """
+    listed = list_work(plan.out, "shards")
+    contents = storage.read_many([(file.uri, 0, None) for file in listed]) if listed else []
+    notes = []
+    for file, content in zip(listed, contents, strict=True):
+        if isinstance(content, storage.StorageError):  # a note that is gone is another job's doing
+            raise content
+        if isinstance(content, bytes):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                note = unsealed(content)
+                (entry,) = _checked_files({"files": [note["file"]]})
+                is_ours = "key" in entry or _has_lineage(plan, entry["path"])
+                if is_ours and file.path == f"{storage.name(entry['path'])}.json":
+                    notes.append({"file": entry, "n_retries": int(note.get("n_retries", 0))})
+    return notes
+
+
+def _has_lineage(plan: Plan, path: str) -> bool:
+    """Whether a published file is of a plan's lineage by its footer: notes of old versions do not say it."""
+    stored = lineage_of(plan.out, path)
+    return stored is not None and manifest.same_json(stored, plan.lineage.to_dict())
+
+
+def note(out: str, file: Mapping[str, Any], n_retries: int) -> None:
+    """Says what a file of frames/ is about to be; until it is, what was said of it before holds."""
+    name = storage.name(file["path"])
+    content = {"file": dict(file), "n_retries": n_retries}
+    storage.write_whole(storage.join(out, "_work", "shards", f"{name}.json"), sealed(content))
+
+
+def let_work_go(out: str, file: Mapping[str, Any], receipts: Sequence[Receipt]) -> None:
+    """Deletes what a file of frames/ was made of, now that it is there."""
+    storage.delete(storage.join(out, "_work", "damaged", storage.name(file["path"])))
+    if not receipts:  # it was made anew for a retry
+        return
+    # Records first: while one counts its part is needed.
+    storage.delete_many([record_uri(out, receipt.key) for receipt in receipts])
+    storage.delete_many([part_uri(out, receipt.part) for receipt in receipts])
+
+
+def mark_damaged(out: str, name: str) -> None:
+    """Notes that a published file is not what it was, so that its chunks are done again; and what it is now."""
+    assert shard_of(f"frames/{name}") is not None or name == STATISTICS, name
+    try:
+        path = name if name == STATISTICS else f"frames/{name}"
+        digest = storage.sha256(storage.read_bytes(storage.join(out, path)))
+    except FileNotFoundError:
+        digest = "gone"
+    storage.write_whole(storage.join(out, "_work", "damaged", name), digest.encode())
+
+
+def is_mended(out: str, file: Mapping[str, Any]) -> bool:
+    """Whether a published file that was noted as damaged is whole now, say by a copy of it. One that never changed and
+    whose rows are not what its record says is not."""
+    noted = storage.read_bytes(storage.join(out, "_work", "damaged", storage.name(file["path"])))
+    return noted != file["sha256"].encode() and is_whole(out, file)
+
+
+STATISTICS = "class_statistics.parquet"
+
+
+def rejected_of(files: Iterable[Mapping[str, Any]], receipts: Iterable[Receipt]) -> Counter[str]:
+    """Returns the number of rejected frames by reason, of published files and of chunks that are not published."""
+    rejected: Counter[str] = Counter()
+    for file in files:
+        rejected.update(file["rejected"])
+    for receipt in receipts:
+        rejected.update(receipt.rejected)
+    return rejected

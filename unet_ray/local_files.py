@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -114,3 +114,19 @@ def delete_tree(folder: str) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 raise
+
+
+def first_link(folder: str, names: Collection[str]) -> str | None:
+    """Returns a symbolic link among the named entries of a folder and all that lies below them; None without one."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name not in names:
+                continue
+            if entry.is_symlink():
+                return entry.path
+            if entry.is_dir(follow_symlinks=False):
+                for below, folders, files in os.walk(entry.path):
+                    for name in (*folders, *files):
+                        if os.path.islink(os.path.join(below, name)):
+                            return os.path.join(below, name)
+    return None

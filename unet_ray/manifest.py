@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from unet_ray import storage
 from unet_ray.endings import JobFailed
-from unet_ray.frames import MANIFEST_SCHEMA
+from unet_ray.frames import MANIFEST_SCHEMA, Root, with_roots
 
 CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()), ("shard", pa.int32())])
 """Columns of the manifest beside a frame's own."""
@@ -73,15 +74,30 @@ class Chunk:
     n_rows: int
     shard: int
     """Number of the published file."""
+    rows: tuple[int, ...] | None = None
+    """Places within the chunk of the frames that are tried again, in order; None: all are to be done."""
+    kept: str | None = None
+    """Name of the file in `_work/kept/` with labels that a damaged file still had; see `salvage`."""
+
+
+_KNOWN = pa.schema([(name, pa.string()) for name in ("frame_id", "version", "uri")])
 
 
 def known_and_new(out: str, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Returns id and version of the planned frames, and the listed rows that are not among them."""
-    files = [file for mark in read_generations(out) for file in mark["files"]]
-    nothing = pa.table({name: pa.array([], pa.string()) for name in ("frame_id", "version")})
-    tables = [_read_table(storage.join(out, file["path"]), nothing.column_names) for file in files]
-    known = pa.concat_tables([nothing, *tables]).combine_chunks()
+    """Returns id, version and URI of the planned frames, and the listed rows that are not among them.
+
+    Raises:
+        JobFailed: a file of the manifest is damaged or gone.
+    """
+    known = read_known(out, read_generations(out))
     return known, listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
+
+
+def read_known(out: str, marks: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Returns id, version and URI of the frames of some generations. Raises JobFailed for a damaged file."""
+    files = [file for mark in marks for file in mark["files"]]
+    tables = [_read_table(storage.join(out, file["path"]), _KNOWN.names).cast(_KNOWN) for file in files]
+    return pa.concat_tables([_KNOWN.empty_table(), *tables]).combine_chunks()
 
 
 def refuse_doubled(out: str, new: pa.Table) -> None:
@@ -109,6 +125,7 @@ def _places(table: pa.Table) -> pa.ChunkedArray:
 
 
 _MARK = re.compile(r"_g(\d{3,})\.json")
+_FILE = re.compile(r"manifest/g(\d{3,})-(\d{5,})-([0-9a-f]{16})\.parquet")
 
 
 def mark_path(generation: int) -> str:
@@ -127,15 +144,45 @@ def read_generations(out: str) -> list[dict[str, Any]]:
     Raises:
         JobFailed: a mark is damaged, or one before it is missing.
     """
-    found = (_MARK.fullmatch(file.path) for file in list_folder(storage.join(out, "manifest")))
-    n_generations = max((int(match[1]) + 1 for match in found if match), default=0)
+    matches = (_MARK.fullmatch(file.path) for file in list_folder(storage.join(out, "manifest")))
+    n_generations = max((int(match[1]) + 1 for match in matches if match), default=0)
     marks = []
-    for uri in (storage.join(out, mark_path(number)) for number in range(n_generations)):
+    for number in range(n_generations):
+        uri = storage.join(out, mark_path(number))
         try:
-            marks.append(unsealed(storage.read_bytes(uri)))
+            marks.append(_checked_mark(unsealed(storage.read_bytes(uri)), number))
         except (FileNotFoundError, ValueError) as error:
             raise lost(uri, error) from error
     return marks
+
+
+def _checked_mark(mark: dict[str, Any], number: int) -> dict[str, Any]:
+    """Returns a mark that names only files that this generation may have; raises ValueError for another."""
+    for index, file in enumerate(mark.get("files") or [{}]):
+        match = _FILE.fullmatch(require_entry(file)["path"])
+        if not match or (int(match[1]), int(match[2])) != (number, index) or not file["sha256"].startswith(match[3]):
+            raise ValueError(f"it names {file['path']!r}, which is no file of this generation")
+    if not isinstance(mark.get("last_shard"), int):
+        raise ValueError("its last shard is no number")
+    return mark
+
+
+def require_entry(file: Any) -> dict[str, Any]:
+    """Returns what a small JSON file says of another file, if it has path, size and digest; else raises ValueError."""
+    if not isinstance(file, dict) or not isinstance(file.get("path"), str) or not isinstance(file.get("bytes"), int):
+        raise ValueError("it says nothing of a file")
+    if not re.fullmatch("[0-9a-f]{64}", str(file.get("sha256"))):
+        raise ValueError(f"it has no digest of {file['path']!r}")
+    if file["path"].startswith("frames/") and not (
+        isinstance(file.get("rows"), int) and isinstance(file.get("rejected"), dict)
+    ):
+        raise ValueError(f"it has no counts of {file['path']!r}")
+    return file
+
+
+def recorded_roots(marks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns label by URI of the roots that all generations were listed from; outputs before 0.2 say none."""
+    return {uri: label for mark in marks for uri, label in mark.get("roots", ())}
 
 
 def lost(uri: str, error: Exception, remedy: str = "restore it, or start anew with --overwrite") -> JobFailed:
@@ -145,31 +192,86 @@ def lost(uri: str, error: Exception, remedy: str = "restore it, or start anew wi
 
 
 def append_generation(
-    out: str, rows: pa.Table, lineage_digest: str, cutting: Cutting, ignored: Mapping[str, int]
+    out: str,
+    rows: pa.Table,
+    lineage_digest: str,
+    cutting: Cutting,
+    ignored: Mapping[str, int],
+    roots: Sequence[Root] = (),
 ) -> None:
     """Writes new frames as the next generation of the plan; where another job was first, its generation stands."""
     marks = read_generations(out)
-    number = len(marks)
-    first_shard = max((mark["last_shard"] for mark in marks), default=-1) + 1
+    number, first_shard = len(marks), _next_shard(marks)
     frame_pixels = cutting.frame_pixels(rows)
+    contents, last_shard = _generation(rows, number, first_shard, frame_pixels, cutting, lineage_digest)
+    files = []
+    for path, data, n_rows in contents:
+        storage.write_whole(storage.join(out, path), data)
+        files.append({"path": path, "rows": n_rows, "bytes": len(data), "sha256": storage.sha256(data)})
+    mark = {
+        "files": files,
+        "last_shard": last_shard,
+        "ignored": dict(ignored),
+        "frame_pixels": frame_pixels,
+        "lineage": lineage_digest,
+        "roots": [list(root) for root in roots],
+    }
+    storage.put_if_absent(storage.join(out, mark_path(number)), sealed(mark))
+
+
+def _next_shard(marks: Sequence[Mapping[str, Any]]) -> int:
+    return max((mark["last_shard"] for mark in marks), default=-1) + 1
+
+
+def _generation(
+    rows: pa.Table, number: int, first_shard: int, frame_pixels: int, cutting: Cutting, lineage_digest: str
+) -> tuple[list[tuple[str, bytes, int]], int]:
+    """Returns path, content and rows of each file of a generation, and its last shard."""
     starts = _chunk_starts(rows, cutting.most_frames(frame_pixels))
     sizes = np.diff([*starts, len(rows)])
     shards = first_shard + _fill(sizes, cutting.shard_rows)
     planned = _with_chunks(rows, starts, sizes, shards, number, lineage_digest)
-    files: list[dict[str, Any]] = []
-    for start, length in _file_spans(starts, sizes):
+    files = []
+    for index, (start, length) in enumerate(_file_spans(starts, sizes)):
         data = parquet_bytes(planned.slice(start, length), row_group_size=_GROUP_ROWS)
-        digest = storage.sha256(data)
-        path = f"manifest/g{number:03d}-{len(files):05d}-{digest[:16]}.parquet"
-        storage.write_whole(storage.join(out, path), data)
-        files.append({"path": path, "rows": length, "bytes": len(data), "sha256": digest})
-    mark = {
-        "files": files,
-        "last_shard": int(shards[-1]),
-        "ignored": dict(ignored),
-        "frame_pixels": frame_pixels,
-    }
-    storage.put_if_absent(storage.join(out, mark_path(number)), sealed(mark))
+        files.append((f"manifest/g{number:03d}-{index:05d}-{storage.sha256(data)[:16]}.parquet", data, length))
+    return files, int(shards[-1])
+
+
+def mend(out: str, listed: pa.Table, cutting: Cutting, lineage_digest: str) -> list[str]:
+    """Writes damaged or lost files of the manifest again where the archives are as they were; returns their paths.
+
+    A file's name holds its digest: only the very same bytes take its place. Where the listing does not give them
+    (frames have gone or changed, or chunks were cut with other options), the file stays as it is.
+    """
+    marks = read_generations(out)
+    broken = [[file["path"] for file in mark["files"] if not _is_whole(out, file)] for mark in marks]
+    mended = []
+    for number, paths in enumerate(broken):
+        if not paths:
+            continue
+        if any(paths and other != number for other, paths in enumerate(broken)):
+            break  # what else is damaged decides which frames are missing here
+        known = read_known(out, [mark for other, mark in enumerate(marks) if other != number])
+        rows = listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
+        if len(rows) != sum(file["rows"] for file in marks[number]["files"]):
+            continue
+        roots = [uri for uri, _ in marks[number].get("roots", ())]
+        rows = with_roots(rows, roots) if roots else rows
+        frame_pixels = marks[number].get("frame_pixels", 0)
+        contents, _ = _generation(rows, number, _next_shard(marks[:number]), frame_pixels, cutting, lineage_digest)
+        for path, data, _ in contents:
+            if path in paths:
+                storage.write_whole(storage.join(out, path), data)
+                mended.append(path)
+    return mended
+
+
+def _is_whole(out: str, file: Mapping[str, Any]) -> bool:
+    try:
+        return storage.sha256(storage.read_bytes(storage.join(out, file["path"]))) == file["sha256"]
+    except FileNotFoundError:
+        return False
 
 
 def delete_unmarked(out: str) -> None:
@@ -234,12 +336,12 @@ def _with_chunks(
 
 
 def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
-    """Yields the chunks of one file of the manifest, in order."""
+    """Yields the chunks of one file of the manifest, in order. Raises JobFailed where it is damaged."""
     table = _read_table(manifest_uri, CHUNK_SCHEMA.names)
     ids = pc.run_end_encode(table["chunk_id"].combine_chunks())
     start = 0
     for end in ids.run_ends.to_pylist():
-        yield Chunk(
+        chunk = Chunk(
             chunk_id=table["chunk_id"][start].as_py(),
             key=table["chunk_key"][start].as_py(),
             manifest_uri=manifest_uri,
@@ -247,26 +349,50 @@ def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
             n_rows=end - start,
             shard=table["shard"][start].as_py(),
         )
+        if not _CHUNK_ID.fullmatch(chunk.chunk_id) or not KEY.fullmatch(chunk.key) or chunk.shard < 0:
+            raise lost(manifest_uri, ValueError(f"it has no chunk {chunk.chunk_id!r} of ours"))
+        yield chunk
         start = end
+
+
+KEY = re.compile("[0-9a-f]{32}")
+"""A chunk's key; it becomes a part of file names, so nothing else is taken from a file for one."""
+
+_CHUNK_ID = re.compile(r"\d{3,}-\d{6,}")
 
 
 def read_rows(chunk: Chunk) -> pa.Table:
     """Returns the manifest's rows of a chunk: `frames.MANIFEST_SCHEMA` and the catalogue's own columns."""
-    first, last = chunk.row_start // _GROUP_ROWS, (chunk.row_start + chunk.n_rows - 1) // _GROUP_ROWS
+    n_rows = chunk.n_rows if chunk.rows is None else chunk.rows[-1] + 1
+    first, last = chunk.row_start // _GROUP_ROWS, (chunk.row_start + n_rows - 1) // _GROUP_ROWS
     rows = pa.concat_tables([_read_group(chunk.manifest_uri, group) for group in range(first, last + 1)])
-    return rows.slice(chunk.row_start - first * _GROUP_ROWS, chunk.n_rows).drop_columns(CHUNK_SCHEMA.names)
+    rows = rows.slice(chunk.row_start - first * _GROUP_ROWS, n_rows).drop_columns(CHUNK_SCHEMA.names)
+    return rows if chunk.rows is None else rows.take(pa.array(chunk.rows))
 
 
 @lru_cache(maxsize=8)
 def _read_group(uri: str, group: int) -> pa.Table:
     # A manifest's file is named by its content, so what is cached here cannot be stale.
-    return open_manifest(uri).read_row_group(group)
+    with _named(uri):
+        return open_manifest(uri).read_row_group(group)
 
 
 @lru_cache(maxsize=4)
 def open_manifest(uri: str) -> pq.ParquetFile:
-    """Opens one file of the manifest; the last few stay open."""
-    return pq.ParquetFile(storage.open_read(uri))
+    """Opens one file of the manifest; the last few stay open. Raises JobFailed where it is damaged or gone."""
+    with _named(uri):
+        return pq.ParquetFile(storage.open_read(uri))
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """Says of a file of the manifest that it is damaged; what Arrow says of it names no file."""
+    try:
+        yield
+    except (storage.StorageError, PermissionError):
+        raise
+    except (OSError, ValueError) as error:  # Arrow's errors are either
+        raise lost(uri, error) from error
 
 
 def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
@@ -281,13 +407,16 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
-    try:
+    with _named(uri):
         data = storage.read_bytes(uri)
         if storage.sha256(data)[:16] not in storage.name(uri):
             raise ValueError("its content is not what was planned")
-        return read_parquet(data, columns)
-    except (FileNotFoundError, ValueError) as error:
-        raise lost(uri, error) from error
+        table = read_parquet(data, columns)
+        schema = pq.read_schema(io.BytesIO(data))
+        for field in (*MANIFEST_SCHEMA, *CHUNK_SCHEMA):
+            if field.name not in schema.names or schema.field(field.name).type != field.type:
+                raise ValueError(f"it has no column {field.name} of type {field.type}")
+        return table
 
 
 def list_folder(folder: str) -> list[storage.FileInfo]:
@@ -325,6 +454,14 @@ def unsealed(data: bytes) -> dict[str, Any]:
     if seal is None or seal != _seal(value):
         raise ValueError("its content is not what was written")
     return value
+
+
+def same_json(data: bytes, value: Mapping[str, Any]) -> bool:
+    """Whether JSON says a value."""
+    try:
+        return json.loads(data) == value
+    except ValueError:
+        return False
 
 
 def _seal(value: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet_ray import images, ledger, publish, storage
+from unet_ray import images, plans, publish, storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import ExportMasksConfig
 from unet_ray.progress import Progress
@@ -59,7 +59,7 @@ def export_masks(config: ExportMasksConfig) -> Exported:
     """
     if config.format == "coco" and importlib.util.find_spec("pycocotools") is None:
         raise ValueError("the format coco needs the package pycocotools; pip install 'unet-ray[coco]'")
-    plan = ledger.read_plan(storage.resolve(config.labels))
+    plan = plans.read_plan(storage.resolve(config.labels))
     summary = publish.finished_summary(plan)
     if summary is None:
         raise ValueError(f"{config.labels} is not finished (or was found damaged); run segment again, then export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 
@@ -14,3 +15,9 @@ def first_few(names: Sequence[str], limit: int = 5) -> str:
     """`a, b, c and 12 more`."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def shown_path(uri: str) -> str:
+    """`drives/a` for a path below the current folder, as a person gave it; any other URI as it is."""
+    here = os.path.join(os.getcwd(), "")
+    return uri.removeprefix(here) or uri

@@ -11,20 +11,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_ray import images, ledger, masks, pictures, storage
-from unet_ray.contents import FrameGone, read_frames
+from unet_ray import images, ledger, manifest, masks, origins, pictures, storage
+from unet_ray.contents import read_frames
+from unet_ray.frames import Listing
 from unet_ray.ledger import Plan
 
 N_FRAMES = 12
 _QUANTILES = (0.02, 0.35, 0.65, 0.98)
 
 
-def write_preview(plan: Plan) -> str | None:
-    """Writes `preview.png` of a published output and returns its URI; None where no chosen frame can be shown."""
-    published = ledger.published_shards(plan.out)
+def write_preview(plan: Plan, listing: Listing) -> str | None:
+    """Writes `preview.png` of a published output and returns its URI; None where no chosen frame can be shown.
+
+    Args:
+        plan: of the output.
+        listing: of its archives; other files that the plan may name are not opened.
+    """
+    published = ledger.published_shards(plan)
     uris = [storage.join(plan.out, published[shard]["path"]) for shard in sorted(published)]
     files = [pq.ParquetFile(storage.open_read(uri)) for uri in uris]
-    shown = list(_shown(plan, files, choose_rows(*_confidences(files))))
+    shown = list(_shown(plan, listing, files, choose_rows(*_confidences(files))))
     if not shown:
         return None
     frames_HWC, masks_HW, captions = zip(*shown, strict=True)
@@ -67,15 +73,16 @@ def choose_rows(drives_N: np.ndarray, confidence_N: np.ndarray, n_frames: int = 
 
 
 def _shown(
-    plan: Plan, files: Sequence[pq.ParquetFile], places: list[int]
+    plan: Plan, listing: Listing, files: Sequence[pq.ParquetFile], places: list[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
     """Yields frame, mask and caption; a frame that is no longer there is passed over."""
     starts = np.cumsum([0, *(chunk.n_rows for chunk in plan.chunks)])
     for place in places:
         number = int(np.searchsorted(starts, place, side="right")) - 1
-        row = ledger.read_rows(plan.chunks[number]).slice(place - int(starts[number]), 1)
-        content = next(read_frames(row))
-        if isinstance(content, FrameGone):
+        row = manifest.read_rows(plan.chunks[number]).slice(place - int(starts[number]), 1)
+        row = origins.relocate(row, plan.origin.moved)
+        content = next(read_frames(row)) if origins.are_own(row, listing)[0].as_py() else None
+        if not isinstance(content, bytes):
             continue
         label = _read_row(files, place)
         frame_HWC = images.decode_frame(content, max_pixels=10**9)

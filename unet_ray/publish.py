@@ -1,20 +1,24 @@
-"""Finished chunks become the published output, and a published output is proved whole.
+"""Finished chunks become the published output.
 
-Steps, after each of which a kill does no harm and the same command goes on. Of each shard: (1) its parts become a file
-of `frames/`, a pure function of the records; (2) the file is noted, and stands for its chunks from now on; (3) their
-records and parts go, so that the masks do not lie there twice. Of all: (4) class_statistics.parquet; (5) summary.json,
-which says what is whole; (6) `_work/` goes, and what killed writers left of files. Until (2), (1) is done again and
-writes the same bytes; so does (4) until (5). What (5) says of the files of `frames/` is in the footer of (4) too:
-either can be made again from the other.
+Steps, after each of which a kill does no harm and the same command goes on. Of each shard: (1) its parts become the
+content of a file of `frames/`, a pure function of the records; (2) the file is noted; (3) it is written, and stands for
+its chunks from now on; (4) their records and parts go, so that the masks do not lie there twice. Of all: (5)
+class_statistics.parquet; (6) summary.json, which says what is whole; (7) `_work/` goes, and what killed writers left of
+files. Until (3), (1) is done again and writes the same bytes; so does (5) until (6). What (6) says of the files of
+`frames/` is in the footer of (5) too: either can be made again from the other.
+
+Where rejected frames were tried again, a file of `frames/` is made of the one that is there and of the new rows, and
+takes its place at once: no label goes before what replaces it is there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +26,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet_ray import ledger, manifest, results, storage
+from unet_ray import labels, ledger, manifest, plans, results, retries, storage
 from unet_ray.endings import JobFailed
-from unet_ray.ledger import Chunk, Lineage, Plan, Receipt
-from unet_ray.manifest import list_folder, parquet_bytes, sealed
+from unet_ray.labels import NewRows
+from unet_ray.ledger import Receipt, shard_name
+from unet_ray.manifest import parquet_bytes, sealed
+from unet_ray.plans import Lineage, Plan
+from unet_ray.rejected import require_share
 
 _GROUP_ROWS = 2_048
 """Rows of a row group of a published file: 12 MB of masks of 480x640, small enough to skip by statistics."""
@@ -34,28 +41,28 @@ _PAGE_ROWS = 64
 """Most rows of a page, which a reader unpacks whole: raw masks of 1 MB, read 16 at a time, take 144 MB of memory. With
 Arrow's own 1,024 rows they take 1,200 MB (pyarrow 26, 2026-11-21)."""
 
-_PARTS_AT_ONCE = 16
-"""Parts that are read at once: 0.6 to 9 MB each (96 masks of 480x640, PNG or raw with zstd), so well below a shard."""
-
 # Not on masks and errors: nobody filters by them, and a minimum of 6 KB would be stored for every row group.
 _WITHOUT_STATISTICS = ("mask", "error", "uri")
+
+PAGE_CHECKSUMS_KEY = "unet_ray.page_checksums"
+"""In a published file's footer: each of its pages has a checksum (outputs before 0.2 have none)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
     """One published file to write: picklable, so that a task on any node can do it."""
 
-    out: str
+    plan: Plan
+    """With the chunks of this file alone."""
     shard: int
-    lineage: Lineage
-    carried: pa.Schema
-    receipts: tuple[Receipt, ...]
-    """In the manifest's order."""
-
-
-def shard_name(shard: int) -> str:
-    """Returns the name of a published file within `frames/`."""
-    return f"part-{shard:05d}.parquet"
+    receipts: tuple[Receipt, ...] = ()
+    """Of each chunk; none where the file that is there is made anew with rows that were tried again."""
+    base: Mapping[str, Any] | None = None
+    """What is said of that file."""
+    new_rows: tuple[NewRows, ...] = ()
+    """A later one counts."""
+    n_retries: int = 0
+    """All retries below this number are held by the file then."""
 
 
 # --- publishing ---
@@ -81,148 +88,144 @@ def publish(
 
     Raises:
         JobFailed: too many frames are rejected, or the counts do not add up.
+        Grown: another job has planned more frames, which are to be done first.
+        NotNow: another job has overwritten the output.
         StorageError: a part is damaged, or the store did not answer; the same command goes on.
     """
+    plans.require_whole(plan)
     done = finished_summary(plan)
     if done is not None:
-        _clear_up(plan.out)  # after a kill after step 5
+        _clear_up(plan)  # after a kill after step 6
         return done
-    published, receipts = _published_and_not(plan)
-    _require_share(plan, published, receipts, max_rejected)
-    tasks = [
-        ShardTask(
-            out=plan.out, shard=shard, lineage=plan.lineage, carried=plan.carried, receipts=tuple(receipts[shard])
-        )
-        for shard in sorted(receipts)
-    ]
+    require_share(ledger.done_so_far(plan)[1], plan.n_frames, plan.n_frames, max_rejected)
+    published, tasks = _shard_tasks(plan)
     files = {
         **published,
         **{task.shard: file for task, file in zip(tasks, map_shards(write_shard, tasks), strict=True)},
     }
-    in_order = [files[shard] for shard in sorted(files)]
-    summary = _summary(plan, in_order, figures or {})
+    plans.require_whole(plan)
+    summary = _summary(plan, [_with_key(plan, shard, files[shard]) for shard in sorted(files)], figures or {})
     # Last, and only then the work goes: a record stands until what it stands for is published.
     storage.write_whole(storage.join(plan.out, "summary.json"), sealed(summary))
-    _clear_up(plan.out)
+    _clear_up(plan)
     return summary
 
 
-def _clear_up(out: str) -> None:
+def _with_key(plan: Plan, shard: int, file: Mapping[str, Any]) -> dict[str, Any]:
+    return {"path": file["path"], "key": plan.shard_key[shard], **file}
+
+
+def _clear_up(plan: Plan) -> None:
     """Deletes the work, and what killed writers left beside it. What stays goes at the next run: all is published."""
     with contextlib.suppress(storage.StorageError):
-        # Damage first: while it is noted its records count, and while a record counts its part is needed.
-        for name in ("_work/damaged", "_work/records", "_work"):
-            storage.delete_tree(storage.join(out, name))
+        # A retry's rows before their records, or they would be tried again; damage too: while it is noted its records
+        # count, and while a record counts its part is needed.
+        for name in ("_work/retries", "_work/damaged", "_work/records", "_work"):
+            storage.delete_tree(storage.join(plan.out, name))
         for name in ("", "frames", "manifest"):
-            storage.delete_unfinished(storage.join(out, name))
+            storage.delete_unfinished(storage.join(plan.out, name))
+        _delete_strange_shards(plan.out)
 
 
-def _published_and_not(plan: Plan) -> tuple[dict[int, dict[str, Any]], dict[int, list[Receipt]]]:
-    """Returns what is said of each published file, and the records of each one that is to be written."""
-    published = ledger.published_shards(plan.out)
-    of_shard: dict[int, list[Chunk]] = {}
-    for chunk in plan.chunks:
-        if chunk.shard not in published:
-            of_shard.setdefault(chunk.shard, []).append(chunk)
-    receipts = {}
-    for shard, chunks in of_shard.items():
-        try:
-            receipts[shard] = ledger.read_receipts(plan.out, [chunk.key for chunk in chunks])
-        except FileNotFoundError:
-            published[shard] = _published_by_another(plan.out, shard)
-    return published, receipts
+def _delete_strange_shards(out: str) -> None:
+    """Deletes files of `frames/` that a job wrote whose output had been overwritten; its rows would count twice."""
+    files = manifest.list_folder(storage.join(out, "frames"))
+    shards = {shard_name(shard) for shard in plans.read_plan(out).of_shard}  # after the files: others may add shards
+    for file in files:
+        if file.path not in shards and ledger.lineage_of(out, f"frames/{file.path}") is not None:
+            storage.delete(file.uri)
 
 
-def _published_by_another(out: str, shard: int) -> dict[str, Any]:
+def _shard_tasks(plan: Plan) -> tuple[dict[int, dict[str, Any]], list[ShardTask]]:
+    """Returns what is said of each published file that stays, and the files that are to be written."""
+    published = ledger.published_shards(plan)
+    new_rows, n_retries = labels.new_rows(plan)
+    tasks = []
+    for shard, chunks in sorted(plan.of_shard.items()):
+        base = published.get(shard)
+        if base is not None and shard not in new_rows:
+            continue
+        receipts: list[Receipt] = []
+        if base is None:
+            try:
+                receipts = ledger.read_receipts(plan.out, [chunk.key for chunk in chunks])
+            except FileNotFoundError:
+                published[shard] = _published_by_another(plan, shard)
+                continue
+        tasks.append(
+            ShardTask(
+                plan=dataclasses.replace(plan, chunks=chunks),
+                shard=shard,
+                receipts=tuple(receipts),
+                base=base,
+                new_rows=tuple(new_rows.get(shard, ())),
+                n_retries=n_retries,
+            )
+        )
+    return published, tasks
+
+
+def _published_by_another(plan: Plan, shard: int) -> dict[str, Any]:
     """Returns what is said of a file whose records or parts went just now: another job was faster, or it is damage."""
     try:
-        return ledger.published_shards(out)[shard]
+        return ledger.published_shards(plan)[shard]
     except KeyError:
         raise storage.StorageError(
-            f"{out}: parts of {shard_name(shard)} are gone; run the same command again: their frames are done anew"
+            f"{plan.out}: parts of {shard_name(shard)} are gone; run the same command again: their frames are done anew"
         ) from None
 
 
 def finished_summary(plan: Plan) -> dict[str, Any] | None:
     """Returns summary.json where it speaks of all of the plan and nothing of it is known to be damaged."""
-    summary = ledger.read_summary(plan.out)
-    if summary is None or summary.get("listed") != plan.n_frames:
+    summary = plans.read_summary(plan.out)
+    if summary is None or summary["listed"] != plan.n_frames or retries.read(plan):
         return None
-    published = ledger.published_shards(plan.out)
-    if set(published) != {chunk.shard for chunk in plan.chunks} or _not_in(summary, published.values()):
+    published = ledger.published_shards(plan)
+    if set(published) != set(plan.of_shard) or not_in(summary, published.values()):
         return None
     statistics = storage.join(plan.out, "class_statistics.parquet")
     damaged = storage.exists(storage.join(plan.out, "_work", "damaged", "class_statistics.parquet"))
     return None if damaged or not storage.exists(statistics) else summary
 
 
-def _not_in(summary: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> list[str]:
+def not_in(summary: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> list[str]:
     """Returns the paths of files that summary.json does not know as they are now: it is still to be written."""
     return [file["path"] for file in files if file not in summary["files"]]
-
-
-def _require_share(
-    plan: Plan,
-    published: Mapping[int, Mapping[str, Any]],
-    receipts: Mapping[int, Sequence[Receipt]],
-    max_rejected: float,
-) -> None:
-    rejected: Counter[str] = Counter()
-    for file in published.values():
-        rejected.update(file["rejected"])
-    for shard in receipts.values():
-        for receipt in shard:
-            rejected.update(receipt.rejected)
-    require_share(rejected, plan.n_frames, plan.n_frames, max_rejected)
-
-
-def require_share(rejected: Mapping[str, int], n_done: int, n_frames: int, max_rejected: float) -> None:
-    """Raises JobFailed where more than `max_rejected` of `n_frames` are rejected.
-
-    Args:
-        rejected: number by reason, of the frames that are done.
-        n_done: frames that are done, for the message.
-        n_frames: frames in all.
-        max_rejected: a share.
-    """
-    n_rejected = sum(rejected.values())
-    if n_rejected > max_rejected * n_frames:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(rejected).most_common())
-        raise JobFailed(
-            f"{n_rejected:,} of {n_done:,} frames are rejected ({n_rejected / n_done:.1%}: {reasons}), more than "
-            f"--max-rejected {max_rejected:g} of {n_frames:,}; nothing is published. With a larger --max-rejected the "
-            "same command publishes what is labelled; --retry-rejected tries those frames again"
-        )
 
 
 def write_shard(task: ShardTask) -> dict[str, Any]:
     """Writes one file of `frames/` from its parts, lets these go, and returns what summary.json says of it.
 
     Raises:
+        NotNow: another job has overwritten the output.
         StorageError: a part is missing or damaged; its record is taken back, so that it is done again.
     """
+    plan = task.plan
+    plans.has_grown(plan)
+    counts = ledger.rejected_of((), task.receipts)
     try:
-        data = _shard_bytes(task)
+        data, rejected = _shard_bytes(task)
     except FileNotFoundError:
-        return _published_by_another(task.out, task.shard)
+        return _published_by_another(plan, task.shard)
     path = f"frames/{shard_name(task.shard)}"
-    storage.write_whole(storage.join(task.out, path), data)
-    rejected: Counter[str] = Counter()
-    for receipt in task.receipts:
-        rejected.update(receipt.rejected)
     file = {
         "path": path,
-        "rows": sum(receipt.n_rows for receipt in task.receipts),
+        "key": plan.shard_key[task.shard],
+        "rows": plan.n_frames,
         "bytes": len(data),
         "sha256": storage.sha256(data),
-        "rejected": dict(sorted(rejected.items())),
+        "rejected": dict(sorted((rejected if task.new_rows else counts).items())),
     }
-    ledger.let_work_go(task.out, file, task.receipts)
+    ledger.note(plan.out, file, task.n_retries)
+    storage.write_whole(storage.join(plan.out, path), data)
+    ledger.let_work_go(plan.out, file, task.receipts)
     return file
 
 
-def _shard_bytes(task: ShardTask) -> bytes:
-    schema = results.frames_schema(task.lineage.class_set, task.carried).with_metadata(_footer(task.lineage))
+def _shard_bytes(task: ShardTask) -> tuple[bytes, Counter[str]]:
+    """Returns a file of `frames/`, and the number of its rejected rows by reason."""
+    lineage, rejected = task.plan.lineage, Counter[str]()
+    schema = results.frames_schema(lineage.class_set, task.plan.carried).with_metadata(_footer(lineage))
     buffer = io.BytesIO()
     statistics = [name for name in schema.names if name not in _WITHOUT_STATISTICS]
     with pq.ParquetWriter(
@@ -231,45 +234,40 @@ def _shard_bytes(task: ShardTask) -> bytes:
         compression="zstd",
         write_statistics=statistics,  # type: ignore[arg-type]
         write_batch_size=_PAGE_ROWS,
+        write_page_checksum=True,
     ) as writer:
-        for rows in _in_groups(_read_parts(task)):
+        for rows in _in_groups(_with_new_rows(task)):
+            rejected.update(pc.drop_null(rows["reason"]).to_pylist())
             writer.write_table(rows.cast(schema), row_group_size=_GROUP_ROWS)
-    return buffer.getvalue()
+    return buffer.getvalue(), rejected
 
 
-def _read_parts(task: ShardTask) -> Iterator[pa.Table]:
-    """Yields the parts of a shard in order; some at once, as many requests in flight where the store is not local.
-
-    Raises FileNotFoundError where a part is gone, StorageError where it is damaged; its record counts no more.
-    """
-    for start in range(0, len(task.receipts), _PARTS_AT_ONCE):
-        some = task.receipts[start : start + _PARTS_AT_ONCE]
-        uris = [ledger.part_uri(task.out, receipt.part) for receipt in some]
-        contents = storage.read_many([(uri, 0, None) for uri in uris])
-        for receipt, uri, content in zip(some, uris, contents, strict=True):
-            if isinstance(content, OSError) and not isinstance(content, FileNotFoundError):
-                raise content
-            if isinstance(content, OSError) or storage.sha256(content) != receipt.sha256:
-                storage.delete(ledger.record_uri(task.out, receipt.key))
-                if isinstance(content, OSError):
-                    raise content
-                raise storage.StorageError(f"{uri} is damaged; run the same command again: its frames are done anew")
-            yield manifest.read_parquet(content)
+def _with_new_rows(task: ShardTask) -> Iterator[pa.Table]:
+    """Yields the rows of each chunk; where they were rejected, what trying them again gave."""
+    out, base = task.plan.out, task.base
+    new_parts = list(labels.read_parts(out, [new.receipt for new in task.new_rows]))
+    sizes = [chunk.n_rows for chunk in task.plan.chunks]
+    chunks = labels.read_parts(out, task.receipts) if base is None else labels.read_published(out, base, sizes)
+    for place, rows in enumerate(chunks):
+        for new, part in zip(task.new_rows, new_parts, strict=True):
+            if new.place == place:
+                rows = labels.replaced(rows, new.rows, part)
+        yield rows
 
 
 def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Joins small tables into ones of `_GROUP_ROWS` rows; what they are cut into depends on the rows alone."""
-    held: list[pa.Table] = []
+    waiting: list[pa.Table] = []
     n_rows = 0
     for table in tables:
-        held.append(table)
+        waiting.append(table)
         n_rows += len(table)
         while n_rows >= _GROUP_ROWS:
-            joined = pa.concat_tables(held)
+            joined = pa.concat_tables(waiting)
             yield joined.slice(0, _GROUP_ROWS)
-            held, n_rows = [joined.slice(_GROUP_ROWS)], n_rows - _GROUP_ROWS
+            waiting, n_rows = [joined.slice(_GROUP_ROWS)], n_rows - _GROUP_ROWS
     if n_rows:
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(waiting)
 
 
 def _footer(lineage: Lineage) -> dict[str, str]:
@@ -277,14 +275,13 @@ def _footer(lineage: Lineage) -> dict[str, str]:
         "unet_ray.format_version": str(results.FORMAT_VERSION),
         "unet_ray.class_set": json.dumps(lineage.class_set.to_dict()),
         "unet_ray.lineage": json.dumps(lineage.to_dict()),
+        PAGE_CHECKSUMS_KEY: "1",
     }
 
 
 def _summary(plan: Plan, files: Sequence[dict[str, Any]], figures: Mapping[str, Any]) -> dict[str, Any]:
     """Writes class_statistics.parquet, and returns what summary.json is to hold."""
-    rejected: Counter[str] = Counter()
-    for file in files:
-        rejected.update(file["rejected"])
+    rejected = ledger.rejected_of(files, ())
     listed, rows = plan.n_frames, sum(file["rows"] for file in files)
     if rows != listed:
         raise JobFailed(
@@ -296,7 +293,7 @@ def _summary(plan: Plan, files: Sequence[dict[str, Any]], figures: Mapping[str, 
     return {
         "format_version": results.FORMAT_VERSION,
         "listed": listed,
-        "ok": listed - sum(rejected.values()),
+        "ok": listed - rejected.total(),
         "rejected": dict(sorted(rejected.items())),
         "ignored": dict(plan.ignored),
         "files": [*_proofs(plan), *plan.manifest_files, *files, _entry("class_statistics.parquet", statistics)],
@@ -317,183 +314,6 @@ def _entry(path: str, data: bytes) -> dict[str, Any]:
 
 def _statistics(out: str, files: Iterable[Mapping[str, Any]], lineage: Lineage) -> pa.Table:
     columns = results.statistics_columns(lineage.class_set)
-    batches = (
-        batch
-        for file in files
-        for batch in pq.ParquetFile(storage.open_read(storage.join(out, file["path"]))).iter_batches(columns=columns)
+    return results.class_statistics(
+        (batch for file in files for batch in labels.read_columns(out, file["path"], columns)), lineage.class_set
     )
-    return results.class_statistics(batches, lineage.class_set)
-
-
-def retry_rejected(plan: Plan, reasons: Collection[str] = ()) -> int:
-    """Makes chunks with frames rejected for some reasons (any, without one) pending again; returns how many frames.
-
-    A published shard with such frames goes back to parts and records: those of its other chunks, so that only the
-    chunks with rejected frames are done again; one that is damaged is done again whole.
-
-    Raises:
-        ValueError: there is no such reason.
-    """
-    for reason in reasons:
-        if reason not in results.REASONS:
-            raise ValueError(
-                f"--retry-rejected is {reason!r}; the reasons are {', '.join(results.REASONS)}; without one, all"
-            )
-    reasons = reasons or results.REASONS
-    n_frames = 0
-    published = ledger.published_shards(plan.out)
-    for shard, file in published.items():
-        if not (count := _count(file["rejected"], reasons)):
-            continue
-        if _verify_file(plan.out, file):
-            ledger.mark_damaged(plan.out, shard_name(shard))
-            n_frames += count
-        else:
-            n_frames += _reopen(plan, shard, reasons)
-    recorded = ledger.recorded_keys(plan.out)
-    keys = [chunk.key for chunk in plan.chunks if chunk.shard not in published and chunk.key in recorded]
-    for receipt in ledger.read_receipts(plan.out, keys):
-        if count := _count(receipt.rejected, reasons):
-            storage.delete(ledger.record_uri(plan.out, receipt.key))
-            n_frames += count
-    return n_frames
-
-
-def _count(rejected: Mapping[str, int], reasons: Collection[str]) -> int:
-    return sum(count for reason, count in rejected.items() if reason in reasons)
-
-
-def _reopen(plan: Plan, shard: int, reasons: Collection[str]) -> int:
-    """Takes a published shard apart: a part and record for each chunk without such frames, then it counts no more."""
-    table = manifest.read_parquet(storage.read_bytes(storage.join(plan.out, "frames", shard_name(shard))))
-    start = n_frames = 0
-    for chunk in (chunk for chunk in plan.chunks if chunk.shard == shard):
-        rows = table.slice(start, chunk.n_rows).replace_schema_metadata()
-        start += chunk.n_rows
-        rejected = Counter(rows["reason"].to_pylist())
-        del rejected[None]
-        if count := _count(rejected, reasons):
-            n_frames += count
-        else:
-            ledger.commit(plan.out, chunk, rows, writer="reopened")
-    ledger.mark_damaged(plan.out, shard_name(shard))
-    return n_frames
-
-
-# --- proof ---
-
-
-def verify(out: str) -> list[str]:
-    """Checks a published output: every file's size and digest, every row against the manifest, every count.
-
-    What is found damaged is noted in the output, so that `segment` does that, and only that, again.
-
-    Returns:
-        One line a problem; none where all is whole.
-
-    Raises:
-        ValueError: the folder is no output.
-    """
-    try:
-        plan = ledger.read_plan(out)
-    except JobFailed as error:
-        return [str(error)]
-    summary = ledger.read_summary(out)
-    if summary is None:
-        return [_unfinished(plan)]
-    if newer := _not_in(summary, ledger.read_notes(out)):
-        return [f"{path}: published by a job that did not finish; run segment again" for path in newer]
-    problems = [problem for file in summary["files"] for problem in _verify_file(out, file)]
-    problems += _strangers(out, summary)
-    chunks_of = {shard: [c for c in plan.chunks if c.shard == shard] for shard in {c.shard for c in plan.chunks}}
-    listed = {file["path"]: file for file in summary["files"]}
-    for shard, chunks in sorted(chunks_of.items()):
-        path = f"frames/{shard_name(shard)}"
-        if path not in listed:
-            problems.append(f"{path}: not published yet; run segment again")
-        elif not any(problem.startswith((path, "manifest/")) for problem in problems):
-            problems += _verify_rows(plan, listed[path], chunks)
-    problems += _verify_counts(plan, summary)
-    for name in {problem.partition(":")[0] for problem in problems}:
-        if name.startswith("frames/") or name == "class_statistics.parquet":
-            with contextlib.suppress(PermissionError):  # who may only read may verify
-                ledger.mark_damaged(out, name.removeprefix("frames/"))
-    return problems
-
-
-def _unfinished(plan: Plan) -> str:
-    left = ledger.pending(plan)
-    first = ""
-    if left:
-        frame = ledger.read_rows(left[0])["frame_id"][0].as_py()
-        first = f" (first {left[0].chunk_id}, from frame {frame} on)"
-    return (
-        f"{plan.out}/summary.json: missing or damaged: the output is not finished, {len(left):,} of "
-        f"{len(plan.chunks):,} chunks are to be done{first}; run segment again"
-    )
-
-
-def _verify_counts(plan: Plan, summary: Mapping[str, Any]) -> list[str]:
-    """Checks that the manifest and the counts of the single files, which are those of their rows, give the sums."""
-    files = [file for file in summary["files"] if file["path"].startswith("frames/")]
-    rejected = sum((Counter(file["rejected"]) for file in files), Counter())
-    n_rows = sum(file["rows"] for file in files)
-    said = (summary["listed"], summary["ok"], Counter(summary["rejected"]))
-    if said == (plan.n_frames, n_rows - rejected.total(), rejected) and n_rows == plan.n_frames:
-        return []
-    return [
-        f"summary.json: {summary['listed']:,} frames listed, {summary['ok']:,} ok, {summary['rejected']} rejected; "
-        f"the manifest lists {plan.n_frames:,}, and of {n_rows:,} rows {dict(rejected)} are rejected"
-    ]
-
-
-def _verify_file(out: str, file: Mapping[str, Any]) -> list[str]:
-    try:
-        data = storage.read_bytes(storage.join(out, file["path"]))
-    except FileNotFoundError:
-        return [f"{file['path']}: missing"]
-    if len(data) != file["bytes"]:
-        return [f"{file['path']}: {len(data):,} bytes, summary.json says {file['bytes']:,}"]
-    if storage.sha256(data) != file["sha256"]:
-        return [f"{file['path']}: its content is not what was published (sha256 differs)"]
-    return []
-
-
-def _strangers(out: str, summary: Mapping[str, Any]) -> list[str]:
-    listed = {file["path"] for file in summary["files"]}
-    folder = storage.join(out, "frames")
-    there = [f"frames/{file.path}" for file in list_folder(folder)]
-    return [
-        f"{path}: not in summary.json; its rows would be read twice, delete it" for path in there if path not in listed
-    ]
-
-
-def _verify_rows(plan: Plan, file: Mapping[str, Any], chunks: Sequence[Chunk]) -> list[str]:
-    """Checks that the rows of a file are the manifest's, in order, and that their counts and pixels add up."""
-    path = file["path"]
-    names = [f"pixels_{name}" for name in plan.lineage.class_set.names]
-    columns = ["frame_id", "status", "reason", "mask_height_px", "mask_width_px", *names]
-    rows = manifest.read_parquet(storage.read_bytes(storage.join(plan.out, path)), columns)
-    planned = pa.concat_tables([ledger.read_rows(chunk).select(["frame_id"]) for chunk in chunks])
-    if not rows["frame_id"].equals(planned["frame_id"]):
-        return [f"{path}: its frames are not those of the manifest ({len(rows):,} rows for {len(planned):,} frames)"]
-    found = Counter(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
-    said = Counter({("rejected", reason): count for reason, count in file["rejected"].items()})
-    said["ok", None] = file["rows"] - said.total()
-    if found != said:
-        shown = [
-            ", ".join(f"{n:,} {reason or status}" for (status, reason), n in some.items()) for some in (found, said)
-        ]
-        return [f"{path}: its rows are {shown[0]}; summary.json says {shown[1]}"]
-    return _verify_pixels(path, rows.filter(pc.equal(rows["status"], "ok")), names)
-
-
-def _verify_pixels(path: str, ok: pa.Table, names: Sequence[str]) -> list[str]:
-    total = pc.multiply(ok["mask_height_px"].cast(pa.int64()), ok["mask_width_px"].cast(pa.int64()))
-    for name in names:
-        total = pc.subtract(total, ok[name])
-    wrong = ok.filter(pc.not_equal(total, 0))
-    if len(wrong):
-        frame = wrong["frame_id"][0].as_py()
-        return [f"{path}: the class pixels of {len(wrong):,} masks do not add up to height x width, first {frame}"]
-    return []

@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from unet_ray import cluster, ledger, publish, storage
+from unet_ray import cluster, heartbeats, ledger, origins, plans, publish, rejected, salvage, storage
 from unet_ray.allocation import Allocation, allocate
 from unet_ray.archives import IMAGE_EXTENSIONS
 from unet_ray.bundle import Bundle, read_bundle
@@ -25,12 +25,13 @@ from unet_ray.config import SegmentConfig
 from unet_ray.contents import read_frames
 from unet_ray.decoding import DecodeOptions, count_pixels
 from unet_ray.devices import has_bfloat16
-from unet_ray.endings import JobFailed
+from unet_ray.endings import JobFailed, NotNow
 from unet_ray.frames import Listing, list_archives
 from unet_ray.machines import require_seen_by_all
-from unet_ray.manifest import known_and_new, read_parquet
+from unet_ray.manifest import Chunk, Cutting, known_and_new, read_parquet, read_rows
 from unet_ray.messages import count
 from unet_ray.options import to_yaml
+from unet_ray.plans import Lineage, Plan
 from unet_ray.results import RESULT_VERSION
 from unet_ray.tiling import Tiling, choose_tiling
 
@@ -76,6 +77,8 @@ def segment(config: SegmentConfig) -> SegmentResult:
     config.configure_storage()
     bundle = read_bundle(config.model)
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
+    if config.overwrite:
+        heartbeats.refuse_living(storage.resolve(config.out))
     published = _is_published(config) and cluster.is_local()
     listing = _list(config) if published else _list_and_connect(config)
     _refuse_unlistable(listing)
@@ -91,35 +94,105 @@ def segment(config: SegmentConfig) -> SegmentResult:
 
     plan = _plan(config, bundle, tiling, precision, device, listing)
     _say_changes(plan)
-    chunks = ledger.pending(plan)
-    if chunks:
-        if config.retry_rejected is not None:
-            _say_still_changed(chunks, listing)
-        cluster.wait_for_first_node(device, config.wait_for_resources_s)
-    allocation = allocate(config, device)
-    say(_arithmetic(plan, chunks, config, precision, allocation))
-    frames_per_s = 0.0
-    if chunks:
-        cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
-        look()  # on the nodes that have come only now, too
-        from unet_ray.labelling import work  # see `_list_and_connect`
-
-        job = _wave_job(config, plan, bundle, tiling, precision, device, allocation)
-        frames_per_s = work(job, plan, chunks, config.max_rejected)
-    is_news = bool(chunks) or publish.finished_summary(plan) is None
-    figures = {"frames_per_s": round(frames_per_s, 1)}
-    summary = publish.publish(plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster)
+    job = heartbeats.new_job()
+    other = heartbeats.other_job(plan.out, job)
+    if other:
+        say(
+            f"warning: another job, {other}, worked on this output within the last minute; if it was killed, nothing is"
+            " lost, and if it still works, both may go on: the result is the same"
+        )
+    watch, network = _Watch(plan), _Network(bundle, tiling, precision, device)
+    with heartbeats.beating(plan.out, job, watch.look):
+        while True:
+            frames_per_s = _label(config, plan, network, listing, _Run(job, look, watch))
+            try:
+                is_news = bool(frames_per_s) or publish.finished_summary(plan) is None
+                figures = {"frames_per_s": round(frames_per_s, 1)}
+                summary = publish.publish(
+                    plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster
+                )
+                break
+            except plans.Grown as grown:
+                say(f"another job has added {count(grown.plan.n_frames - plan.n_frames, 'frame')} to this output")
+                plan = watch.plan = grown.plan
     result = _result(plan, summary, frames_per_s)
     _say_result(result)
-    _show_preview(plan, is_news)
+    _show_preview(plan, listing, is_news)
     return result
+
+
+class _Network(NamedTuple):
+    """What labels frames."""
+
+    bundle: Bundle
+    tiling: Tiling | None
+    precision: str
+    device: str
+
+
+class _Watch:
+    """Looks beside the work whether the output is still this job's."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._error: Exception | None = None
+
+    def look(self) -> None:
+        """Remembers what is wrong, for `require_ours`."""
+        try:
+            plans.has_grown(self.plan)
+        except (NotNow, JobFailed, ValueError) as error:
+            self._error = error
+
+    def require_ours(self) -> None:
+        """Raises NotNow where the output was overwritten when it was last looked at, JobFailed for damage."""
+        if self._error is not None:
+            raise self._error
+
+
+class _Run(NamedTuple):
+    """This process's part in the work."""
+
+    job: str
+    """Its name."""
+    require_seen: Callable[[], None]
+    """Asks all machines for the archives and the model."""
+    watch: _Watch
+
+
+def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listing, run: _Run) -> float:
+    """Labels what is not done, and returns frames a second; 0 where nothing was to do."""
+    for line in salvage.look_after_damage(plan):
+        say(line)
+    chunks = ledger.pending(plan)
+    if chunks:
+        rows = pa.concat_tables([read_rows(chunk).select(["frame_id", "uri", "version"]) for chunk in chunks])
+        origins.require_own_frames(origins.relocate(rows, plan.origin.moved), listing)
+        if config.retry_rejected is not None:
+            _say_still_changed(rows, listing)
+        cluster.wait_for_first_node(network.device, config.wait_for_resources_s)
+    allocation = allocate(config, network.device)
+    say(_arithmetic(plan, chunks, config, network.precision, allocation))
+    if not chunks:
+        return 0.0
+    cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
+    run.require_seen()  # on the nodes that have come only now, too
+    from unet_ray.labelling import work  # see `_list_and_connect`
+
+    job = _wave_job(config, plan, network, run.job, allocation)
+    return work(job, plan, chunks, config.max_rejected, run.watch.require_ours)
 
 
 # --- before ---
 
 
 def _list(config: SegmentConfig) -> Listing:
-    return list_archives(config.frames, path_pattern=config.path_pattern, image_column=config.image_column)
+    """Lists the archives; frames that the output holds already get the ids that they have there."""
+    out = storage.resolve(config.out)
+    labels = origins.labels_for(out, config.frames, add_root=config.add_root, is_new=config.overwrite)
+    return list_archives(
+        config.frames, path_pattern=config.path_pattern, image_column=config.image_column, labels=labels
+    )
 
 
 def _list_and_connect(config: SegmentConfig) -> Listing:
@@ -141,7 +214,7 @@ def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, list
     """Says how an output ended if there is nothing to do, for which no Ray need start; else returns None."""
     out = storage.resolve(config.out)
     try:
-        options = ledger.options_of(out)
+        options = plans.options_of(out)
         if options is None or len(known_and_new(out, listing.table)[1]):
             return None
     except (ValueError, JobFailed):
@@ -154,7 +227,7 @@ def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, list
     say(f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, 0 in 0 to do")
     result = _result(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
     _say_result(result)
-    _show_preview(plan, is_news=False)
+    _show_preview(plan, listing, is_news=False)
     return result
 
 
@@ -178,7 +251,7 @@ def _precision(config: SegmentConfig, device: str) -> str:
     """Returns the arithmetic: `auto` is what an output that is there was begun with, whatever nodes there are now."""
     if config.precision != "auto":
         return config.precision
-    options = None if config.overwrite else ledger.options_of(storage.resolve(config.out))
+    options = None if config.overwrite else plans.options_of(storage.resolve(config.out))
     if options:
         return options["precision"]
     cluster.wait_for_first_node(device, config.wait_for_resources_s)
@@ -202,7 +275,7 @@ def resolve_precision(precision: str, device: str) -> str:
 
 def _plan(
     config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, precision: str, device: str, listing: Listing
-) -> ledger.Plan:
+) -> Plan:
     options = {
         "inference": config.inference,
         "mask_encoding": config.mask_encoding,
@@ -215,13 +288,13 @@ def _plan(
         "window": list(tiling.window) if tiling else None,
         **({"image_column": config.image_column} if config.image_column else {}),
     }
-    plan = ledger.plan(
+    plan = plans.plan(
         storage.resolve(config.out),
         listing,
-        ledger.Lineage(
+        Lineage(
             bundle_digest=bundle.digest, class_set=bundle.class_set, options=options, result_version=RESULT_VERSION
         ),
-        ledger.Cutting(
+        Cutting(
             chunk_frames=config.chunk_frames,
             shard_rows=config.shard_rows,
             frame_pixels=functools.partial(_frame_pixels, timeout_s=config.frame_timeout_s),
@@ -229,9 +302,13 @@ def _plan(
         config_yaml=to_yaml(config),
         recorded={"device": device, **{name: version(name) for name in _RECORDED_PACKAGES}},
         overwrite=config.overwrite,
+        add_root=config.add_root,
+        keep_gone=config.keep_gone,
     )
+    for path in plan.mended:
+        say(f"{path} was damaged or gone, and is written again")
     if config.retry_rejected is not None:
-        say(f"rejected frames that are tried again: {publish.retry_rejected(plan, config.retry_rejected):,}")
+        say(f"rejected frames that are tried again: {rejected.retry_rejected(plan, config.retry_rejected):,}")
     return plan
 
 
@@ -241,20 +318,22 @@ def _say_ignored(listing: Listing) -> None:
         say(f"ignored by their extension: {counts} (frames are {', '.join(IMAGE_EXTENSIONS)})")
 
 
-def _say_changes(plan: ledger.Plan) -> None:
+def _say_changes(plan: Plan) -> None:
     """What lies in the archives now and is not as it was planned."""
     if 0 < plan.n_new < plan.n_frames:
-        say(f"{plan.n_new:,} frames are new since the last run")
-    if plan.n_changed or plan.n_vanished:
+        say(f"{count(plan.n_new, 'frame')} {'is' if plan.n_new == 1 else 'are'} new since the last run")
+    for before, now in plan.origin.moved.items():
+        say(f"frames that were in {before} are read in {now}: they have the same names and versions there")
+    if plan.origin.n_changed or plan.origin.n_gone:
         say(
-            f"warning: {plan.n_changed:,} frames have changed and {plan.n_vanished:,} are gone since they were listed; "
-            "what is labelled stays, the rest is rejected as changed or missing (--overwrite labels all anew)"
+            f"warning: since they were listed {count(plan.origin.n_changed, 'frame')} changed and "
+            f"{count(plan.origin.n_gone, 'frame')} went; what is labelled stays, the rest is rejected as changed or "
+            "missing (--overwrite labels all anew)"
         )
 
 
-def _say_still_changed(chunks: Sequence[ledger.Chunk], listing: Listing) -> None:
+def _say_still_changed(rows: pa.Table, listing: Listing) -> None:
     """Frames that trying again does not help, as they are not again what was listed."""
-    rows = pa.concat_tables([ledger.read_rows(chunk).select(["frame_id", "version"]) for chunk in chunks])
     now = listing.table["version"].take(pc.index_in(rows["frame_id"], listing.table["frame_id"]))
     n_changed = pc.sum(pc.not_equal(rows["version"], now)).as_py()
     if n_changed:
@@ -286,7 +365,7 @@ def _frame_pixels(rows: pa.Table, timeout_s: float) -> int:
 
 
 def _arithmetic(
-    plan: ledger.Plan, chunks: Sequence[ledger.Chunk], config: SegmentConfig, precision: str, allocation: Allocation
+    plan: Plan, chunks: Sequence[Chunk], config: SegmentConfig, precision: str, allocation: Allocation
 ) -> str:
     left = sum(chunk.n_rows for chunk in chunks)
     low, high = allocation.actors
@@ -298,15 +377,8 @@ def _arithmetic(
     )
 
 
-def _wave_job(
-    config: SegmentConfig,
-    plan: ledger.Plan,
-    bundle: Bundle,
-    tiling: Tiling | None,
-    precision: str,
-    device: str,
-    allocation: Allocation,
-) -> WaveJob:
+def _wave_job(config: SegmentConfig, plan: Plan, network: _Network, job: str, allocation: Allocation) -> WaveJob:
+    bundle, tiling = network.bundle, network.tiling
     from unet_ray.waves import WaveJob
 
     network_size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
@@ -316,12 +388,12 @@ def _wave_job(
         model=storage.resolve(config.model),
         model_digest=bundle.digest,
         labeler={
-            "precision": precision,
+            "precision": network.precision,
             "batch_size": config.batch_size,
             "mask_size": config.mask_size,
             "tiling": tiling,
             "tta": config.tta,
-            "device": device,
+            "device": network.device,
             "n_threads": allocation.threads,
         },
         decode=DecodeOptions(
@@ -330,15 +402,16 @@ def _wave_job(
             timeout_s=config.frame_timeout_s,
         ),
         mask_encoding=config.mask_encoding,
-        writer=ledger.new_writer(),
+        writer=job,
         allocation=allocation,
+        moved=dict(plan.origin.moved),
     )
 
 
 # --- after ---
 
 
-def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
+def _result(plan: Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
     statistics = read_parquet(storage.read_bytes(storage.join(plan.out, "class_statistics.parquet")))
     pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
     for name, n_pixels in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
@@ -353,12 +426,12 @@ def _result(plan: ledger.Plan, summary: Mapping[str, Any], frames_per_s: float) 
     )
 
 
-def _show_preview(plan: ledger.Plan, is_news: bool) -> None:
+def _show_preview(plan: Plan, listing: Listing, is_news: bool) -> None:
     from unet_ray.preview import write_preview  # loads matplotlib, for which the first frame need not wait
 
     uri: str | None = storage.join(plan.out, "preview.png")
     if is_news or not storage.exists(storage.join(plan.out, "preview.png")):
-        uri = write_preview(plan)
+        uri = write_preview(plan, listing)
     if uri:
         say(f"preview: {uri}")
 

@@ -25,7 +25,7 @@ import json
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +37,8 @@ from unet_ray import decoding, images, ledger, results
 from unet_ray.classes import ClassSet
 from unet_ray.contents import FrameGone, read_frames
 from unet_ray.decoding import DecodedFrame, DecodeOptions
+from unet_ray.manifest import Chunk, read_rows
+from unet_ray.origins import relocate
 from unet_ray.storage import StorageError, is_local
 
 if TYPE_CHECKING:
@@ -53,20 +55,24 @@ _MOST_SAID = 300  # letters of an error that is not storage's: TensorFlow's have
 T = TypeVar("T")
 
 
-def decode_chunks(chunks: Sequence[ledger.Chunk], options: DecodeOptions, *, carefully: bool = False) -> pa.Table:
+def decode_chunks(
+    chunks: Sequence[Chunk], options: DecodeOptions, *, moved: Mapping[str, str] | None = None, carefully: bool = False
+) -> pa.Table:
     """Reads and decodes the frames of some chunks, as if they were one.
 
     Args:
         chunks: which frames.
         options: how.
+        moved: where an archive lies now, by where it lay when it was listed.
         carefully: each frame in a process that it may end, because one of them has ended this one's.
     """
     decode = decoding.decode_carefully if carefully else decoding.decode_here
 
     def attempt() -> pa.Table:
-        rows = pa.concat_tables([ledger.read_rows(chunk) for chunk in chunks])
+        rows = pa.concat_tables([read_rows(chunk) for chunk in chunks])
+        contents = read_frames(relocate(rows, moved or {}))
         of_rows = [text for chunk in chunks for text in [_to_json(chunk)] * chunk.n_rows]
-        return _pack_frames(rows, of_rows, decode(map(_gone_or_bytes, read_frames(rows)), options))
+        return _pack_frames(rows, of_rows, decode(map(_gone_or_bytes, contents), options))
 
     try:
         return _patiently(attempt)
@@ -140,8 +146,13 @@ def _trouble(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__} in {path.name}:{line}: {said}", "failed"
 
 
-def _to_json(chunk: ledger.Chunk) -> str:
+def _to_json(chunk: Chunk) -> str:
     return json.dumps(dataclasses.asdict(chunk))
+
+
+def _from_json(text: str) -> Chunk:
+    chunk = Chunk(**json.loads(text))
+    return chunk if chunk.rows is None else dataclasses.replace(chunk, rows=tuple(chunk.rows))
 
 
 def _has_trouble(table: pa.Table) -> bool:
@@ -196,7 +207,7 @@ def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: 
     """
 
     def write(of_chunk: pa.Table) -> dict[str, Any]:
-        chunk = ledger.Chunk(**json.loads(of_chunk["_chunk"][0].as_py()))
+        chunk = _from_json(of_chunk["_chunk"][0].as_py())
         told: dict[str, Any] = {"chunk_id": chunk.chunk_id, "n_rows": chunk.n_rows, "rejected": "{}"}
         if _has_trouble(of_chunk):
             return told | {"trouble": of_chunk["_trouble"][0].as_py(), "kind": of_chunk["_kind"][0].as_py()}

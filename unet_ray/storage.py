@@ -18,7 +18,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -327,6 +327,15 @@ def delete_unfinished(folder: str) -> None:
     if isinstance(fs, LocalFileSystem):
         with naming(folder):
             local_files.delete_unfinished(path)
+
+
+def first_link(folder: str, names: Collection[str]) -> str | None:
+    """Returns a symbolic link among some entries of a local folder or below them; None without one, or in a store."""
+    fs, path = filesystem(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return None
+    with naming(folder):
+        return local_files.first_link(path, names)
 
 
 def sha256(data: bytes) -> str:

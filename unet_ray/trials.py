@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from unet_ray import faults, ledger, manifest, publish, storage
+from unet_ray import faults, manifest, plans, storage, verify
 from unet_ray.bundle import write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.config import ModelConfig
@@ -95,7 +95,7 @@ class Stage:
         """The output of a run to which nothing happened."""
         trial = Trial(self, "undisturbed")
         assert trial.run() == 0, trial.said()
-        assert publish.verify(str(trial.out)) == []
+        assert verify.verify(str(trial.out)) == []
         return trial.out
 
     def spoil(self, name: str, one_in: int) -> tuple[Path, dict[str, str]]:
@@ -115,7 +115,7 @@ class Stage:
     def unpublished(self) -> Path:
         """An output with every chunk done and nothing published: the job was killed when the last record came."""
         trial = Trial(self, "unpublished")
-        n_chunks = len(ledger.read_plan(str(self.undisturbed)).chunks)
+        n_chunks = len(plans.read_plan(str(self.undisturbed)).chunks)
         with trial.started() as job:
             wait_until(lambda: trial.has_records(n_chunks), job)
             faults.kill([job.pid])
@@ -320,8 +320,8 @@ class Trial:
     def _chunks_of_frames(self) -> dict[Path, str]:
         return {
             self.archive / frame_id: chunk.key
-            for chunk in ledger.read_plan(str(self.out)).chunks
-            for frame_id in ledger.read_rows(chunk)["frame_id"].to_pylist()
+            for chunk in plans.read_plan(str(self.out)).chunks
+            for frame_id in manifest.read_rows(chunk)["frame_id"].to_pylist()
         }
 
     def _until_summary(self) -> Iterator[tuple[str, Path]]:
@@ -346,7 +346,7 @@ class Trial:
 
     def require_same_bytes(self, expected: Path) -> None:
         """Notes a problem unless the output verifies and is, byte for byte, the expected one."""
-        problems = publish.verify(str(self.out))
+        problems = verify.verify(str(self.out))
         here, there = contents(self.out), contents(expected)
         problems += [f"{path}: other bytes" for path in sorted({*here, *there}) if here.get(path) != there.get(path)]
         self.problems += problems
@@ -359,7 +359,7 @@ class Trial:
             expected: an output over an archive in which these frames are whole; where it lies may differ.
             reasons: of the frames that must be rejected.
         """
-        problems = publish.verify(str(self.out))
+        problems = verify.verify(str(self.out))
         here, there = ({row["frame_id"]: row for row in rows_of(out).to_pylist()} for out in (self.out, expected))
         rejected = {frame_id: row["reason"] for frame_id, row in here.items() if row["status"] != "ok"}
         if rejected != reasons:

@@ -9,7 +9,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from unet_ray.bundle import read_bundle
 from unet_ray.classes import ClassSet
 from unet_ray.cluster import TASK_RETRIES, given_up, without_ray_warnings
 from unet_ray.decoding import DecodeOptions
-from unet_ray.ledger import Chunk
+from unet_ray.manifest import Chunk
 from unet_ray.processes import without_plots
 from unet_ray.storage import StorageError
 
@@ -58,6 +58,8 @@ class WaveJob:
     writer: str
     """Name of this run in its commit records."""
     allocation: Allocation
+    moved: Mapping[str, str] = field(default_factory=dict)
+    """Where an archive lies now, by where it lay when it was listed."""
 
 
 def run_wave(
@@ -95,7 +97,7 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
     """Ray fuses stages of like resources, and decoding in the actor would wait for the network; these are unlike."""
     allocation = job.allocation
     low, high = (min(number, len(blocks)) for number in allocation.actors)
-    decode = functools.partial(stages.decode_chunks, options=job.decode, carefully=carefully)
+    decode = functools.partial(stages.decode_chunks, options=job.decode, moved=job.moved, carefully=carefully)
     return (
         ray.data.read_datasource(
             _Frames(blocks, decode),

@@ -81,16 +81,16 @@ def list_and_plan(*, frames: str, out: str, chunk_frames: int) -> dict[str, floa
     """
     import resource
 
-    from unet_ray import ledger
+    from unet_ray import manifest, plans
     from unet_ray.classes import PRESETS
     from unet_ray.frames import list_archives
 
     started = time.monotonic()
     listing = list_archives([frames])
     listed = time.monotonic()
-    lineage = ledger.Lineage(bundle_digest="0" * 64, class_set=PRESETS["carla23"], options={})
-    cutting = ledger.Cutting(chunk_frames=chunk_frames, shard_rows=50_000)
-    plan = ledger.plan(out, listing, lineage, cutting, config_yaml="")
+    lineage = plans.Lineage(bundle_digest="0" * 64, class_set=PRESETS["carla23"], options={})
+    cutting = manifest.Cutting(chunk_frames=chunk_frames, shard_rows=50_000)
+    plan = plans.plan(out, listing, lineage, cutting, config_yaml="")
     return {
         "frames": plan.n_frames,
         "list_s": listed - started,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unet_ray import faults, ledger, storage
+from unet_ray import faults, plans, storage
 from unet_ray.bench.benchmark import late_over_early, steady_rate
 
 WARM_UP_SHARE = 0.1
@@ -73,7 +73,7 @@ class Commits(Watcher):
     def found(self) -> dict[str, Any]:
         """Returns the rate of the steady state; a chunk that was not seen came last."""
         published_s = (self.out / "summary.json").stat().st_mtime
-        chunks = ledger.read_plan(str(self.out)).chunks
+        chunks = plans.read_plan(str(self.out)).chunks
         committed = [(self._at_s.get(f"{chunk.key}.json", published_s), chunk.n_rows) for chunk in chunks]
         rate, from_s, frames = steady_rate(committed, published_s, WARM_UP_SHARE)
         return {"steady_per_s": rate, "steady_frames": frames, "steady_from_s": from_s}
