@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_ray import archives, storage
+from unet_ray import archives, doubles, overlaps, storage
 from unet_ray.archives import IMAGE_EXTENSIONS, Findings
 from unet_ray.catalogues import is_catalogue, read_catalogue
 from unet_ray.listings import ListPart
@@ -164,6 +164,7 @@ def carried_schema(schema: pa.Schema) -> pa.Schema:
 def list_archives(
     uris: Sequence[str],
     *,
+    roots: Sequence[tuple[str, str]] | None = None,
     path_pattern: str | None = None,
     image_column: str | None = None,
     run_each: RunEach | None = None,
@@ -175,19 +176,22 @@ def list_archives(
 
     Args:
         uris: the roots.
+        roots: what `find_roots` made of them, where that was called before.
         path_pattern: see `parse_path`.
         image_column: the column of Parquet files that holds the encoded images, where it is not `image`.
         run_each: how the archives are listed; by default in threads of this process.
 
     Raises:
-        ValueError: a root that does not exist or holds no frame, two frames with one id.
+        ValueError: a root that does not exist or holds no frame, two frames with one id, or a frame twice.
         StorageError: the store did not answer.
     """
     rows, findings = _Rows(path_pattern), Findings()
     found: list[tuple[str, storage.FileInfo]] = []
     told = [storage.resolve(uri) for uri in uris]
-    for label, uri in _roots(told):
-        if storage.is_folder(uri):
+    roots = find_roots(uris) if roots is None else roots
+    is_folder = {uri: storage.is_folder(uri) for _, uri in roots}
+    for label, uri in roots:
+        if is_folder[uri]:
             list_some = partial(_list_part, f"{label}/" if label else "", path_pattern)
             for table, of_part, archives_there in _in_threads(list_some, storage.list_parts(uri)):
                 rows.add_table(table)
@@ -204,6 +208,7 @@ def list_archives(
         ignored = f"{sum(findings.ignored.values()):,} other files" if findings.ignored else "nothing"
         raise ValueError(f"{', '.join(uris)} holds {ignored}; frames are {', '.join(IMAGE_EXTENSIONS)}")
     _require_distinct(table)
+    doubles.require_once(table, is_folder)
     order, columns, schema = _order(table), table.columns, _with_roots(table.schema, told)
     del table, rows
     _take(columns, order)
@@ -271,6 +276,23 @@ class _Rows:
             ) from error
 
 
+def find_roots(uris: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns label and URI of every root, with what globs match in their place.
+
+    Raises:
+        ValueError: a glob that matches nothing, roots that are equal or lie in each other.
+    """
+    given = {storage.resolve(uri): uri for uri in reversed(uris)}
+    roots = _roots([storage.resolve(uri) for uri in uris])
+    overlaps.require_distinct_roots([(given.get(uri, uri), uri) for _, uri in roots], _may_be_catalogue)
+    return roots
+
+
+def _may_be_catalogue(uri: str) -> bool:
+    """Whether a root may name frames that lie elsewhere; those that it names twice are found in the listing."""
+    return archives.extension(uri) in (".csv", ".parquet")
+
+
 def _roots(uris: Sequence[str]) -> list[tuple[str, str]]:
     """Returns label and URI of every root; the label begins the frame ids below it."""
     roots: list[tuple[str, str]] = []
@@ -294,11 +316,11 @@ def _roots(uris: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _is_glob(uri: str) -> bool:
-    return bool(re.search(r"[*?\[]", uri)) and not storage.exists(uri)
+    return storage.is_pattern(uri) and not storage.exists(uri)
 
 
 def _glob_base(uri: str) -> str:
-    return re.split(r"[*?\[]", uri)[0].rpartition("/")[0]
+    return storage.split_pattern(uri)[0]
 
 
 def _with_roots(schema: pa.Schema, told: Iterable[str]) -> pa.Schema:

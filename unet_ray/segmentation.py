@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from unet_ray import cluster, ledger, publish, storage
+from unet_ray import cluster, doubles, ledger, overlaps, publish, storage
 from unet_ray.allocation import Allocation, allocate
 from unet_ray.archives import IMAGE_EXTENSIONS
 from unet_ray.bundle import Bundle, read_bundle
@@ -26,7 +26,7 @@ from unet_ray.contents import read_frames
 from unet_ray.decoding import DecodeOptions, count_pixels
 from unet_ray.devices import has_bfloat16
 from unet_ray.endings import JobFailed
-from unet_ray.frames import Listing, list_archives
+from unet_ray.frames import Listing, find_roots, list_archives
 from unet_ray.machines import require_seen_by_all
 from unet_ray.manifest import known_and_new, read_parquet
 from unet_ray.messages import count
@@ -74,11 +74,15 @@ def segment(config: SegmentConfig) -> SegmentResult:
     """
     os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
     config.configure_storage()
+    roots = find_roots(config.frames)
+    # What a glob matches may be a link to where the output is, which its pattern alone does not show.
+    overlaps.require_apart(config.out, [("--frames", uri) for _, uri in roots], both_ways=True)
     bundle = read_bundle(config.model)
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
     published = _is_published(config) and cluster.is_local()
-    listing = _list(config) if published else _list_and_connect(config)
+    listing = _list(config, roots) if published else _list_and_connect(config, roots)
     _refuse_unlistable(listing)
+    doubles.require_outside(listing.table["uri"], storage.resolve(config.out))
     _say_ignored(listing)
     if published:
         if result := _finished(config, bundle, tiling, listing):
@@ -118,14 +122,14 @@ def segment(config: SegmentConfig) -> SegmentResult:
 # --- before ---
 
 
-def _list(config: SegmentConfig) -> Listing:
-    return list_archives(config.frames, path_pattern=config.path_pattern, image_column=config.image_column)
+def _list(config: SegmentConfig, roots: Sequence[tuple[str, str]]) -> Listing:
+    return list_archives(config.frames, roots=roots, path_pattern=config.path_pattern, image_column=config.image_column)
 
 
-def _list_and_connect(config: SegmentConfig) -> Listing:
+def _list_and_connect(config: SegmentConfig, roots: Sequence[tuple[str, str]]) -> Listing:
     """Ray's start takes 2.4 s, mostly waiting: meanwhile the archives are listed, and Ray Data loads (0.4 s)."""
     with ThreadPoolExecutor(2) as background:
-        listing_soon = background.submit(_list, config)
+        listing_soon = background.submit(_list, config, roots)
         background.submit(importlib.import_module, "unet_ray.labelling")
         cluster.connect()
         return listing_soon.result()
