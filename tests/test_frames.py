@@ -103,7 +103,9 @@ def test_several_roots_and_globs_keep_equal_names_apart(tmp_path):
     assert two["frame_id"].to_pylist() == ["a/cam0/1.png", "b/cam0/1.png"]
     matched = list_archives([str(tmp_path / "*" / "cam0")]).table
     assert matched["frame_id"].to_pylist() == ["a/cam0/1.png", "b/cam0/1.png"]
-    with pytest.raises(ValueError, match="two frames have the id 'cam0/1.png'|give each root once"):
+    with pytest.raises(
+        ValueError, match="cam0 is given twice: its frames would be labelled twice; give each place once"
+    ):
         list_archives([str(tmp_path / "a" / "cam0")] * 2)
 
 

@@ -297,8 +297,8 @@ def test_an_archive_that_is_not_as_it_was_planned_is_said(tmp_path: Path, capsys
     segmentation._say_changes(plan)
     assert capsys.readouterr().out == (
         "3 frames are new since the last run\n"
-        "warning: since they were listed 1 frame changed and 1 frame went; what is labelled stays, the rest is rejected "
-        "as changed or missing (--overwrite labels all anew)\n"
+        "warning: since they were listed 1 frame changed and 1 frame went; what is labelled stays, the rest is "
+        "rejected as changed or missing (--overwrite labels all anew)\n"
     )
 
 
@@ -465,6 +465,32 @@ def test_a_folder_that_cannot_be_listed_fails_the_job_by_its_name(
         f"unet-ray: error: {archive}/bb could not be listed: Permission denied; mend it or leave it out, so that no "
         "frame is passed over\n"
     )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            "log/a/0.png,x\nlog/a/0.png,y",
+            "{here}/log/a/0.png is listed twice: as 'x' and as 'y' it is one frame; name ",
+        ),
+        (
+            "link/preview.png,x",
+            "--frames leads to {here}/link, which lies in --out {here}/out; give an --out beside it",
+        ),
+    ],
+)
+def test_a_catalogue_of_one_frame_twice_or_of_the_output_is_refused(
+    rows: str, message: str, cluster, model: str, archive: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "log").symlink_to(archive)
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "all.csv").write_text(f"uri,frame_id\n{rows}\n")
+    told = ["--model", model, "--frames", str(tmp_path / "all.csv"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(["segment", *told]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"unet-ray: error: {message.format(here=tmp_path)}") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from unet_ray import filesystems, storage
+from unet_ray import filesystems, overlaps, storage
 from unet_ray.classes import PRESETS, ClassSet
 from unet_ray.options import MAPPING_TEXT, read_mapping, read_yaml
 
@@ -124,6 +124,10 @@ class PairsConfig(StorageConfig):
     """End of a mask's name before the extension that its frame's name lacks (Cityscapes: _gtFine_labelIds)."""
     mask_format: MaskFormat = "auto"
     """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
+
+    def folders(self) -> list[tuple[str, str | None]]:
+        """Returns the option and the URI of both folders, of which no output may be a part."""
+        return [("--images", self.images), ("--masks", self.masks)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +246,8 @@ class TrainConfig(ClusterConfig, PairsConfig):
         _require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
         check_path_pattern(self.path_pattern)
         self.model_config(n_classes=1)
+        validation = (("--val-images", self.val_images), ("--val-masks", self.val_masks))
+        overlaps.require_apart(self.out, [*self.folders(), *validation], both_ways=True)
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
@@ -281,6 +287,8 @@ class EvaluateConfig(ClusterConfig, PairsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_at_least(self, 1, "batch_size")
+        if self.out is not None:
+            overlaps.require_apart(self.out, [*self.folders(), ("--model", self.model)])
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
@@ -356,6 +364,8 @@ class SegmentConfig(ClusterConfig):
         _require(self.frame_timeout_s > 0, "--frame-timeout-s must be above 0")
         self.actor_range()
         check_path_pattern(self.path_pattern)
+        overlaps.require_apart(self.out, [("--frames", uri) for uri in self.frames], both_ways=True)
+        overlaps.require_unmatched(self.out, "--frames", self.frames)
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
@@ -413,6 +423,10 @@ class ExportModelConfig(StorageConfig):
         """See `StorageConfig`."""
         return (self.model, self.out)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        overlaps.require_apart(self.out, [("--model", self.model)])
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportMasksConfig(StorageConfig):
@@ -433,13 +447,9 @@ class ExportMasksConfig(StorageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        labels, out = storage.resolve(self.labels), storage.resolve(self.out)
+        overlaps.require_apart(self.out, [("the output", self.labels)])
         _require(
-            not f"{out}/".startswith(f"{labels}/"),
-            f"--out {self.out} lies in the output {self.labels} itself; give a place beside it",
-        )
-        _require(
-            self.format != "coco" or out.endswith(".json"),
+            self.format != "coco" or storage.resolve(self.out).endswith(".json"),
             f"--out is {self.out}; the format coco is one file, give a name that ends in .json",
         )
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_ray import archives, storage
+from unet_ray import archives, doubles, overlaps, storage
 from unet_ray.archives import IMAGE_EXTENSIONS, Findings
 from unet_ray.catalogues import is_catalogue, read_catalogue
 from unet_ray.listings import ListPart
@@ -62,6 +62,14 @@ class Root(NamedTuple):
     """In the form of `storage.resolve`; a glob as it was given."""
     label: str
     """How the ids of its frames begin; a glob's go on with what its matches have of their own."""
+
+
+class FoundRoots(NamedTuple):
+    """Where to list."""
+
+    places: list[tuple[str, str]]
+    """Label and URI of every place, globs resolved; a label begins the ids of the frames below."""
+    roots: tuple[Root, ...]
 
 
 class PathFields(NamedTuple):
@@ -175,33 +183,34 @@ def carried_schema(schema: pa.Schema) -> pa.Schema:
 def list_archives(
     uris: Sequence[str],
     *,
+    roots: FoundRoots | None = None,
     path_pattern: str | None = None,
     image_column: str | None = None,
     run_each: RunEach | None = None,
-    labels: Mapping[str, str] | None = None,
 ) -> Listing:
     """Lists folders (at any depth), tar, zip and Parquet files, catalogues, and globs of them; archives in parallel.
 
     A frame's id is its path relative to its root: `drive07/000001.png`; inside an archive the member's name follows
-    after `!`. Of several roots, the id begins with the root's name, unless `labels` says how.
+    after `!`. Of several roots, the id begins with the root's name.
 
     Args:
         uris: the roots.
+        roots: what `find_roots` made of them, where that was called before.
         path_pattern: see `parse_path`.
         image_column: the column of Parquet files that holds the encoded images, where it is not `image`.
         run_each: how the archives are listed; by default in threads of this process.
-        labels: how the ids below some of the roots begin, by the root's resolved URI.
 
     Raises:
-        ValueError: a root that does not exist or holds no frame, two frames with one id.
+        ValueError: a root that does not exist or holds no frame, two frames with one id, or a frame twice.
         StorageError: the store did not answer.
     """
     rows, findings = _Rows(path_pattern), Findings()
     found: list[tuple[str, storage.FileInfo]] = []
     told = [storage.resolve(uri) for uri in uris]
-    places, roots = _roots(told, labels or {})
-    for label, uri in places:
-        if storage.is_folder(uri):
+    roots = find_roots(uris) if roots is None else roots
+    is_folder = {uri: storage.is_folder(uri) for _, uri in roots.places}
+    for label, uri in roots.places:
+        if is_folder[uri]:
             list_some = partial(_list_part, f"{label}/" if label else "", path_pattern)
             for table, of_part, archives_there in _in_threads(list_some, storage.list_parts(uri)):
                 rows.add_table(table)
@@ -218,6 +227,7 @@ def list_archives(
         ignored = f"{sum(findings.ignored.values()):,} other files" if findings.ignored else "nothing"
         raise ValueError(f"{', '.join(uris)} holds {ignored}; frames are {', '.join(IMAGE_EXTENSIONS)}")
     _require_distinct(table)
+    doubles.require_once(table, is_folder)
     order, columns, schema = _order(table), table.columns, _schema_with_roots(table.schema, told)
     del table, rows
     _take(columns, order)
@@ -225,7 +235,7 @@ def list_archives(
         table=pa.Table.from_arrays(columns, schema=schema),
         ignored=dict(sorted(findings.ignored.items())),
         unlistable=tuple(findings.unlistable),
-        roots=tuple(roots),
+        roots=roots.roots,
     )
 
 
@@ -286,8 +296,28 @@ class _Rows:
             ) from error
 
 
-def _roots(uris: Sequence[str], labels: Mapping[str, str]) -> tuple[list[tuple[str, str]], list[Root]]:
-    """Returns label and URI of every place to list, globs resolved, and the roots; a label begins the frame ids."""
+def find_roots(uris: Sequence[str], labels: Mapping[str, str] | None = None) -> FoundRoots:
+    """Returns the roots of a listing, and every place below them, with what globs match in their place.
+
+    Args:
+        uris: as they were given.
+        labels: how the ids below some of the roots begin, by the root's resolved URI.
+
+    Raises:
+        ValueError: a glob that matches nothing, roots that are equal or lie in each other.
+    """
+    given = {storage.resolve(uri): uri for uri in reversed(uris)}
+    found = _roots([storage.resolve(uri) for uri in uris], labels or {})
+    overlaps.require_distinct_roots([(given.get(uri, uri), uri) for _, uri in found.places], _may_be_catalogue)
+    return found
+
+
+def _may_be_catalogue(uri: str) -> bool:
+    """Whether a root may name frames that lie elsewhere; those that it names twice are found in the listing."""
+    return archives.extension(uri) in (".csv", ".parquet")
+
+
+def _roots(uris: Sequence[str], labels: Mapping[str, str]) -> FoundRoots:
     places: list[tuple[str, str]] = []
     roots: list[Root] = []
     plain = [uri for uri in dict.fromkeys(uris) if not is_glob(uri)]
@@ -309,16 +339,16 @@ def _roots(uris: Sequence[str], labels: Mapping[str, str]) -> tuple[list[tuple[s
             label = labels.get(uri, natural)
             places.append((label, uri))
         roots.append(Root(uri, label))
-    return places, roots
+    return FoundRoots(places, tuple(roots))
 
 
 def is_glob(uri: str) -> bool:
     """Whether a root is a pattern, not the name of something that is there."""
-    return bool(re.search(r"[*?\[]", uri)) and not storage.exists(uri)
+    return storage.is_pattern(uri) and not storage.exists(uri)
 
 
 def _glob_base(uri: str) -> str:
-    return re.split(r"[*?\[]", uri)[0].rpartition("/")[0]
+    return storage.split_pattern(uri)[0]
 
 
 def with_roots(table: pa.Table, uris: Iterable[str]) -> pa.Table:

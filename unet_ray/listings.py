@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from unet_ray.filesystems import at_once, filesystem, is_s3, naming, persistently
 
@@ -242,11 +243,27 @@ def glob(pattern: str) -> list[str]:
     """Returns the URIs of the files and folders that match `*`, `?`, `[…]` and `**`, sorted."""
     fs, path = filesystem(pattern)
     matches = persistently(pattern, lambda: fs.glob(path))
-    folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    folder, _ = split_pattern(pattern)
     if isinstance(fs, LocalFileSystem) or not folder.partition("://")[2]:
         return sorted(match if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(match) for match in matches)
     base = fs._strip_protocol(folder)  # what fsspec makes of a name alone lacks the host (sftp://host/log)
     return sorted(join(folder, match.removeprefix(base).lstrip("/")) for match in matches)
+
+
+def is_pattern(uri: str) -> bool:
+    """Whether a URI has what `glob` takes for more than a letter."""
+    return re.search(r"[*?\[]", uri) is not None
+
+
+def split_pattern(pattern: str) -> tuple[str, str]:
+    """Returns the folder in which a pattern looks, and the pattern below it."""
+    folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    return folder, pattern[len(folder) :].removeprefix("/")
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `glob` would find a path by a pattern, both relative to one folder."""
+    return re.compile(glob_translate(pattern)).match(path) is not None
 
 
 def versions(uris: Iterable[str]) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from unet_ray import cluster, heartbeats, ledger, origins, plans, publish, rejected, salvage, storage
+from unet_ray import cluster, doubles, heartbeats, ledger, origins, overlaps, plans, publish, rejected, salvage, storage
 from unet_ray.allocation import Allocation, allocate
 from unet_ray.archives import IMAGE_EXTENSIONS
 from unet_ray.bundle import Bundle, read_bundle
@@ -26,7 +26,7 @@ from unet_ray.contents import read_frames
 from unet_ray.decoding import DecodeOptions, count_pixels
 from unet_ray.devices import has_bfloat16
 from unet_ray.endings import JobFailed, NotNow
-from unet_ray.frames import Listing, list_archives
+from unet_ray.frames import FoundRoots, Listing, find_roots, list_archives
 from unet_ray.machines import require_seen_by_all
 from unet_ray.manifest import Chunk, Cutting, known_and_new, read_parquet, read_rows
 from unet_ray.messages import count
@@ -75,13 +75,20 @@ def segment(config: SegmentConfig) -> SegmentResult:
     """
     os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
     config.configure_storage()
+    out = storage.resolve(config.out)
+    # Frames that the output holds already keep their ids.
+    labels = origins.labels_for(out, config.frames, add_root=config.add_root, is_new=config.overwrite)
+    roots = find_roots(config.frames, labels)
+    # What a glob matches may be a link to where the output is, which its pattern alone does not show.
+    overlaps.require_apart(config.out, [("--frames", uri) for _, uri in roots.places], both_ways=True)
     bundle = read_bundle(config.model)
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
     if config.overwrite:
-        heartbeats.refuse_living(storage.resolve(config.out))
+        heartbeats.refuse_living(out)
     published = _is_published(config) and cluster.is_local()
-    listing = _list(config) if published else _list_and_connect(config)
+    listing = _list(config, roots) if published else _list_and_connect(config, roots)
     _refuse_unlistable(listing)
+    doubles.require_outside(listing.table["uri"], out)
     _say_ignored(listing)
     if published:
         if result := _finished(config, bundle, tiling, listing):
@@ -186,19 +193,14 @@ def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listin
 # --- before ---
 
 
-def _list(config: SegmentConfig) -> Listing:
-    """Lists the archives; frames that the output holds already get the ids that they have there."""
-    out = storage.resolve(config.out)
-    labels = origins.labels_for(out, config.frames, add_root=config.add_root, is_new=config.overwrite)
-    return list_archives(
-        config.frames, path_pattern=config.path_pattern, image_column=config.image_column, labels=labels
-    )
+def _list(config: SegmentConfig, roots: FoundRoots) -> Listing:
+    return list_archives(config.frames, roots=roots, path_pattern=config.path_pattern, image_column=config.image_column)
 
 
-def _list_and_connect(config: SegmentConfig) -> Listing:
+def _list_and_connect(config: SegmentConfig, roots: FoundRoots) -> Listing:
     """Ray's start takes 2.4 s, mostly waiting: meanwhile the archives are listed, and Ray Data loads (0.4 s)."""
     with ThreadPoolExecutor(2) as background:
-        listing_soon = background.submit(_list, config)
+        listing_soon = background.submit(_list, config, roots)
         background.submit(importlib.import_module, "unet_ray.labelling")
         cluster.connect()
         return listing_soon.result()

@@ -46,10 +46,13 @@ from unet_ray.listings import (
     glob,
     info,
     is_folder,
+    is_pattern,
     join,
     list_files,
     list_parts,
+    matches,
     name,
+    split_pattern,
     versions,
 )
 from unet_ray.local_files import TEMPORARY_PREFIX
@@ -66,11 +69,14 @@ __all__ = [
     "info",
     "is_folder",
     "is_local",
+    "is_pattern",
     "join",
     "list_files",
     "list_parts",
+    "matches",
     "name",
     "resolve",
+    "split_pattern",
     "versions",
 ]  # what goes with all below
 
