@@ -354,13 +354,18 @@ def map_on_cluster(act: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[
     running: list[Any] = []
     for item in items:
         if len(running) == at_once:
-            yield _outcome(running.pop(0), running)
+            yield outcome(running.pop(0), running)
         running.append(remote.remote(item))
     while running:
-        yield _outcome(running.pop(0), running)
+        yield outcome(running.pop(0), running)
 
 
-def _outcome(reference: Any, others: Sequence[Any]) -> Any:
+def outcome(reference: Any, others: Sequence[Any] = ()) -> Any:
+    """Returns what a task returned, or raises its error as it was raised; `others` are then waited for.
+
+    Raises:
+        NotNow: Ray has given the task up.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

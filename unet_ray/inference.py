@@ -24,6 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices of every proce
 
 import tensorflow as tf
 
+from unet_ray import devices
 from unet_ray.bundle import Bundle
 from unet_ray.tiling import Tiling
 
@@ -63,12 +64,16 @@ def configure_tensorflow(device: str, n_threads: int, *, op_threads: int = 1) ->
         n_threads: threads that may run TensorFlow's operations.
         op_threads: threads of one operation. More than one, and some of its sums come out in an order that depends on
             how many: a frame's last bits would too. A `Labeler` spreads frames over its threads instead.
+
+    Raises:
+        UnusableGpu: the device is `gpu` and TensorFlow sees none.
     """
     tf.config.threading.set_intra_op_parallelism_threads(op_threads)
     tf.config.threading.set_inter_op_parallelism_threads(n_threads)
     if device == "cpu":
         tf.config.set_visible_devices([], "GPU")
         return
+    devices.require_gpu()
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_op_determinism()  # autotuning would choose another convolution in another run

@@ -103,6 +103,8 @@ def _label(
             if not kinds:
                 finished, in_a_row = finished + 1, 0
                 continue
+            if "unusable" in kinds:
+                raise tally.trouble_error("1 task could not be done")  # nor any other on that node
             if kinds == {"failed"} and not carefully:
                 failed += 1  # perhaps by a frame: the careful pass finds out
                 continue
@@ -133,6 +135,8 @@ class _Tally:
 
     def trouble_error(self, what: str) -> Exception:
         """Returns what the job ends with; only of storage that does not answer, trying again may help."""
+        if said := self.troubles.get("unusable"):
+            return JobFailed(f"{said}; then the same command goes on")
         if said := self.troubles.get("refused"):
             return JobFailed(f"{what}: {said}; give this job the right to it, then the same command goes on")
         if said := self.troubles.get("storage"):

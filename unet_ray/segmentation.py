@@ -272,7 +272,8 @@ def resolve_precision(precision: str, device: str) -> str:
     pinned = [
         look.options(num_cpus=0, label_selector={"ray.io/node-id": node["NodeID"]}).remote(device) for node in nodes
     ]
-    return "bfloat16" if pinned and all(ray.get(pinned)) else "float32"
+    answers = [cluster.outcome(answer, pinned) for answer in pinned]
+    return "bfloat16" if answers and all(answers) else "float32"
 
 
 def _plan(

@@ -37,6 +37,7 @@ from unet_ray import decoding, images, ledger, results
 from unet_ray.classes import ClassSet
 from unet_ray.contents import FrameGone, read_frames
 from unet_ray.decoding import DecodedFrame, DecodeOptions
+from unet_ray.devices import UnusableGpu
 from unet_ray.manifest import Chunk, read_rows
 from unet_ray.origins import relocate
 from unet_ray.storage import StorageError, is_local
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
 STORAGE_WAITS_S = (1.0, 5.0)
 """Pauses before a disk of this machine is asked again; a store was asked until `--storage-retry-s` were over."""
 
-TROUBLES = ("storage", "refused", "failed")
-"""Storage does not answer; it refuses for want of rights; a step has failed, so a device or the program is at fault."""
+TROUBLES = ("storage", "refused", "failed", "unusable")
+"""Storage does not answer; it refuses for want of rights; a step has failed, so a device or the program is at fault;
+TensorFlow cannot use the GPU that Ray gives, so that no frame need be tried."""
 
 _MOST_SAID = 300  # letters of an error that is not storage's: TensorFlow's have pages
 
@@ -140,6 +142,8 @@ def _trouble(error: Exception) -> tuple[str, str]:
         return said, "refused"
     if isinstance(error, OSError):
         return said, "storage"
+    if isinstance(error, UnusableGpu):
+        return said, "unusable"
     places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     path, line = [place for place in places if place[0].parent == Path(__file__).parent][-1]
     said = textwrap.shorten(said, _MOST_SAID, placeholder=" …")

@@ -35,11 +35,17 @@ class StepResult(NamedTuple):
 
 
 def configure(device: str, n_cpus: int) -> None:
-    """Sets device and threads of this process, before TensorFlow's first operation; its default is all there is."""
+    """Sets device and threads of this process, before TensorFlow's first operation; its default is all there is.
+
+    Raises:
+        UnusableGpu: the device is `gpu` and TensorFlow sees none.
+    """
     tf.config.threading.set_intra_op_parallelism_threads(n_cpus)
     tf.config.threading.set_inter_op_parallelism_threads(n_cpus)
     if device == "cpu":
         tf.config.set_visible_devices([], "GPU")
+    else:
+        devices.require_gpu()
     for gpu in tf.config.get_visible_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
 

@@ -22,6 +22,7 @@ import numpy as np
 import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -40,9 +41,10 @@ from unet_ray.cluster import (
     worker_resources,
 )
 from unet_ray.config import EvaluateConfig, TrainConfig
+from unet_ray.devices import UnusableGpu
 from unet_ray.endings import JobFailed
 from unet_ray.ingest import FileFrames, FrameSource, IngestPlan, ingest
-from unet_ray.machines import require_seen_by_all
+from unet_ray.machines import require_seen_by_all, require_usable_gpu
 from unet_ray.messages import count
 from unet_ray.monitor import Mailbox, Monitor, write_history
 from unet_ray.pairs import ImagePair, load_pair
@@ -105,6 +107,7 @@ def train(config: TrainConfig) -> TrainResult:
     device = resolve_device(config.device)
     cpus = reserve(config, device)
     require_seen_by_all(_folders(config), config.out)
+    require_usable_gpu(device, config.precision)
     task, hashes = _prepare(config, data, device, cpus)
     _say_plan(config, data, cpus, device, hashes)
 
@@ -242,21 +245,37 @@ class Launcher(Mailbox):
                     # A node's memory and its way to the storage are shared; GPUs of one node talk faster.
                     placement_strategy="PACK" if task.device == "gpu" else "SPREAD",
                 ),
-                # The folder is for Ray Train's own notes; checkpoints lie in RUN (see `checkpoints`).
-                run_config=RunConfig(  # type: ignore[arg-type]  # Ray's annotation is of its version 1
-                    name="run",
-                    storage_path=folder,
-                    failure_config=FailureConfig(max_failures=task.config.max_failures),
-                    logging_config=LoggingConfig(log_level="ERROR"),
-                ),
+                run_config=_run_config(folder, task.config.max_failures),  # type: ignore[arg-type]  # of its version 1
             )
             try:
                 trainer.fit()
             except TrainingFailedError as error:
                 # As text, but for our own: TensorFlow's errors would make the driver load TensorFlow.
+                if isinstance(final := getattr(error, "controller_failure", None), UnusableGpu):
+                    return [final]
                 causes = list(getattr(error, "worker_failures", {}).values()) or [error]
                 return [cause if _is_ours(cause) else RuntimeError(_one_line(cause)) for cause in causes]
         return []
+
+
+def _run_config(folder: str, max_failures: int) -> RunConfig:
+    """Returns how Ray Train retries, and where its own notes go; checkpoints lie in RUN (see `checkpoints`)."""
+
+    # Another group of workers would see no GPU either. Ray Train (2.60) retries every error of a worker and none of a
+    # callback. This class is local so that it is sent as code, and the controller need not load this module.
+    class FinalFailures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, UnusableGpu):
+                    raise error
+
+    return RunConfig(
+        name="run",
+        storage_path=folder,
+        failure_config=FailureConfig(max_failures=max_failures),
+        callbacks=[FinalFailures()],
+        logging_config=LoggingConfig(log_level="ERROR"),
+    )
 
 
 class _StandIn(types.ModuleType):
@@ -408,6 +427,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     cpus = default_cpus(1, device)
     resources = worker_resources(cpus, device)
     wait_for_resources([resources], config.wait_for_resources_s, "the evaluation")
+    require_usable_gpu(device, config.precision)
     size = (model.model_config.image_height_px, model.model_config.image_width_px)
     plan = IngestPlan(class_set=class_set, mask_format=mask_format, image_size=size, keep_full_mask=True)
     frames = ingest(pairs, plan).frames

@@ -105,7 +105,9 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
             num_cpus=allocation.decode_cpus,
             ray_remote_args={"max_retries": TASK_RETRIES},
         )
-        .map_batches(
+        # `map_batches` itself refuses GPUs without a number for `batch_size`, with which Ray Data would merge blocks
+        # that have fewer rows (Ray 2.60); a block is to stay whole and alone.
+        .map_batches_internal(
             _ModelActor,
             fn_constructor_args=(job.model, job.model_digest, job.labeler, job.decode.network_size),
             batch_size=None,

@@ -217,7 +217,7 @@ def _tensorflow_sees_gpu() -> bool:
     import subprocess
 
     # In another process: once loaded here, Keras could not be loaded for JAX any more.
-    look = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+    look = "from unet_ray import devices; print(len(devices.visible_gpus()))"
     answer = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
     return answer.stdout.split()[-1:] not in ([], ["0"])
 
