@@ -44,9 +44,6 @@ Arrow's own 1,024 rows they take 1,200 MB (pyarrow 26, 2026-11-21)."""
 # Not on masks and errors: nobody filters by them, and a minimum of 6 KB would be stored for every row group.
 _WITHOUT_STATISTICS = ("mask", "error", "uri")
 
-PAGE_CHECKSUMS_KEY = "unet_ray.page_checksums"
-"""In a published file's footer: each of its pages has a checksum (outputs before 0.2 have none)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
@@ -236,9 +233,12 @@ def _shard_bytes(task: ShardTask) -> tuple[bytes, Counter[str]]:
         write_batch_size=_PAGE_ROWS,
         write_page_checksum=True,
     ) as writer:
+        digests: list[dict[str, str]] = []
         for rows in _in_groups(_with_new_rows(task)):
             rejected.update(pc.drop_null(rows["reason"]).to_pylist())
+            digests.append(results.confidence_digests(rows, lineage.class_set))
             writer.write_table(rows.cast(schema), row_group_size=_GROUP_ROWS)
+        writer.add_key_value_metadata({results.DIGESTS_KEY: json.dumps(digests)})
     return buffer.getvalue(), rejected
 
 
@@ -275,7 +275,6 @@ def _footer(lineage: Lineage) -> dict[str, str]:
         "unet_ray.format_version": str(results.FORMAT_VERSION),
         "unet_ray.class_set": json.dumps(lineage.class_set.to_dict()),
         "unet_ray.lineage": json.dumps(lineage.to_dict()),
-        PAGE_CHECKSUMS_KEY: "1",
     }
 
 

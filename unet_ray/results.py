@@ -54,6 +54,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unet_ray import storage
 from unet_ray.classes import ClassSet
 from unet_ray.frames import carried_schema
 
@@ -207,6 +208,17 @@ def _checked(labels: ChunkLabels, n_frames: int, n_classes: int) -> np.ndarray:
         assert labels.mask[n] is not None and height_px is not None and width_px is not None
         assert pixels == height_px * width_px, f"{pixels} pixels counted in a mask of {height_px} x {width_px}"
     return np.array([reason is None for reason in labels.reason], bool)
+
+
+DIGESTS_KEY = "unet_ray.confidence_digests"
+"""In a published file's footer: `confidence_digests` of each row group, as JSON (files before 0.2 have none)."""
+
+
+def confidence_digests(rows: pa.Table, class_set: ClassSet) -> dict[str, str]:
+    """Returns a digest of each column whose values nothing else in a row proves, by its name."""
+    names = ["confidence", "low_margin_share", *(f"confidence_{name}" for name in class_set.names)]
+    columns = {name: rows[name].to_numpy(zero_copy_only=False).astype("<f4") for name in names}  # null: NaN
+    return {name: storage.sha256(np.nan_to_num(column, nan=-1).tobytes())[:16] for name, column in columns.items()}
 
 
 @dataclass(kw_only=True, eq=False)

@@ -10,8 +10,8 @@ chunk. `ledger.commit` puts such a label where its frame is rejected now, and sa
 | `place` | of the row within its chunk, from 0 |
 | the others | those of `frames/` that a label consists of |
 
-Mask, counts and size prove nothing of a confidence. Pages with checksums do: pyarrow compares these while it reads, and
-a column that it refuses is null from there on. In files without (before 0.2) all confidences become null.
+Mask, counts and size prove nothing of a confidence. For that the file's footer has a digest of each such column in each
+row group (`results.confidence_digests`); a column that does not give it becomes null there. Files before 0.2 have none.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from unet_ray.manifest import parquet_bytes
 from unet_ray.masks import mask_of
 from unet_ray.messages import count
 from unet_ray.plans import Plan
-from unet_ray.publish import PAGE_CHECKSUMS_KEY
-from unet_ray.results import frames_schema
+from unet_ray.results import DIGESTS_KEY, confidence_digests, frames_schema
 
 _BYTES_APART = 8
 """Bytes in which a footer's lineage may differ from ours and be damaged, not another: a digest differs in about 60."""
@@ -95,15 +94,15 @@ def _readable(plan: Plan, path: str, frame_ids: Sequence[str]) -> Iterator[pa.Ta
         raise
     except (OSError, ValueError):  # gone, or no footer any more
         return
-    metadata = file.schema_arrow.metadata or {}
+    metadata = file.metadata.metadata or {}
+    digests = _digests(metadata)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     if sum(sizes) != len(frame_ids) or not _is_of(plan, data, metadata):
         return
     types, start = _label_types(plan), 0
     for group, size in enumerate(sizes):
         columns = {name: _column(file, group, name, size) for name in ("frame_id", *types)}
-        if PAGE_CHECKSUMS_KEY.encode() not in metadata:
-            columns |= {name: [None] * size for name in types if name.startswith(("confidence", "low_margin"))}
+        columns |= _unproved(plan, columns, digests[group] if group < len(digests) else {})
         kept = [
             n
             for n, frame_id in enumerate(frame_ids[start : start + size])
@@ -116,6 +115,23 @@ def _readable(plan: Plan, path: str, frame_ids: Sequence[str]) -> Iterator[pa.Ta
             }
         )
         start += size
+
+
+def _digests(metadata: Mapping[bytes, bytes]) -> list[dict[str, str]]:
+    try:
+        return json.loads(metadata.get(DIGESTS_KEY.encode(), b"[]"))
+    except ValueError:
+        return []
+
+
+def _unproved(
+    plan: Plan, columns: Mapping[str, Sequence[Any]], digests: Mapping[str, str]
+) -> dict[str, Sequence[None]]:
+    """Nulls in place of the confidences of a row group that have not their digest."""
+    types = _label_types(plan)
+    table = pa.table({name: pa.array(columns[name], dtype) for name, dtype in types.items() if dtype == pa.float32()})
+    now = confidence_digests(table, plan.lineage.class_set)
+    return {name: [None] * len(table) for name, digest in now.items() if digests.get(name) != digest}
 
 
 def _label_types(plan: Plan) -> dict[str, pa.DataType]:
