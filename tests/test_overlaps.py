@@ -230,8 +230,6 @@ PAIRS = ("--images", "t/sub", "--masks", "t/other")
             "--out w/run lies in --val-masks w itself; give a place beside it",
         ),
         (("evaluate", "--model", "m", *PAIRS, "--out", "t/sub"), "--out t/sub lies in --images t/sub itself; give a "),
-        (("evaluate", "--model", "m", *PAIRS, "--out", "m/model"), "--out m/model lies in --model m itself; give a "),
-        (("export-model", "--model", "m", "--out", "m/m.keras"), "--out m/m.keras lies in --model m itself; give a "),
         (("export-masks", "t", "--out", "link/x"), "--out link/x ({here}/t/x) lies in the output t itself; give a "),
     ],
 )

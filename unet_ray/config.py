@@ -288,7 +288,7 @@ class EvaluateConfig(ClusterConfig, PairsConfig):
         super().__post_init__()
         _require_at_least(self, 1, "batch_size")
         if self.out is not None:
-            overlaps.require_apart(self.out, [*self.folders(), ("--model", self.model)])
+            overlaps.require_apart(self.out, self.folders())
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
@@ -422,10 +422,6 @@ class ExportModelConfig(StorageConfig):
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
         return (self.model, self.out)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        overlaps.require_apart(self.out, [("--model", self.model)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -266,19 +266,33 @@ def published_shards(plan: Plan) -> dict[int, dict[str, Any]]:
 def expected_files(plan: Plan) -> dict[int, list[dict[str, Any]]]:
     """Returns all that is said of each published file of a plan, the newest last: one of these it should be."""
     notes = [note["file"] for note in read_notes(plan)]
-    summary = read_summary(plan.out)
-    files = [file for file in summary["files"] if file["path"].startswith("frames/")] if summary else []
-    if summary is None:
-        files = _files_of_statistics(plan)
-    else:
-        is_ours = {file["path"]: file for file in summary["files"]}.get("run.json")
-        files = [file for file in files if "key" in file or (is_ours and is_whole(plan.out, is_ours))]
+    summary = own_summary(plan)
+    files = _files_of_statistics(plan) if summary is None else filter(is_shard, summary["files"])
     expected: dict[int, list[dict[str, Any]]] = {}
     for file in [*files, *notes]:
         shard = shard_of(file["path"])
         if shard in plan.of_shard and file.get("key", plan.shard_key[shard]) == plan.shard_key[shard]:
             expected.setdefault(shard, []).append(file)
     return expected
+
+
+def is_shard(file: Mapping[str, Any]) -> bool:
+    """Whether something is said of a file of `frames/`."""
+    return shard_of(file["path"]) is not None
+
+
+def own_summary(plan: Plan) -> dict[str, Any] | None:
+    """Returns summary.json unless it is of another lineage or other frames, as one of a job whose output was overwritten.
+    A later generation of the plan may be missing in it."""
+    summary = read_summary(plan.out)
+    if summary is None:
+        return None
+    files = [file for file in summary["files"] if is_shard(file)]
+    if all("key" not in file for file in files):  # of an older version
+        run = {file["path"]: file for file in summary["files"]}.get("run.json")
+        return summary if run and is_whole(plan.out, run) else None
+    keys = {shard_of(file["path"]): file["key"] for file in files if "key" in file}
+    return summary if all(keys.get(shard, key) == key for shard, key in plan.shard_key.items()) else None
 
 
 def shard_of(path: str) -> int | None:

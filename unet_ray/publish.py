@@ -174,7 +174,7 @@ def _published_by_another(plan: Plan, shard: int) -> dict[str, Any]:
 
 def finished_summary(plan: Plan) -> dict[str, Any] | None:
     """Returns summary.json where it speaks of all of the plan and nothing of it is known to be damaged."""
-    summary = plans.read_summary(plan.out)
+    summary = ledger.own_summary(plan)
     if summary is None or summary["listed"] != plan.n_frames or retries.read(plan):
         return None
     published = ledger.published_shards(plan)

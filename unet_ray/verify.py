@@ -34,8 +34,9 @@ def verify(out: str) -> list[str]:
     except JobFailed as error:
         others = _damaged_files(out, summary["files"] if summary else [])
         return [str(error), *(problem for problem in others if problem.partition(":")[0] not in str(error))]
+    summary = ledger.own_summary(plan)
     files = _newest(plan, summary)
-    newer = publish.not_in(summary, (file for path, file in files.items() if is_shard(path))) if summary else []
+    newer = publish.not_in(summary, filter(ledger.is_shard, files.values())) if summary else []
     if newer:
         files.pop(ledger.STATISTICS, None)  # written after the files and before summary.json
     damage = _damaged_files(out, files.values())
@@ -56,11 +57,6 @@ def verify(out: str) -> list[str]:
         if not any(problem.startswith(path) for problem in damage)
     ]
     return problems if newer else [*problems, *_verify_counts(plan, summary)]
-
-
-def is_shard(path: str) -> bool:
-    """Whether a path within an output is one of a published file."""
-    return ledger.shard_of(path) is not None
 
 
 def kept_labels(out: str) -> list[str]:
@@ -101,7 +97,7 @@ def _damaged_files(out: str, files: Iterable[Mapping[str, Any]]) -> list[str]:
 def _noted(out: str, problem: str) -> str:
     """Notes a damaged file of `frames/` or the statistics, and returns the line about it."""
     path = problem.partition(":")[0]
-    if path != ledger.STATISTICS and not is_shard(path):
+    if path != ledger.STATISTICS and ledger.shard_of(path) is None:
         return problem
     try:
         ledger.mark_damaged(out, path.removeprefix("frames/"))
