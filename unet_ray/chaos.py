@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from unet_ray import faults, plans, verify
+from unet_ray import faults, overwrites, plans, verify
 from unet_ray.allocation import CPU_SHARE_OF_ACTORS, WRITE_CPUS
 from unet_ray.trials import Stage, Trial, frames_of, rows_of, wait_until
 
@@ -424,8 +424,11 @@ SCENARIOS: dict[str, Callable[[Stage], Trial]] = {
         work_damaged,
         disk_full_working,
         disk_full_publishing,
+        *overwrites.SCENARIOS,
     )
 }
+
+_ON_A_SHARED_CLUSTER = ("two_jobs", "overwritten_beside_work")
 
 
 # --- running them ---
@@ -458,7 +461,7 @@ def run(stage: Stage, name: str) -> Outcome:
     assert stage.undisturbed  # made with the first scenario, and not of its time
     started_s = time.monotonic()
     with contextlib.ExitStack() as stack:
-        if name == "two_jobs":
+        if name in _ON_A_SHARED_CLUSTER:
             stack.enter_context(_cluster(stage, n_nodes=1, cpus=4))
         trial = SCENARIOS[name](stage)
     finished = (trial.out / "frames").exists()

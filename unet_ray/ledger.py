@@ -282,8 +282,10 @@ def is_shard(file: Mapping[str, Any]) -> bool:
 
 
 def own_summary(plan: Plan) -> dict[str, Any] | None:
-    """Returns summary.json unless it is of another lineage or other frames, as one of a job whose output was overwritten.
-    A later generation of the plan may be missing in it."""
+    """Returns summary.json, None where there is none or it is of another lineage or of other frames.
+
+    It may lack the plan's last generations.
+    """
     summary = read_summary(plan.out)
     if summary is None:
         return None

@@ -112,6 +112,18 @@ class Stage:
         return archive, reasons
 
     @cached_property
+    def other_model(self) -> Path:
+        """Another network for the same archive."""
+        return _write_model(self.folder / "other_model", self.seed + 1)
+
+    @cached_property
+    def undisturbed_by_other_model(self) -> Path:
+        """The output of a run of the other model to which nothing happened."""
+        trial = Trial(self, "undisturbed_by_other_model")
+        assert trial.run("--model", str(self.other_model)) == 0, trial.said()
+        return trial.out
+
+    @cached_property
     def unpublished(self) -> Path:
         """An output with every chunk done and nothing published: the job was killed when the last record came."""
         trial = Trial(self, "unpublished")
