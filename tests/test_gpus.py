@@ -224,7 +224,7 @@ def test_the_first_receipt_that_tells_of_such_a_gpu_ends_the_labelling(monkeypat
         Progress(40, "frames") as progress,
         pytest.raises(JobFailed, match="^unusable on node-7; then the same command goes on$"),
     ):
-        labelling._label(None, range(10), progress, labelling._Tally(40, 0.0), None, carefully=False)
+        labelling._label(None, range(10), progress, labelling._Tally(40, 0.0), None, int, carefully=False)
     assert asked == [0, 1, 2]
 
 

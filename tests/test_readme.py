@@ -1,49 +1,198 @@
-"""The README's commands and tables, held against the code."""
+"""The documents' commands, tables, recipes and links, held against the code; and README's limits."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small_output
-from test_boundaries import MODULES
 
-from unet_ray import cli, labelling, monitor, results
+import unet_ray
+from unet_ray import cli, endings, images, labelling, monitor, results
+from unet_ray.bench import contests
 from unet_ray.classes import ClassSet, SegmentationClass
+from unet_ray.frames import list_archives
+from unet_ray.pairs import find_pairs, require_complete
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "unet_ray/README.md", "jobs/README.md", "jobs/BENCHMARK.md", ".github/CONTRIBUTING.md")
+TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+README = TEXTS["README.md"]
+
+MAX_LINES, MAX_WORDS = 220, 2_200
+"""Of README: it is read to its end."""
+
+OTHER_OPTIONS = {
+    *("--help", "--config", "--recipe"),  # of every command, beside its own
+    *("--generate", "--working-dir", "--all-files"),  # of Ray and pre-commit
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, *documents: str) -> list[str]:
+    """Returns the code blocks of a language, of all documents unless some are named."""
+    texts = (TEXTS[name] for name in documents or DOCUMENTS)
+    found = (re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE) for text in texts)
+    return [block for pairs in found for name, block in pairs if name == language]
 
 
-COMMANDS = [
-    line
-    for block in blocks("sh")
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("unet-ray ") and "…" not in line
+def table(document: str, heading: str) -> list[list[str]]:
+    """Returns the cells of the table whose first line begins so, without that line."""
+    lines = TEXTS[document][TEXTS[document].index(heading) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def lines(*documents: str) -> list[str]:
+    """Returns the lines of shell, each whole."""
+    return [
+        " ".join(line.split()) for block in blocks("sh", *documents) for line in block.replace("\\\n", " ").splitlines()
+    ]
+
+
+LINES = lines()
+COMMANDS = [line for line in LINES if line.startswith("unet-ray ")]
+COMMANDS += [
+    line.replace("…", "x") for text in TEXTS.values() for line in re.findall(r"`(unet-ray [a-z-]+ [^`]+)`", text)
 ]
+SUBMISSIONS = [line for line in LINES if line.startswith("ray job submit ")]
+PROGRAMS = [
+    line for text in TEXTS.values() for line in re.findall(r"python (jobs/(?:benchmark|chaos)\.py[^`\n]*)", text)
+]
+
+
+# --- commands and options ---
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_understood(line):
-    _, name, *arguments = shlex.split(line)
+    _, name, *arguments = shlex.split(line, comments=True)
     assert cli.parse(name, arguments) is not None
 
 
 def test_there_are_commands():
     assert {shlex.split(line)[1] for line in COMMANDS} >= {"check", "train", "segment", "verify", "export-masks"}
+
+
+@pytest.mark.parametrize("line", SUBMISSIONS)
+def test_every_submission_is_understood(line):
+    job, *arguments = shlex.split(line.partition(" -- python jobs/")[2])
+    assert cli.parse(job.removesuffix(".py"), arguments) is not None
+
+
+def test_the_submission_in_readme_is_one_of_the_jobs():
+    ours, theirs = ({line for line in lines(name) if line in SUBMISSIONS} for name in ("README.md", "jobs/README.md"))
+    assert len(ours) == 1 and len(theirs) == 2 and ours < theirs
+
+
+@pytest.mark.parametrize("line", PROGRAMS)
+def test_every_program_has_the_options_that_it_is_given(line):
+    program, *arguments = shlex.split(line)
+    code = (ROOT / program).read_text()
+    assert all(f'"{option}"' in code for option in arguments if option.startswith("--"))
+
+
+def test_rows_of_the_benchmark_that_are_named_exist():
+    named = re.findall(r"--only ([a-z_ ]+)", "\n".join(TEXTS.values()))
+    assert all(name in contests.ROWS for names in named for name in names.split())
+
+
+OPTIONS = {
+    f"--{field.name.replace('_', '-')}": field.default
+    for command in cli.COMMANDS.values()
+    for field in dataclasses.fields(command.config_type)
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_option_that_is_named_exists(document):
+    programs = "".join((ROOT / "jobs" / f"{name}.py").read_text() for name in ("benchmark", "chaos"))
+    quoted = "\n".join(re.findall(r"`+[^`]+`+", TEXTS[document]))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", quoted))
+    assert {name for name in named - OPTIONS.keys() - OTHER_OPTIONS if f'"{name}"' not in programs} == set()
+
+
+def test_defaults_that_are_named_are_the_codes():
+    said = re.findall(r"`(--[a-z-]+)`(?: seconds)? \((?:default )?([\d.]+)\)", "\n".join(TEXTS.values()))
+    assert len(said) >= 4
+    assert [(name, float(value)) for name, value in said] == [(name, OPTIONS[name]) for name, _ in said]
+
+
+def test_ci_runs_the_documents_commands_word_for_word():
+    told = re.findall(r'^as_written_in (\S+) "(.*)"', (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert [name for name, _ in told] == ["README.md", ".github/CONTRIBUTING.md", "README.md"]
+    assert all(line in TEXTS[name].splitlines() for name, line in told)
+    assert "- run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_the_script_of_a_schedule_tries_again_while_that_may_help(tmp_path):
+    (script,) = (block for block in blocks("sh", "jobs/README.md") if "while" in block)
+    codes = tmp_path / "codes"
+    programs = {
+        "unet-ray": f'read -r code < {codes}; sed -i 1d {codes}; echo "$@"; exit "$code"',
+        "sleep": 'echo "sleep $1"',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    command = shlex.join(shlex.split(next(line for line in script.splitlines() if "unet-ray" in line))[1:])
+    for last in (0, 1):
+        codes.write_text(f"75\n75\n{last}\n")
+        done = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        )
+        assert done.returncode == last
+        assert done.stdout.splitlines() == [command, "sleep 300", command, "sleep 300", command]
+
+
+# --- the input ---
+
+
+def test_the_input_that_is_drawn_is_understood(tmp_path):
+    (drawn,) = (tree for tree in blocks("") if "CameraRGB" in tree)
+    files = []
+    folders: list[str] = []
+    for line in drawn.splitlines():
+        indent, name = re.match(r"([ │├└─]*)(\S+)", line).groups()
+        del folders[len(indent) // 4 :]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            files.append("".join([*folders, name]))
+    png = images.encode_png(np.zeros((8, 8, 3), np.uint8))
+    for name in files:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".png"):
+            file.write_bytes(png)
+        elif name.endswith(".tar"):
+            member = tarfile.TarInfo("1.png")
+            member.size = len(png)
+            with tarfile.open(file, "w") as tar:
+                tar.addfile(member, io.BytesIO(png))
+        else:
+            pq.write_table(pa.table({"image": [png]}), file)
+    pairs = find_pairs(str(tmp_path / "data" / "CameraRGB"), str(tmp_path / "data" / "CameraMask"))
+    require_complete(pairs)
+    assert [pair.sequence for pair in pairs.pairs] == ["drive01", "drive02"]
+    listing = list_archives([str(tmp_path / "drives")])
+    assert not listing.unlistable and not listing.ignored
+    assert listing.table["sequence"].to_pylist() == ["drive07", "drive08.tar", "drive09.parquet"]
+
+
+# --- the output ---
 
 
 @pytest.fixture
@@ -54,14 +203,37 @@ def labels(tmp_path, monkeypatch) -> Path:
     return tmp_path / "labels"
 
 
-@pytest.mark.parametrize("query", blocks("sql"))
+@pytest.mark.parametrize("query", [query for block in blocks("sql") for query in block.split(";") if query.strip()])
 def test_every_query_runs_on_an_output(query, labels):
     assert duckdb.sql(query).fetchall()
+
+
+def test_the_files_of_an_output_that_are_drawn_are_there(labels):
+    (drawn,) = (tree for tree in blocks("", "unet_ray/README.md") if "run.json" in tree)
+    named = {line.split()[0].partition("/")[2].partition("/")[0] for line in drawn.splitlines()}
+    there = {path.name for path in labels.iterdir()}
+    # The job itself writes the preview; `_work` is gone.
+    assert named - {"preview.png", "_work"} == there - {"preview.png"}
 
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_every_python_block_is_python(block):
     ast.parse(block)
+
+
+def test_the_configurations_in_python_are_taken():
+    (block,) = (block for block in blocks("python", "README.md") if "TrainConfig" in block)
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    configs = {
+        call.func.id: eval(ast.unparse(call), {call.func.id: getattr(unet_ray, call.func.id)})
+        for call in calls
+        if call.func.id.endswith("Config")
+    }
+    assert configs.keys() == {"TrainConfig", "SegmentConfig"}
+    assert set(re.findall(r"\w+", block.splitlines()[0])) - {"from", "unet_ray", "import"} == {
+        *configs.keys(),
+        *(call.func.id for call in calls),
+    }
 
 
 def test_the_lines_that_read_a_mask_read_it(labels):
@@ -86,35 +258,76 @@ def test_the_lines_for_hugging_face_datasets_give_every_mask_as_an_image(labels,
     assert read == {frame_id: small_output.mask_of(frame_id).tolist() for frame_id in read}
 
 
-def test_ci_runs_the_readmes_commands_word_for_word():
-    told = re.findall(r'as_the_readme_says "(.*)"', (ROOT / ".ci" / "run").read_text())
-    lines = README.splitlines()
-    assert len(told) == 3 and all(line in lines for line in told)
+# --- tables ---
+
+
+def columns_of(rows: list[list[str]]) -> dict[str, str]:
+    return {name: kind for names, kind, _ in rows for name in re.findall(r"`(.*?)`", names)}
+
+
+def types_of(schema: pa.Schema) -> dict[str, str]:
+    names = {"float": "float32", "double": "float64"}
+    return {field.name: names.get(str(field.type), str(field.type)) for field in schema}
 
 
 def test_the_table_of_a_row_is_the_schema():
-    table = README[README.index("A row of `frames/`:") :].split("\n\n")[1]
-    told = {
-        name: kind
-        for names, kind in re.findall(r"^\| (`.*?`) \| (\w+) \|", table, re.MULTILINE)
-        for name in re.findall(r"`(.*?)`", names)
-    }
     one_class = ClassSet(name="one", classes=(SegmentationClass(name="x", color=(1, 2, 3), values=(0,)),))
-    schema = results.frames_schema(one_class)
-    types = {"float": "float32"}
-    code = {field.name.replace("_x", "_<class>"): types.get(str(field.type), str(field.type)) for field in schema}
-    assert told == code
+    code = types_of(results.frames_schema(one_class))
+    rows = table("README.md", "| column | type | meaning |")
+    assert columns_of(rows) == {name.replace("_x", "_<class>"): kind for name, kind in code.items()}
+
+
+def test_the_table_of_statistics_is_the_schema():
+    rows = table("unet_ray/README.md", "| column | type | meaning |")
+    assert columns_of(rows) == types_of(results.statistics_schema())
+
+
+def test_the_table_of_rejected_frames_names_every_reason():
+    rows = table("unet_ray/README.md", "| file | what happens |")
+    named = [name for _, what in rows for name in re.findall(r"`(\w+)`", what)]
+    assert sorted(named) == sorted(results.REASONS)
+
+
+def test_the_table_of_exit_codes_has_those_there_are():
+    told = {int(code) for codes, *_ in table("jobs/README.md", "| code | meaning |") for code in codes.split(",")}
+    assert told == {0, endings.EXIT_FAILED, endings.EXIT_USAGE, endings.EXIT_TRY_AGAIN, 130, 143}
 
 
 def test_the_table_of_metrics_names_those_there_are():
-    table = README[README.index("| metric | |") :].split("\n\n")[0]
-    told = set(re.findall(r"`(ray_\w+)`", table))
+    told = {name for names, _ in table("jobs/README.md", "| metric | |") for name in re.findall(r"`(ray_\w+)`", names)}
     counters = {f"ray_{name}_total" for name in labelling.COUNTERS}
     segmenting = {f"ray_unet_ray_segment_{name}" for name in labelling.GAUGES}
     assert told == counters | segmenting | {f"ray_unet_ray_train_{name}" for name, _ in monitor.GAUGES.values()}
 
 
-def test_the_module_map_names_every_module():
-    table = README[README.index("| module (`unet_ray/`)") :].split("\n\n")[0]
-    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
-    assert named == set(MODULES)
+def test_the_rooms_are_in_the_order_of_imports():
+    rooms = [name.strip("`") for name, _ in table("unet_ray/README.md", "| room |")]
+    (order,) = re.findall(r"^    (words < .*)$", TEXTS["unet_ray/README.md"], re.MULTILINE)
+    assert rooms == re.split(r" [<|] ", order)
+    packages = {path.parent.name for path in (ROOT / "unet_ray").glob("*/__init__.py")}
+    assert packages <= set(rooms)
+
+
+# --- the documents themselves ---
+
+
+def test_readme_keeps_its_limits():
+    assert len(README.splitlines()) <= MAX_LINES
+    assert len(README.split()) <= MAX_WORDS
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[document]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target

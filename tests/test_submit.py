@@ -1,4 +1,4 @@
-"""The README's `ray job submit` lines, word for word, against a real head, three nodes with a token and an S3."""
+"""The `ray job submit` lines of jobs/README.md, word for word, on a real head, three nodes with a token and an S3."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ LABELERS = ("actors", "class_name", "MapWorker(MapBatches(_ModelActor")
 
 
 def readme_line(job: str) -> str:
-    """Returns the one submission of `jobs/<job>.py` that the README shows."""
-    lines = (line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines())
+    """Returns the one submission of `jobs/<job>.py` that jobs/README.md shows."""
+    lines = (line for block in blocks("sh", "jobs/README.md") for line in block.replace("\\\n", " ").splitlines())
     (line,) = (line for line in lines if line.startswith("ray job submit ") and f"jobs/{job}.py" in line)
     return line
 

@@ -181,7 +181,7 @@ def require_entry(file: Any) -> dict[str, Any]:
 
 
 def recorded_roots(marks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Returns label by URI of the roots that all generations were listed from; outputs before 0.2 say none."""
+    """Returns label by URI of the roots that all generations were listed from; earlier versions noted none."""
     return {uri: label for mark in marks for uri, label in mark.get("roots", ())}
 
 

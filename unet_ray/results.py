@@ -16,7 +16,7 @@ Shapes: `N` frames of a chunk, `K` classes.
 | `width_px` | int32 | |
 | `status` | string | `ok` or `rejected` |
 | `reason` | string | why it was rejected, one of `REASONS` |
-| `error` | string | the reason in words |
+| `error` | string | the reason in words; of a labelled frame, that its label was kept from a damaged file |
 | `mask` | binary | class id of every pixel, encoded |
 | `mask_encoding` | string | `png` (8-bit palette) or `raw` (uint8, row after row) |
 | `mask_height_px` | int32 | |
@@ -211,7 +211,7 @@ def _checked(labels: ChunkLabels, n_frames: int, n_classes: int) -> np.ndarray:
 
 
 DIGESTS_KEY = "unet_ray.confidence_digests"
-"""In a published file's footer: `confidence_digests` of each row group, as JSON (files before 0.2 have none)."""
+"""In a published file's footer: `confidence_digests` of each row group, as JSON (earlier versions wrote none)."""
 
 
 def confidence_digests(rows: pa.Table, class_set: ClassSet) -> dict[str, str]:

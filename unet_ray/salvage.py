@@ -11,7 +11,8 @@ chunk. `ledger.commit` puts such a label where its frame is rejected now, and sa
 | the others | those of `frames/` that a label consists of |
 
 Mask, counts and size prove nothing of a confidence. For that the file's footer has a digest of each such column in each
-row group (`results.confidence_digests`); a column that does not give it becomes null there. Files before 0.2 have none.
+row group (`results.confidence_digests`); a column that does not give it becomes null there. Earlier versions wrote no
+digests.
 """
 
 from __future__ import annotations
