@@ -23,7 +23,7 @@ from PIL import Image
 from small_run import CLASSES as PAIR_CLASSES
 from small_run import write_data
 
-from unet_ray import cli, cluster, devices, faults, images, labelling, publish
+from unet_ray import cli, cluster, devices, faults, images, labelling, verify
 from unet_ray.bundle import write_bundle
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.config import ModelConfig
@@ -172,7 +172,7 @@ def test_what_is_labelled_on_gpus_is_what_cpus_label(looks: Looks, command, tmp_
         assert f"device: {device}\n" in said and "11 frames: 11 labelled, 0 rejected\n" in said
         assert f"; {'2 model actors' if device == 'gpu' else '1 model actor'} x " in said
         assert looks.count() == 2, "each actor on a GPU looks once, and none on a CPU"
-        assert publish.verify(str(tmp_path / device)) == []
+        assert verify.verify(str(tmp_path / device)) == []
     seen = set()
     for row, other in zip(rows_of(tmp_path / "gpu"), rows_of(tmp_path / "cpu"), strict=True):
         mask, expected = images.decode_mask(row["mask"]), images.decode_mask(other["mask"])

@@ -250,3 +250,15 @@ def test_what_a_job_of_another_lineage_writes_is_not_believed(root, tmp_path):
     assert verify.verify(out)
     publish.publish(make_plan(root, out, lineage=lineage), max_rejected=1)
     assert verify.verify(out) == []
+
+
+@pytest.mark.parametrize("format_options", [[], ["--format", "coco"]])
+def test_an_export_names_a_damaged_file(format_options, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    path = out / "frames/part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    target = tmp_path / ("masks.json" if format_options else "masks")
+    assert cli.main(["export-masks", str(out), "--out", str(target), *format_options]) == 1
+    assert capsys.readouterr().err.startswith(f"unet-ray: error: {path} is damaged (")
+    assert not target.is_file()

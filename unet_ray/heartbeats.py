@@ -42,8 +42,10 @@ def write(out: str, job: str, *, interval_s: float = INTERVAL_S) -> None:
 
 
 def end(out: str, job: str) -> None:
-    """Takes the sign of life away."""
+    """Takes the sign of life away, and its folders where nothing else is in them."""
     storage.delete(_uri(out, job))
+    for folder in ("_work/jobs", "_work"):
+        storage.delete_if_empty(storage.join(out, folder))
 
 
 def _uri(out: str, job: str) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_ray import ledger, manifest, storage
+from unet_ray.endings import JobFailed
 from unet_ray.ledger import Receipt
 from unet_ray.plans import Plan
 
@@ -103,3 +104,23 @@ def read_columns(out: str, path: str, columns: Sequence[str]) -> Iterator[pa.Rec
         raise
     except (OSError, ValueError) as error:
         raise damaged(out, path) from error
+
+
+@contextlib.contextmanager
+def opened(uri: str, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Opens a published file for reading, with options of `pq.ParquetFile`.
+
+    Raises:
+        JobFailed: it is damaged, also where that shows within the block; what Arrow says names no file.
+    """
+    try:
+        with (
+            storage.open_read(uri) as source,
+            pq.ParquetFile(source, page_checksum_verification=True, **options) as file,
+        ):
+            yield file
+    except (storage.StorageError, PermissionError):
+        raise
+    except (OSError, ValueError) as error:
+        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({str(error).splitlines()[0]})"
+        raise JobFailed(f"{uri} is {what}; unet-ray verify names all that is, then segment makes it again") from error

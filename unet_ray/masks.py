@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from unet_ray import images, plans, publish, storage
+from unet_ray import images, labels, plans, publish, storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import ExportMasksConfig
 from unet_ray.progress import Progress
@@ -55,6 +54,7 @@ def export_masks(config: ExportMasksConfig) -> Exported:
 
     Raises:
         ValueError: no output, one that is not finished, a drive that it does not have, or pycocotools is missing.
+        JobFailed: a file of it is damaged.
         StorageError: storage did not answer.
     """
     if config.format == "coco" and importlib.util.find_spec("pycocotools") is None:
@@ -94,7 +94,7 @@ class _Selection:
 def _select_all(uris: Sequence[str], n_rows: int) -> _Selection:
     groups = []
     for uri in uris:
-        with storage.open_read(uri) as source, pq.ParquetFile(source) as file:
+        with labels.opened(uri) as file:
             groups.append((uri, range(file.num_row_groups)))
     return _Selection(groups=groups, n_rows=n_rows)
 
@@ -109,7 +109,7 @@ def _select(uris: Sequence[str], sequences: tuple[str, ...]) -> _Selection:
     rows_of: Counter[str] = Counter()
     for uri in uris:
         chosen = []
-        with storage.open_read(uri) as source, pq.ParquetFile(source) as file:
+        with labels.opened(uri) as file:
             for group in range(file.num_row_groups):
                 column = file.read_row_group(group, columns=["sequence"])["sequence"]
                 n_rows = Counter({drive["values"]: drive["counts"] for drive in pc.value_counts(column).to_pylist()})
@@ -128,10 +128,7 @@ def _batches(selection: _Selection, columns: Sequence[str]) -> Iterator[pa.Recor
     """Yields the chosen rows in order, a few at a time; `sequence` is among the columns."""
     chosen = pa.array(selection.sequences, pa.string())
     for uri, groups in selection.groups:
-        with (
-            storage.open_read(uri) as source,
-            pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file,
-        ):
+        with labels.opened(uri, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=["sequence", *columns]):
                 yield batch.filter(pc.is_in(batch["sequence"], value_set=chosen)) if selection.sequences else batch
 

@@ -5,13 +5,14 @@ Shapes: `H` height px, `W` width px, `C` colour.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_ray import images, ledger, manifest, masks, origins, pictures, storage
+from unet_ray import images, labels, ledger, manifest, masks, origins, pictures, storage
 from unet_ray.contents import read_frames
 from unet_ray.frames import Listing
 from unet_ray.ledger import Plan
@@ -29,8 +30,9 @@ def write_preview(plan: Plan, listing: Listing) -> str | None:
     """
     published = ledger.published_shards(plan)
     uris = [storage.join(plan.out, published[shard]["path"]) for shard in sorted(published)]
-    files = [pq.ParquetFile(storage.open_read(uri)) for uri in uris]
-    shown = list(_shown(plan, listing, files, choose_rows(*_confidences(files))))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(labels.opened(uri)) for uri in uris]
+        shown = list(_shown(plan, listing, files, choose_rows(*_confidences(files))))
     if not shown:
         return None
     frames_HWC, masks_HW, captions = zip(*shown, strict=True)

@@ -27,8 +27,9 @@ from unet_ray.decoding import DecodeOptions, count_pixels
 from unet_ray.devices import has_bfloat16
 from unet_ray.endings import JobFailed, NotNow
 from unet_ray.frames import FoundRoots, Listing, find_roots, list_archives
+from unet_ray.labels import read_columns
 from unet_ray.machines import require_seen_by_all
-from unet_ray.manifest import Chunk, Cutting, known_and_new, read_parquet, read_rows
+from unet_ray.manifest import Chunk, Cutting, known_and_new, read_rows
 from unet_ray.messages import count
 from unet_ray.options import to_yaml
 from unet_ray.plans import Lineage, Plan
@@ -415,7 +416,8 @@ def _wave_job(config: SegmentConfig, plan: Plan, network: _Network, job: str, al
 
 
 def _result(plan: Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
-    statistics = read_parquet(storage.read_bytes(storage.join(plan.out, "class_statistics.parquet")))
+    schema = pa.schema([("class_name", pa.string()), ("pixels", pa.int64())])
+    statistics = pa.Table.from_batches(read_columns(plan.out, ledger.STATISTICS, schema.names), schema)
     pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
     for name, n_pixels in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
         pixels[name] += n_pixels

@@ -13,6 +13,7 @@ the store does not allow; `StorageError` for trouble that may be over when one t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -322,6 +323,14 @@ def delete_tree(uri: str) -> None:
         persistently(uri, lambda: fs.rm(path, recursive=True))
     except FileNotFoundError:
         return
+
+
+def delete_if_empty(folder: str) -> None:
+    """Deletes a local folder if nothing is in it; stores have no empty folders."""
+    fs, path = filesystem(folder)
+    if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def delete_unfinished(folder: str) -> None:
