@@ -57,7 +57,7 @@ def test_a_frame_that_nobody_may_read_fails_the_job_and_is_not_tried_for_ever(mo
     def refuse(rows: pa.Table) -> None:
         raise PermissionError(13, "Permission denied", "/log/0.png")
 
-    monkeypatch.setattr(stages.ledger, "read_rows", lambda chunk: pa.table({"frame_id": ["0.png"]}))
+    monkeypatch.setattr(stages, "read_rows", lambda chunk: pa.table({"frame_id": ["0.png"]}))
     monkeypatch.setattr(stages, "read_frames", refuse)
     options = DecodeOptions(network_size=(24, 32), max_pixels=10_000, timeout_s=10)
     (row,) = stages.decode_chunks([CHUNK], options).to_pylist()
@@ -77,7 +77,7 @@ def test_a_step_that_fails_says_what_and_where(step, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("OOM when allocating\n" + 1000 * "x ")
 
-    monkeypatch.setattr(stages.ledger, "read_rows", fail)
+    monkeypatch.setattr(stages, "read_rows", fail)
     monkeypatch.setattr(stages, "label_chunks", fail)
     monkeypatch.setattr(stages, "chunk_labels", fail)
     if step == "decode":
@@ -114,7 +114,7 @@ def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_toget
         missing = [dict.fromkeys(MANIFEST_SCHEMA.names) | {"frame_id": f"{chunk.key}{n}"} for n in range(chunk.n_rows)]
         return pa.Table.from_pylist(missing, MANIFEST_SCHEMA)
 
-    monkeypatch.setattr(stages.ledger, "read_rows", rows)
+    monkeypatch.setattr(stages, "read_rows", rows)
     monkeypatch.setattr(stages.ledger, "commit", commit)
     gone = stages.FrameGone("missing", "it is not there")
     monkeypatch.setattr(stages, "read_frames", lambda rows: [gone] * len(rows))
