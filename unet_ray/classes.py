@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from unet_ray.messages import count
+
 IGNORED_ID = 255
 """In an encoded mask: a pixel that counts in no loss and no metric."""
 
@@ -198,10 +200,10 @@ class ClassSet:
         return output_ids[place_HW]
 
     def _unknown_values(self, kind: str, counts: Mapping[Any, int], allowed: str) -> UnknownValuesError:
-        shown = ", ".join(f"{value} ({_count(n, 'pixel')})" for value, n in list(counts.items())[:8])
+        shown = ", ".join(f"{value} ({count(n, 'pixel')})" for value, n in list(counts.items())[:8])
         more = f" and {len(counts) - 8:,} more" if len(counts) > 8 else ""
         return UnknownValuesError(
-            f"{_count(len(counts), kind)} outside the class set {self.name!r}: {shown}{more}; allowed: {allowed}; "
+            f"{count(len(counts), kind)} outside the class set {self.name!r}: {shown}{more}; allowed: {allowed}; "
             "add what is missing to a class's values or to ignore, or choose another class set",
             counts,
         )
@@ -243,10 +245,6 @@ class ClassSet:
             classes.append(SegmentationClass(name=entry["name"], color=_raw_value(entry["color"]), values=values))
         ignore = tuple(_raw_value(value) for value in _sequence(mapping.get("ignore", ()), "class set: ignore"))
         return cls(name=mapping.get("name", name), classes=tuple(classes), ignore=ignore)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _counts(values: np.ndarray) -> dict[int, int]:

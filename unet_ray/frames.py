@@ -51,9 +51,6 @@ does not see one of them says nothing of the frames below it."""
 _ARCHIVES_AT_ONCE = 8
 _ROWS_A_BATCH = 50_000 // _ARCHIVES_AT_ONCE  # each of so many holds that as objects
 
-RunEach = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-"""What `map` is, perhaps over many processes: the answers come in order."""
-
 
 class Root(NamedTuple):
     """What was given to `--frames`."""
@@ -186,7 +183,6 @@ def list_archives(
     roots: FoundRoots | None = None,
     path_pattern: str | None = None,
     image_column: str | None = None,
-    run_each: RunEach | None = None,
 ) -> Listing:
     """Lists folders (at any depth), tar, zip and Parquet files, catalogues, and globs of them; archives in parallel.
 
@@ -198,7 +194,6 @@ def list_archives(
         roots: what `find_roots` made of them, where that was called before.
         path_pattern: see `parse_path`.
         image_column: the column of Parquet files that holds the encoded images, where it is not `image`.
-        run_each: how the archives are listed; by default in threads of this process.
 
     Raises:
         ValueError: a root that does not exist or holds no frame, two frames with one id, or a frame twice.
@@ -219,7 +214,7 @@ def list_archives(
         else:
             found += _list_file(label, uri, rows, findings, image_column, is_told=uri in told)
     list_one = partial(list_archive, path_pattern=path_pattern, image_column=image_column)
-    for table, of_archive in (run_each or _in_threads)(list_one, found):
+    for table, of_archive in _in_threads(list_one, found):
         rows.add_table(table)
         findings.add(of_archive)
     table = rows.table()

@@ -19,6 +19,7 @@ A block is an Arrow table; one row a pair, bytes only, so that a worker's arrays
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -188,7 +189,7 @@ def ingest(pairs: Sequence[ImagePair], plan: IngestPlan, *, kept_bytes: int = 0)
     row_bytes = _row_bytes(pairs, plan)
     n_bytes = len(pairs) * row_bytes
     fits = kept_bytes + n_bytes <= STORE_SHARE * _smallest_store_bytes()
-    kept = plan if fits else IngestPlan(**{**vars(plan), "keep_pixels": False})
+    kept = plan if fits else dataclasses.replace(plan, keep_pixels=False)
     blocks = _run(pairs, kept, row_bytes)
     summary = pa.concat_tables(ray.get([_summarize.remote(block) for block in blocks])).sort_by("index")
     _refuse_problems(summary)

@@ -8,6 +8,7 @@ equal on all workers. Only rank 0 writes, and tells the driver what happens; nob
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import zlib
@@ -197,7 +198,7 @@ class Worker:
         self._require_equal(state_tensors)
         if self.rank == 0:
             run = self.config.out
-            checkpoints.write_checkpoint(run, Checkpoint(**{**vars(done), "tensors": state_tensors | done.tensors}))
+            checkpoints.write_checkpoint(run, dataclasses.replace(done, tensors=state_tensors | done.tensors))
             # The one before stays too: should the newest be damaged on its disk, one interval is lost, not the run.
             before = [older for older in checkpoints.list_epochs(run) if older < done.epoch][:1]
             checkpoints.delete_older(run, done.epoch, {done.best_epoch, state.best_epoch, *before})
@@ -318,7 +319,7 @@ class Worker:
 
     def _finish(self, state: Checkpoint) -> None:
         """Tells the driver what the best network predicts on the frames to show, in the masks' own sizes."""
-        last = Checkpoint(**{**vars(state), "tensors": self.steps.state_tensors(self.model, self.optimizer)})
+        last = dataclasses.replace(state, tensors=self.steps.state_tensors(self.model, self.optimizer))
         # What is damaged the driver will say, which reads it after this.
         best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
         self.steps.restore_state(self.model, self.optimizer, best.tensors)

@@ -281,8 +281,3 @@ def lacking(rows: Sequence[Row], rounds: Sequence[Round], repeats: int) -> list[
 def in_turn(names: Sequence[str], round_number: int) -> list[str]:
     """Returns the order of a round: every second one runs backwards, so that neither side always comes first."""
     return list(names) if round_number % 2 == 0 else list(reversed(names))
-
-
-def settings_json(settings: Any) -> dict[str, Any]:
-    """Returns a dataclass of settings as it stands in the file."""
-    return dataclasses.asdict(settings)
