@@ -14,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from unet_ray import chaos, trials
+from unet_ray.chaos import scenarios as chaos
+from unet_ray.chaos import trials
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from unet_ray import filesystems
+from unet_ray.storage import filesystems
 
 _STORAGE = ("AWS_", "FSSPEC_", "UNET_RAY_")
 

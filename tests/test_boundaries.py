@@ -1,4 +1,4 @@
-"""The import rules of the module map in the README, read from the source."""
+"""The order of folders: which may import which, and which libraries each may know; read from the source."""
 
 from __future__ import annotations
 
@@ -7,107 +7,172 @@ import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import unet_ray
+from unet_ray import PACKAGE
 
-PACKAGE = Path(unet_ray.__file__).parent
-MAY_IMPORT_RAY = {
-    *("allocation", "chaos", "cluster", "machines", "ingest", "labelling", "monitor", "worker", "training", "waves"),
-    "segmentation",
-    *("bench.contestants", "bench.peers"),
+ORDER = (
+    ("classes", "errors", "frames", "images", "messages", "pictures", "progress"),  # what everything is made of
+    ("storage",),
+    ("model",),
+    ("config", "config_files"),
+    ("cluster",),
+    ("archives",),
+    ("pairs",),
+    ("output",),
+    ("reports",),
+    ("training", "labelling"),
+    ("demo",),
+    ("cli", "__init__"),
+    ("chaos",),
+    ("bench",),
+    ("jobs",),
+)
+"""A folder, or a file beside the folders, imports only from earlier lines and from itself. Files of one line that are
+no folders may import each other; `training` and `labelling` never do."""
+
+NOT_YET: dict[tuple[str, str], str] = {
+    ("frames", "archives.catalogues"): "direction: what lists goes to archives/listing.py",
+    ("frames", "archives.doubles"): "direction: what lists goes to archives/listing.py",
+    ("frames", "archives.members"): "direction: what lists goes to archives/listing.py",
+    ("frames", "storage"): "direction: what lists goes to archives/listing.py",
+    ("frames", "storage.listings"): "direction: what lists goes to archives/listing.py",
+    ("frames", "storage.overlaps"): "direction: what lists goes to archives/listing.py",
+    ("model.bundle", "config"): "direction: ModelConfig goes to model/architecture.py",
+    ("model.unet", "config"): "direction: ModelConfig goes to model/architecture.py",
 }
-MAY_IMPORT_FSSPEC = {"filesystems", "listings", "storage"}
-MAY_IMPORT_MATPLOTLIB = {"pictures"}
+"""Imports against the order, and what takes each away."""
 
+MAY_KNOW = {
+    "fsspec": ("storage.",),
+    "matplotlib": ("pictures",),
+    "ray": (
+        *("cluster.", "training.blocks", "training.job", "training.monitor", "training.worker"),
+        *("labelling.allocation", "labelling.job", "labelling.waves", "labelling.work"),
+        *("chaos.scenarios", "bench.contestants", "bench.peers"),
+    ),
+}
+"""Modules, or all of a folder, that may import a library anywhere."""
 
-@functools.cache
-def imports(module: str) -> set[str]:
-    """Names of all modules that one module of ours imports anywhere, with `unet_ray.x` for our own."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import"
-            packages = ("unet_ray", "unet_ray.bench")
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= whole if node.module in packages else {node.module or ""}
-    return found
-
+LOAD_TENSORFLOW = {"model.export", "model.losses", "model.unet", "labelling.inference", "training.steps"}
+"""What imports TensorFlow or Keras at its top, so that to import it takes seconds."""
 
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
     if path.stem != "__init__"
 )
+FOLDERS = sorted(".".join(path.relative_to(PACKAGE).parts[:-1]) for path in PACKAGE.rglob("*/__init__.py"))
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 
-@pytest.mark.parametrize("module", MODULES)
+def tree(module: str) -> ast.Module:
+    path = PACKAGE / module.replace(".", "/")
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+
+
+def imported(nodes: list[ast.AST], module: str) -> set[str]:
+    """Names of the modules that statements import, with `unet_ray.x` for our own."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{module} has a relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            ours = {name for name in whole if name.removeprefix("unet_ray.") in (*MODULES, *FOLDERS)}
+            found |= ours | ({node.module} if ours != whole else set())
+    return found
+
+
+@functools.cache
+def imports(module: str) -> set[str]:
+    """All that a module imports, in functions too."""
+    return imported(list(ast.walk(tree(module))), module)
+
+
+def ours(module: str) -> set[str]:
+    """Those of our modules and folders that a module imports."""
+    names = {name.removeprefix("unet_ray.") for name in imports(module)}
+    return {name for name in names if name in (*MODULES, *FOLDERS)} - {module}
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_folder_and_file_has_its_place_in_the_order():
+    assert {room(module) for module in (*MODULES, *FOLDERS)} | {"__init__", "jobs"} == set(LEVELS)
+
+
+def test_a_folder_imports_only_from_earlier_ones():
+    def is_fine(module: str, other: str) -> bool:
+        here, there = room(module), room(other)
+        side_by_side = LEVELS[here] == LEVELS[there] and not {here, there} & {"training", "labelling"}
+        return here == there or LEVELS[there] < LEVELS[here] or side_by_side
+
+    modules = (*MODULES, *FOLDERS, "__init__")
+    against = {(module, other) for module in modules for other in ours(module) if not is_fine(module, other)}
+    assert against == NOT_YET.keys()
+
+
+def test_no_module_imports_one_that_imports_it():
+    needs = {module: ours(module) for module in (*MODULES, *FOLDERS)}
+    done: set[str] = set()
+    while len(done) < len(needs):
+        free = {module for module in needs if module not in done and needs[module] <= done}
+        assert free, f"these import each other in a circle: {sorted(set(needs) - done)}"
+        done |= free
+
+
+@pytest.mark.parametrize("module", [*MODULES, *FOLDERS])
 def test_only_the_named_modules_know_ray_fsspec_and_matplotlib(module):
     top_level = {name.partition(".")[0] for name in imports(module)}
-    assert "ray" not in top_level or module in MAY_IMPORT_RAY
-    assert "fsspec" not in top_level or module in MAY_IMPORT_FSSPEC
-    assert "matplotlib" not in top_level or module in MAY_IMPORT_MATPLOTLIB
+    for library, known in MAY_KNOW.items():
+        assert library not in top_level or {module, f"{room(module)}."} & set(known), library
 
 
-def test_training_and_segmentation_never_import_each_other():
-    assert "unet_ray.segmentation" not in imports("training")
-    assert "unet_ray.training" not in imports("segmentation")
+@pytest.mark.parametrize("module", [*MODULES, *FOLDERS])
+def test_only_the_named_modules_load_tensorflow(module):
+    at_the_top = {name.partition(".")[0] for name in imported(list(tree(module).body), module)}
+    assert ("tensorflow" in at_the_top or "keras" in at_the_top) == (module in LOAD_TENSORFLOW)
 
 
 def test_no_parquet_file_is_read_as_a_data_set():
     """See `manifest.read_parquet`: a command that has done its work would end by SIGABRT now and then."""
-    outside = [module for module in MODULES if not module.startswith("bench.")]
-    assert [module for module in outside if "pq.read_table(" in (PACKAGE / f"{module}.py").read_text()] == []
-
-
-def test_nothing_needs_the_benchmark():
-    outside = [module for module in MODULES if not module.startswith("bench.")]
-    assert not any(name.startswith("unet_ray.bench") for module in outside for name in imports(module))
-
-
-def test_no_module_imports_one_that_imports_it():
-    ours = {
-        module: {name for name in MODULES if f"unet_ray.{name}" in imports(module) and name != module}
-        for module in MODULES
-    }
-    done: list[str] = []
-    while len(done) < len(ours):
-        free = [module for module, needs in ours.items() if module not in done and needs <= set(done)]
-        assert free, f"these import each other in a circle: {sorted(set(ours) - set(done))}"
-        done += free
+    outside = [module for module in MODULES if room(module) != "bench"]
+    sources = {module: (PACKAGE / f"{module.replace('.', '/')}.py").read_text() for module in outside}
+    assert [module for module, source in sources.items() if "pq.read_table(" in source] == []
 
 
 @pytest.mark.parametrize(
     "module",
     [
-        "classes",
-        "config",
-        "filesystems",
-        "storage",
-        "images",
-        "pairs",
-        "frames",
-        "bundle",
-        "ledger",
-        "results",
-        "masks",
-        "cli",
+        *("classes", "config", "frames", "images", "cli"),
+        *("storage", "storage.filesystems", "archives", "archives.reading", "cluster.processes"),
+        *("model.bundle", "pairs.pairs", "output.ledger", "output.masks", "output.rows"),
     ],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):
     assert loaded_of(("tensorflow", "keras", "ray", "matplotlib"), f"import unet_ray.{module}") == []
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_by_itself_loads_neither_tensorflow_nor_ray(folder):
+    """Python runs a folder's `__init__` before any of its modules, the light ones too."""
+    assert loaded_of(("tensorflow", "keras", "ray", "matplotlib"), f"import unet_ray.{folder}") == []
+
+
 def test_a_job_starts_its_ray_before_it_loads_ray_data():
-    assert loaded_of(("ray", "ray.data", "tensorflow"), "import unet_ray.segmentation") == ["ray"]
+    assert loaded_of(("ray", "ray.data", "tensorflow"), "import unet_ray.labelling.job") == ["ray"]
 
 
 def test_tensorflow_is_loaded_without_what_keras_would_draw_with():
-    load = "from unet_ray.processes import without_plots\nwith without_plots(): import unet_ray.inference"
+    load = (
+        "from unet_ray.cluster.processes import without_plots\n"
+        "with without_plots(): import unet_ray.labelling.inference"
+    )
     assert loaded_of(("keras", "matplotlib"), load) == ["keras"]
     assert loaded_of(("keras", "matplotlib"), f"{load}\nimport unet_ray.pictures") == ["keras", "matplotlib"]
     assert loaded_of(("keras", "matplotlib"), f"import unet_ray.pictures\n{load}") == ["keras", "matplotlib"]

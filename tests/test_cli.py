@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import unet_ray
-from unet_ray import cli, options
+from unet_ray import cli
+from unet_ray import config_files as options
 
 TRAIN = ["--images", "i", "--masks", "m", "--classes", "camvid", "--out", "o"]
 

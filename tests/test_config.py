@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from unet_ray import config, options
+from unet_ray import config
+from unet_ray import config_files as options
 from unet_ray.config import ModelConfig, SegmentConfig, TrainConfig
 
 TRAIN = {"images": "i", "masks": "m", "classes": "camvid", "out": "o"}

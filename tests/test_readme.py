@@ -22,11 +22,15 @@ import pytest
 import small_output
 
 import unet_ray
-from unet_ray import cli, endings, images, labelling, monitor, results
+from unet_ray import cli, images
+from unet_ray import errors as endings
 from unet_ray.bench import contests
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import list_archives
-from unet_ray.pairs import find_pairs, require_complete
+from unet_ray.labelling import work as labelling
+from unet_ray.output import rows as results
+from unet_ray.pairs.pairs import find_pairs, require_complete
+from unet_ray.training import monitor
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "unet_ray/README.md", "jobs/README.md", "jobs/BENCHMARK.md", ".github/CONTRIBUTING.md")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unet_ray.config import EvaluateConfig, SegmentConfig, TrainConfig
-    from unet_ray.segmentation import segment
-    from unet_ray.training import evaluate, train
+    from unet_ray.labelling.job import segment
+    from unet_ray.training.job import evaluate, train
 
 __version__ = "0.1.0"
+PACKAGE = Path(__file__).parent
+"""Where our code lies."""
 __all__ = ["EvaluateConfig", "SegmentConfig", "TrainConfig", "evaluate", "segment", "train"]
 
 _HOMES = {
     "EvaluateConfig": "config",
     "SegmentConfig": "config",
     "TrainConfig": "config",
-    "evaluate": "training",
-    "segment": "segmentation",
-    "train": "training",
+    "evaluate": "training.job",
+    "segment": "labelling.job",
+    "train": "training.job",
 }
 
 

@@ -23,8 +23,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tyro
 
 import unet_ray
-from unet_ray import config, options, storage
-from unet_ray.endings import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, NotNow
+from unet_ray import config, storage
+from unet_ray import config_files as options
+from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, NotNow
 
 END_WITHIN_S = 10.0
 """What a command that was told to stop has to do so in order; Ray's processes end with it either way."""
@@ -43,28 +44,28 @@ class Command:
 
 
 def _train(told: config.TrainConfig) -> int:
-    from unet_ray.training import train
+    from unet_ray.training.job import train
 
     train(told)
     return 0
 
 
 def _evaluate(told: config.EvaluateConfig) -> int:
-    from unet_ray.training import evaluate
+    from unet_ray.training.job import evaluate
 
     evaluate(told)
     return 0
 
 
 def _segment(told: config.SegmentConfig) -> int:
-    from unet_ray.segmentation import segment
+    from unet_ray.labelling.job import segment
 
     segment(told)
     return 0
 
 
 def _check(told: config.CheckConfig) -> int:
-    from unet_ray.checks import check_data_set
+    from unet_ray.pairs.checks import check_data_set
 
     report = check_data_set(told)
     print(report.as_text())
@@ -72,7 +73,7 @@ def _check(told: config.CheckConfig) -> int:
 
 
 def _verify(told: config.VerifyConfig) -> int:
-    from unet_ray import verify
+    from unet_ray.output import verify
 
     out = storage.resolve(told.out)
     problems = verify.verify(out)
@@ -83,7 +84,7 @@ def _verify(told: config.VerifyConfig) -> int:
 
 
 def _export_model(told: config.ExportModelConfig) -> int:
-    from unet_ray.export import export_model
+    from unet_ray.model.export import export_model
 
     export_model(told.model, told.out, told.format)
     print(f"wrote {told.out}")
@@ -91,7 +92,7 @@ def _export_model(told: config.ExportModelConfig) -> int:
 
 
 def _export_masks(told: config.ExportMasksConfig) -> int:
-    from unet_ray.masks import export_masks
+    from unet_ray.output.masks import export_masks
 
     done = export_masks(told)
     missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
@@ -100,7 +101,7 @@ def _export_masks(told: config.ExportMasksConfig) -> int:
 
 
 def _demo(told: config.DemoConfig) -> int:
-    from unet_ray.demo import run_demo
+    from unet_ray.demo.run import run_demo
 
     run_demo(told)
     return 0
@@ -258,8 +259,8 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _end_at_once(code: int) -> None:
-    if "unet_ray.cluster" in sys.modules:  # else there is no Ray, whose import takes a second
-        from unet_ray import cluster
+    if "unet_ray.cluster.connection" in sys.modules:  # else there is no Ray, whose import takes a second
+        from unet_ray.cluster import connection as cluster
 
         cluster.end_ray(in_order=False)
     os._exit(code)

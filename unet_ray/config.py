@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from unet_ray import filesystems, overlaps, storage
+from unet_ray import storage
 from unet_ray.classes import PRESETS, ClassSet
-from unet_ray.options import MAPPING_TEXT, read_mapping, read_yaml
+from unet_ray.config_files import MAPPING_TEXT, read_mapping, read_yaml
+from unet_ray.storage import filesystems, overlaps
 
 Device = Literal["auto", "gpu", "cpu"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]

@@ -21,10 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_ray import archives, doubles, overlaps, storage
-from unet_ray.archives import IMAGE_EXTENSIONS, Findings
-from unet_ray.catalogues import is_catalogue, read_catalogue
-from unet_ray.listings import ListPart
+from unet_ray import storage
+from unet_ray.archives import doubles
+from unet_ray.archives import members as archives
+from unet_ray.archives.catalogues import is_catalogue, read_catalogue
+from unet_ray.archives.members import IMAGE_EXTENSIONS, Findings
+from unet_ray.storage import overlaps
+from unet_ray.storage.listings import ListPart
 
 MANIFEST_SCHEMA = pa.schema(
     [

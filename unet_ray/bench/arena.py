@@ -27,13 +27,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unet_ray import devices, faults, synthetic
 from unet_ray.bench.benchmark import Measurement, Skipped, source_digest
 from unet_ray.bench.watchers import Watcher
-from unet_ray.bundle import read_bundle, write_bundle
+from unet_ray.chaos import faults
 from unet_ray.classes import PRESETS
+from unet_ray.cluster.processes import KEEP_MEMORY
 from unet_ray.config import ModelConfig
-from unet_ray.processes import KEEP_MEMORY
+from unet_ray.demo import synthetic
+from unet_ray.model import devices
+from unet_ray.model.bundle import read_bundle, write_bundle
 
 JPEG_QUALITY = 90
 _CLASSES = "carla23"
@@ -292,7 +294,7 @@ class Arena:
         config = dataclasses.replace(self.settings.network, n_filters=1, depth=2, **size)
         with self._made_once(name) as folder:
             if folder:
-                from unet_ray.unet import weight_shapes  # loads TensorFlow
+                from unet_ray.model.unet import weight_shapes  # loads TensorFlow
 
                 numbers = np.random.default_rng(0)
                 shapes = weight_shapes(config).items()

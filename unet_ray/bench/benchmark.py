@@ -189,7 +189,7 @@ def source_digest(package: Path) -> str:
     """Returns a digest of a package's source, by which rounds of other code are told apart."""
     told = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
-        told.update(file.name.encode() + file.read_bytes())
+        told.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     return told.hexdigest()[:16]
 
 

@@ -81,9 +81,9 @@ def list_and_plan(*, frames: str, out: str, chunk_frames: int) -> dict[str, floa
     """
     import resource
 
-    from unet_ray import manifest, plans
     from unet_ray.classes import PRESETS
     from unet_ray.frames import list_archives
+    from unet_ray.output import manifest, plans
 
     started = time.monotonic()
     listing = list_archives([frames])
@@ -104,7 +104,7 @@ def list_and_plan(*, frames: str, out: str, chunk_frames: int) -> dict[str, floa
 
 def matrix_product(*, threads: int, side: int) -> dict[str, float]:
     """GFLOP/s of a product of square matrices, the best of many."""
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     told = {}
@@ -148,8 +148,8 @@ def _in_processes(act: Callable[[Any], Any], parts: list[Any], first: Any, n_pro
 
 
 def _decode_some(part: tuple[list[str], tuple[int, int]]) -> int:
-    from unet_ray.decoding import DecodeOptions
-    from unet_ray.decoding import decode as decode_one
+    from unet_ray.labelling.decoding import DecodeOptions
+    from unet_ray.labelling.decoding import decode as decode_one
 
     paths, size = part
     options = DecodeOptions(network_size=size, max_pixels=100_000_000, timeout_s=60)
@@ -181,7 +181,7 @@ def _decode_some_pairs(part: tuple[list[tuple[str, str]], tuple[int, int]]) -> N
 
 def _decode_tf(paths: list[str], size: tuple[int, int], threads: int) -> float:
     from unet_ray.bench.peers import load_frame
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     dataset = tf.data.Dataset.from_tensor_slices(paths).repeat()
@@ -198,8 +198,8 @@ def network(*, model: str, batch_size: int, threads: int, precision: str, device
     """Frames a second of the network and its argmax alone; on a GPU that TensorFlow does not see, by JAX."""
     if device == "gpu" and not _tensorflow_sees_gpu():
         return {"per_s": _network_jax(model, batch_size, precision), "backend": "jax"}
-    from unet_ray.bundle import read_bundle
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
+    from unet_ray.model.bundle import read_bundle
 
     configure_tensorflow(device, threads, op_threads=threads)
     net = read_bundle(model).build_model(dtype_policy=precision)
@@ -217,7 +217,7 @@ def _tensorflow_sees_gpu() -> bool:
     import subprocess
 
     # In another process: once loaded here, Keras could not be loaded for JAX any more.
-    look = "from unet_ray import devices; print(len(devices.visible_gpus()))"
+    look = "from unet_ray.model import devices; print(len(devices.visible_gpus()))"
     answer = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
     return answer.stdout.split()[-1:] not in ([], ["0"])
 
@@ -228,7 +228,7 @@ def _network_jax(model: str, batch_size: int, precision: str) -> float:
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
 
-    from unet_ray.bundle import read_bundle
+    from unet_ray.model.bundle import read_bundle
 
     net = read_bundle(model).build_model(dtype_policy=precision)
     weights, state = [v.value for v in net.trainable_variables], [v.value for v in net.non_trainable_variables]

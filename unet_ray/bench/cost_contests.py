@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from unet_ray import faults
 from unet_ray.bench.arena import Arena, Contest, Contestant, Ended
 from unet_ray.bench.benchmark import Measurement, Round, Row, bend, slope_per_1000
 from unet_ray.bench.labelling_contests import decoding, network, ours, segment
 from unet_ray.bench.watchers import Growth, Memory, Watcher
+from unet_ray.chaos import faults
 
 
 def _start(arena: Arena) -> Measurement:

@@ -93,12 +93,12 @@ def load_frame(path: Any, size: Sequence[int]) -> Any:
 
 def notebook_loop(*, frames: str, model: str, out: str, batch_size: int, threads: int) -> dict[str, Any]:
     """The notebook's way: map to float32 in [0, 1], one by one; batches; `predict`; argmax."""
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     import keras
 
-    from unet_ray.bundle import read_bundle
+    from unet_ray.model.bundle import read_bundle
 
     whole = read_bundle(model).build_model(dtype_policy="float32")
     net = keras.Model(whole.get_layer("rescaling").output, whole.output)  # the notebook divides by 255 before it
@@ -116,10 +116,10 @@ def notebook_loop(*, frames: str, model: str, out: str, batch_size: int, threads
 
 def tfdata_loop(*, frames: str, model: str, out: str, batch_size: int, threads: int, precision: str) -> dict[str, Any]:
     """The best loop of TensorFlow alone: parallel map, prefetching, one static function with the argmax inside."""
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
 
     configure_tensorflow("cpu", threads, op_threads=threads)
-    from unet_ray.bundle import read_bundle
+    from unet_ray.model.bundle import read_bundle
 
     net = read_bundle(model).build_model(dtype_policy=precision)
     size = net.input_shape[1:3]
@@ -156,7 +156,7 @@ def ray_pattern(
     import ray
     import ray.data
 
-    from unet_ray.bundle import read_bundle
+    from unet_ray.model.bundle import read_bundle
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -197,8 +197,8 @@ class _Predictor:
     """The documented callable class: a model, and a batch through it, with Keras' `predict` or our own function."""
 
     def __init__(self, model: str, batch_size: int, threads: int, precision: str, with_predict: bool) -> None:
-        from unet_ray.bundle import read_bundle
-        from unet_ray.inference import Labeler, configure_tensorflow
+        from unet_ray.labelling.inference import Labeler, configure_tensorflow
+        from unet_ray.model.bundle import read_bundle
 
         configure_tensorflow("cpu", threads, op_threads=threads if with_predict else 1)
         bundle = read_bundle(model)

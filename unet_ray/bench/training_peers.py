@@ -32,7 +32,7 @@ def some_pairs(
     """Returns frames, uint8 [N, H, W, 3], and encoded masks, uint8 [N, H, W], of the network's size."""
     from unet_ray.classes import PRESETS
     from unet_ray.images import resize_nearest
-    from unet_ray.pairs import find_pairs, load_pair
+    from unet_ray.pairs.pairs import find_pairs, load_pair
 
     found = find_pairs(images, masks).pairs
     loaded = [load_pair(found[place % len(found)], PRESETS[class_set_name], "channel-max") for place in range(n_pairs)]
@@ -52,8 +52,8 @@ def our_step(
     n_workers: int = 1,
 ) -> dict[str, float]:
     """The train step of `unet-ray train` on one worker, or on one of several, which `TF_CONFIG` names."""
-    from unet_ray import steps as ours
-    from unet_ray.bundle import read_bundle
+    from unet_ray.model.bundle import read_bundle
+    from unet_ray.training import steps as ours
 
     ours.configure(device, threads)
     strategy = ours.start_strategy(n_workers)
@@ -99,10 +99,10 @@ def _on_core(rank: int, core: int, told: dict[str, Any], addresses: list[str]) -
 
 def keras_step(*, images: str, masks: str, model: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:
     """The notebook's training: `fit` in float32 over a cached data set."""
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
 
     configure_tensorflow("cpu", threads, op_threads=threads)
-    from unet_ray.bundle import read_bundle
+    from unet_ray.model.bundle import read_bundle
 
     bundle = read_bundle(model)
     net = bundle.build_model(dtype_policy="float32")
@@ -150,14 +150,14 @@ def keras_fit(
 
     Masks are grey PNG files whose values are the classes' ids. The seed decides weights, order and dropout.
     """
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     import keras
 
-    from unet_ray.bundle import save_bundle
     from unet_ray.config import ModelConfig, load_class_set
-    from unet_ray.unet import build_unet
+    from unet_ray.model.bundle import save_bundle
+    from unet_ray.model.unet import build_unet
 
     keras.utils.set_random_seed(seed)
     class_set = load_class_set(classes)
@@ -190,10 +190,10 @@ def digest_of(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
 
 def our_ingest(*, images: str, masks: str, size: Sequence[int], threads: int) -> dict[str, Any]:
     """Pairs to blocks in the object store, with everything that `unet-ray train` looks at in them; Ray is up before."""
-    from unet_ray import cluster
     from unet_ray.classes import PRESETS
-    from unet_ray.ingest import IngestPlan, ingest
-    from unet_ray.pairs import find_pairs
+    from unet_ray.cluster import connection as cluster
+    from unet_ray.pairs.pairs import find_pairs
+    from unet_ray.training.blocks import IngestPlan, ingest
 
     cluster.connect()
     plan = IngestPlan(
@@ -209,7 +209,7 @@ def our_ingest(*, images: str, masks: str, size: Sequence[int], threads: int) ->
 
 def tfdata_ingest(*, images: str, masks: str, size: Sequence[int], batch_size: int, threads: int) -> dict[str, Any]:
     """The same by `tf.data`, parallel as it sees fit."""
-    from unet_ray.inference import configure_tensorflow, tf
+    from unet_ray.labelling.inference import configure_tensorflow, tf
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     paths = (list_frames(images), list_frames(masks))

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unet_ray import faults, plans, storage
+from unet_ray import storage
 from unet_ray.bench.benchmark import late_over_early, steady_rate
+from unet_ray.chaos import faults
+from unet_ray.output import plans
 
 WARM_UP_SHARE = 0.1
 """Of the frames: when so many are committed, the steady state begins (`benchmark.steady_rate`)."""

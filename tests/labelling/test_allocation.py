@@ -1,0 +1,54 @@
+"""Who reserves what of a cluster, and which chunks share tasks; no Ray is started."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ray
+
+from unet_ray.cluster import connection as cluster
+from unet_ray.config import SegmentConfig
+from unet_ray.labelling import allocation
+from unet_ray.output.ledger import Chunk
+
+CHUNK = Chunk(chunk_id="000-000000", key="k", manifest_uri="m", row_start=0, n_rows=1, shard=0)
+
+
+def test_small_chunks_share_tasks_where_there_are_enough_of_them():
+    def shared(sizes, most_frames=96, n_actors=1):
+        chunks = [dataclasses.replace(CHUNK, row_start=place, n_rows=size) for place, size in enumerate(sizes)]
+        blocks = allocation.share_tasks(chunks, most_frames, n_actors)
+        assert [chunk for block in blocks for chunk in block] == chunks
+        return [[chunk.n_rows for chunk in block] for block in blocks]
+
+    assert shared([]) == []
+    assert shared([1] * 24) == [[1]] * 24
+    assert shared([1] * 40) == [[1, 1]] * 20
+    assert shared([1] * 40, n_actors=2) == [[1]] * 40
+    assert shared([1] * 2000)[:2] == [[1] * 96] * 2
+    assert shared([1] * 2000, most_frames=10) == [[1] * 10] * 200
+    assert shared([96] * 40, most_frames=allocation.TASK_FRAMES) == [[96, 96]] * 20
+    assert shared([96, 96, 40, 40, 40, 96, 200, 1] * 5)[:6] == [[96], [96], [40, 40], [40], [96], [200]]
+
+
+def config(**options) -> SegmentConfig:
+    return SegmentConfig(model="m", frames=("f",), out="o", **options)
+
+
+def test_actors_leave_room_for_the_tasks_that_feed_them(monkeypatch):
+    def on(nodes, device, **options):
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+        shares = allocation.allocate(config(**options), device)
+        return shares, cluster._fits(shares.bundles())
+
+    two = {"CPU": 2.0}
+    for options in ({}, {"cpus_per_actor": 2}, {"actors": "2"}, {"actors": "2", "cpus_per_actor": 1}):
+        shares, fits = on([two], "cpu", **options)
+        assert fits and shares.actors[0] * shares.actor_cpus + shares.decode_cpus + allocation.WRITE_CPUS <= 2
+    assert not on([two], "cpu", cpus_per_actor=3)[1]
+    shares, fits = on([two, {"CPU": 8.0}], "cpu")
+    assert fits and shares.actors == (2, 2) and shares.threads == 2
+    shares, fits = on([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}], "gpu")
+    assert fits and (shares.actors, shares.actor_cpus, shares.actor_gpus) == ((1, 1), 1, 1)
+    assert not on([{"CPU": 1.0, "GPU": 1.0}], "gpu")[1]  # nothing would decode
+    assert on([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}], "gpu")[1]

@@ -1,0 +1,265 @@
+"""Outputs that somebody else prepared: no name in them leads out of the output, and no file of the user is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from labelled import label, make_plan, published, run, write_archive
+
+from unet_ray import cli, storage
+from unet_ray.errors import JobFailed
+from unet_ray.output import ledger, manifest, plans, publish, verify
+
+ENTRY = {"rows": 1, "bytes": 3, "sha256": "0" * 64, "rejected": {}}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    return write_archive(tmp_path / "log")
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    (tmp_path / "mine.parquet").write_bytes(b"mine")
+    return tmp_path / "mine.parquet"
+
+
+def reseal(path: Path, change) -> None:
+    value = manifest.unsealed(path.read_bytes())
+    change(value)
+    path.write_bytes(manifest.sealed(value))
+
+
+PATHS = (
+    "frames/../../mine.parquet",
+    "../mine.parquet",
+    "frames/./part-00000.parquet",
+    "frames/mine.parquet",
+    "{victim}",
+)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_verify_writes_nothing_where_a_summary_leads(path, root, victim, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    named = {**ENTRY, "path": path.format(victim=victim)}
+    reseal(out / "summary.json", lambda summary: summary["files"].append(named))
+    assert cli.main(["verify", str(out)]) == 1
+    assert f"{out}/summary.json: missing or damaged" in capsys.readouterr().out
+    assert victim.read_bytes() == b"mine" and sorted(os.listdir(tmp_path)) == ["log", "mine.parquet", "out"]
+    seen: list[str] = []
+    run(root, str(out), seen=seen)
+    assert seen == [] and verify.verify(str(out)) == []
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_note_and_the_statistics_lead_nowhere(path, root, victim, tmp_path):
+    out = tmp_path / "out"
+    run(root, str(out))
+    named = {**ENTRY, "path": path.format(victim=victim)}
+    (out / "summary.json").unlink()
+    table = pq.ParquetFile(out / "class_statistics.parquet").read()
+    footer = {ledger.FILES_KEY: manifest.sealed({"files": [named]})}
+    (out / "class_statistics.parquet").write_bytes(manifest.parquet_bytes(table.replace_schema_metadata(footer)))
+    (out / "_work/shards").mkdir(parents=True)
+    (out / "_work/shards/mine.parquet.json").write_bytes(manifest.sealed({"file": named, "n_retries": 0}))
+    assert ledger.published_shards(plans.read_plan(str(out))) == {}
+    run(root, str(out))
+    assert victim.read_bytes() == b"mine" and verify.verify(str(out)) == []
+
+
+@pytest.mark.parametrize("part", ["../../../mine.parquet", "{victim}", "x.parquet"])
+def test_a_record_names_no_part_but_its_own(part, root, victim, tmp_path):
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    receipts = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
+    strange = dataclasses.replace(
+        receipts[0], part=part.format(victim=victim), sha256=storage.sha256(b"mine"), size_bytes=4
+    )
+    storage.write_whole(ledger.record_uri(out, plan.chunks[0].key), manifest.sealed(dataclasses.asdict(strange)))
+    with pytest.raises(storage.StorageError, match=f"{plan.chunks[0].key}.json is damaged; run the same command again"):
+        publish.publish(plan, max_rejected=1)
+    assert victim.read_bytes() == b"mine"
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == ["000-000000"] and verify.verify(out) == []
+
+
+def test_a_manifest_names_no_file_but_its_own(root, victim, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    mark = out / "manifest/_g000.json"
+    whole = mark.read_bytes()
+    reseal(mark, lambda value: value["files"][0].update(path="manifest/../../mine.parquet"))
+    assert cli.main(["verify", str(out)]) == 1
+    assert f"{mark}: damaged (it names 'manifest/../../mine.parquet'" in capsys.readouterr().out
+    mark.write_bytes(whole)
+    assert verify.verify(str(out)) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("chunk_key", "../../../mine"), ("chunk_id", "../x"), ("shard", -1), ("frame_id", None)]
+)
+def test_a_chunk_has_a_name_of_ours(column, value, root, victim, tmp_path):
+    """Keys become names of files."""
+    out = tmp_path / "out"
+    make_plan(root, str(out))
+    mark = manifest.unsealed((out / "manifest/_g000.json").read_bytes())
+    (file,) = mark["files"]
+    table = pq.ParquetFile(out / file["path"]).read()
+    place = table.column_names.index(column)
+    if value is None:
+        table = table.drop_columns([column])
+    else:
+        table = table.set_column(place, table.schema.field(column), pa.array([value] * len(table), table[column].type))
+    (out / file["path"]).unlink()
+    data = manifest.parquet_bytes(table)
+    path = f"manifest/g000-00000-{storage.sha256(data)[:16]}.parquet"
+    (out / path).write_bytes(data)
+    mark["files"] = [{**file, "path": path, "bytes": len(data), "sha256": storage.sha256(data)}]
+    (out / "manifest/_g000.json").write_bytes(manifest.sealed(mark))
+    with pytest.raises(JobFailed, match=f"{path}: damaged"):
+        plans.read_plan(str(out))
+
+
+@pytest.mark.parametrize(
+    "name", ["summary.json", "frames", "manifest", "_work", "frames/part-00000.parquet", "run.json"]
+)
+def test_a_link_in_an_output_is_refused(name, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    (out / "_work").mkdir()
+    (out / name).rename(tmp_path / "elsewhere")
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    assert cli.main(["verify", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"unet-ray: error: {out / name} is a link; an output of segment has none, so give another --out\n"
+    )
+    with pytest.raises(ValueError, match="is a link; an output of segment has none"):
+        make_plan(root, str(out), overwrite=True)
+    (out / name).unlink()
+    (tmp_path / "elsewhere").rename(out / name)
+    assert verify.verify(str(out)) == []
+
+
+def test_a_retry_of_rows_that_there_are_not_is_none(root, tmp_path):
+    out = tmp_path / "out"
+    run(root, str(out), reject=("b/4.png",))
+    plan = make_plan(root, str(out))
+    for number, rows in enumerate(
+        ({"000-000003": [7]}, {"000-000099": [0]}, {"000-000003": [-1]}, {"000-000003": [1, 0]})
+    ):
+        content = {"lineage": plan.lineage.digest, "rows": rows, "rejected": {}}
+        storage.write_whole(str(out / f"_work/retries/{number:03d}.json"), manifest.sealed(content))
+    assert ledger.pending(plan) == [] and publish.publish(plan, max_rejected=1)["rejected"] == {"truncated": 1}
+
+
+def test_damage_that_cannot_be_noted_is_named_and_said_to_be_unknown_to_segment(root, tmp_path, capsys):
+    """As on a mount to read from only, or a full disk."""
+    out = tmp_path / "out"
+    run(root, str(out))
+    before = published(str(out))
+    path = out / "frames/part-00001.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"?")
+    (out / "_work").write_text("in the way")
+    assert cli.main(["verify", str(out)]) == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("frames/part-00001.parquet: its content is not what was published (sha256 differs); this ")
+    assert line.endswith("): verify again where it can, or segment does not know of it")
+    (out / "_work").unlink()
+    assert cli.main(["verify", str(out)]) == 1
+    path.write_bytes(data)  # and a copy of the file is put back: nothing is labelled
+    seen: list[str] = []
+    run(root, str(out), seen=seen)
+    assert seen == [] and published(str(out)) == before
+
+
+def test_every_damaged_file_is_named_whatever_else_is_unfinished(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    write_archive(tmp_path / "log", {"a": 7, "d": 2})
+    make_plan(root, str(out))
+    frames, statistics = out / "frames/part-00001.parquet", out / "class_statistics.parquet"
+    for path in (frames, statistics):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    lines = verify.verify(str(out))
+    for path in (frames, statistics):
+        assert any(line.startswith(f"{path.relative_to(out)}: its content is not") for line in lines)
+    assert "frames/part-00003.parquet: not published yet; run segment again" in lines
+    (planned,) = (path for path in (out / "manifest").glob("g000*"))
+    whole = planned.read_bytes()
+    planned.write_bytes(whole[:100] + b"?" + whole[101:])
+    lines = verify.verify(str(out))
+    assert planned.name in lines[0] and any(line.startswith("frames/part-00001.parquet") for line in lines[1:])
+    seen: list[str] = []
+    run(root, str(out), seen=seen)
+    assert planned.read_bytes() == whole and verify.verify(str(out)) == []
+    assert seen == ["000-000002", "000-000003", "001-000000", "001-000001"]
+
+
+def test_two_jobs_on_input_that_grew_between_them_end_well(root, tmp_path):
+    """The second lists more, and is done with all of it before the first publishes."""
+    out = str(tmp_path / "out")
+    first = make_plan(root, out)
+    for chunk in ledger.pending(first):
+        ledger.commit(out, chunk, label(chunk), writer="first")
+    write_archive(tmp_path / "log", {"a": 7, "d": 2})
+    assert run(root, out)["listed"] == 17
+    before = published(out)
+    with pytest.raises(plans.Grown) as grown:
+        publish.publish(first, max_rejected=0)
+    assert ledger.pending(grown.value.plan) == []
+    assert publish.publish(grown.value.plan, max_rejected=0)["listed"] == 17
+    assert published(out) == before and verify.verify(out) == []
+
+
+def test_what_a_job_of_another_lineage_writes_is_not_believed(root, tmp_path):
+    """Its output was overwritten, and it goes on for a moment: its mark, note, file and summary come last."""
+    out = str(tmp_path / "out")
+    run(root, str(tmp_path / "theirs"))
+    lineage = dataclasses.replace(make_plan(root, str(tmp_path / "theirs")).lineage, bundle_digest="cd" * 32)
+    plan = make_plan(root, out, lineage=lineage)
+    (tmp_path / "out/frames").mkdir()
+    theirs = tmp_path / "theirs/frames/part-00000.parquet"
+    (file,) = (
+        f
+        for f in json.loads((tmp_path / "theirs/summary.json").read_text())["files"]
+        if f["path"] == "frames/part-00000.parquet"
+    )
+    storage.write_whole(f"{out}/frames/part-00000.parquet", theirs.read_bytes())
+    storage.write_whole(f"{out}/frames/part-00007.parquet", theirs.read_bytes())
+    for entry in (file, {name: value for name, value in file.items() if name != "key"}):  # also as old versions note it
+        ledger.note(out, entry, 0)
+        assert ledger.published_shards(plan) == {} and len(ledger.pending(plan)) == 6
+    assert [line.partition(":")[0] for line in verify.verify(out)] == [
+        "frames/part-00000.parquet", "frames/part-00007.parquet", f"{out}/summary.json"
+    ]  # fmt: skip
+    for chunk in ledger.pending(plan):
+        assert chunk.kept is None
+        ledger.commit(out, chunk, label(chunk), writer="ours")
+    publish.publish(plan, max_rejected=1)
+    assert verify.verify(out) == [] and not storage.exists(f"{out}/frames/part-00007.parquet")
+    storage.write_whole(f"{out}/summary.json", (tmp_path / "theirs/summary.json").read_bytes())
+    assert verify.verify(out)
+    publish.publish(make_plan(root, out, lineage=lineage), max_rejected=1)
+    assert verify.verify(out) == []
+
+
+@pytest.mark.parametrize("format_options", [[], ["--format", "coco"]])
+def test_an_export_names_a_damaged_file(format_options, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    path = out / "frames/part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    target = tmp_path / ("masks.json" if format_options else "masks")
+    assert cli.main(["export-masks", str(out), "--out", str(target), *format_options]) == 1
+    assert capsys.readouterr().err.startswith(f"unet-ray: error: {path} is damaged (")
+    assert not target.is_file()

@@ -1,0 +1,264 @@
+"""What `verify` finds in an output that was damaged, and that the job then does that again and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from labelled import label, make_plan, published, run, write_archive
+from small_output import flipped
+
+from unet_ray import cli, storage
+from unet_ray.output import heartbeats, ledger, manifest, publish, rejected, verify
+
+
+@pytest.fixture
+def root(tmp_path) -> str:
+    return write_archive(tmp_path / "log")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damage_is_found_and_only_that_file_is_done_again(damage, root, tmp_path):
+    out = str(tmp_path / "out")
+    run(root, out)
+    expected = published(out)
+    victim = tmp_path / "out/frames/part-00001.parquet"
+    data = victim.read_bytes()
+    if damage == "flip":
+        victim.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    elif damage == "truncate":
+        victim.write_bytes(data[:-9])
+    else:
+        victim.unlink()
+    said = {
+        "flip": "its content is not what was published (sha256 differs)",
+        "truncate": f"{len(data) - 9:,} bytes, summary.json says {len(data):,}",
+        "delete": "missing",
+    }[damage]
+    assert verify.verify(out) == [f"frames/part-00001.parquet: {said}"]
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == ["000-000002", "000-000003"]
+    assert published(out) == expected
+
+
+def test_damage_beside_the_frames_is_found_and_mended(root, tmp_path):
+    out = str(tmp_path / "out")
+    run(root, out)
+    expected = published(out)
+    (tmp_path / "out/class_statistics.parquet").write_bytes(b"PAR1")
+    (tmp_path / "out/frames/part-00009.parquet").write_bytes(b"PAR1")
+    problems = verify.verify(out)
+    assert problems[0].startswith("class_statistics.parquet: 4 bytes, summary.json says ")
+    assert problems[1] == "frames/part-00009.parquet: not in summary.json; its rows would be read twice, delete it"
+    (tmp_path / "out/frames/part-00009.parquet").unlink()
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == [] and published(out) == expected
+
+
+PROOFS = ("run.json", "manifest/_g000.json", "summary.json")
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_any_flipped_bit_of_what_proves_the_output_is_named(name, root, tmp_path):
+    out = str(tmp_path / "out")
+    run(root, out, reject=("b/4.png",))
+    path = tmp_path / "out" / name
+    data = path.read_bytes()
+    for place in range(0, len(data), 5):
+        path.write_bytes(flipped(data, place, place % 8))
+        (problem,) = verify.verify(out)
+        assert name in problem and "\n" not in problem, place
+    path.write_bytes(data)
+    assert verify.verify(out) == []
+
+
+@pytest.mark.parametrize("after", ["listed", "files", "sha256", '"ok": 1', '"rows": 5', '"sha256": "', '"seal": "'])
+def test_a_flipped_bit_of_the_summary_is_mended_and_no_frame_labelled(after, root, tmp_path):
+    """Of its keys, its counts and its digests."""
+    out = str(tmp_path / "out")
+    run(root, out)
+    expected = published(out)
+    data = expected["summary.json"]
+    place = data.index(after.encode()) + len(after) - (not after.endswith('"'))
+    (tmp_path / "out/summary.json").write_bytes(flipped(data, place, 1))
+    (problem,) = verify.verify(out)
+    assert "/summary.json: missing or damaged" in problem
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == [] and published(out) == expected
+
+
+OUTPUT = (*PROOFS, "manifest/g000-00000-*.parquet", "frames/part-00001.parquet", "class_statistics.parquet")
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+@pytest.mark.parametrize("how", ["flip", "0xff", "delete"])
+def test_the_command_fails_for_damage_and_names_the_file(how, name, root, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    run(root, out)
+    assert cli.main(["verify", out]) == 0
+    assert capsys.readouterr().out == f"{out}: whole: every file and row agrees with its record\n"
+    (path,) = (tmp_path / "out").glob(name)
+    data = path.read_bytes()
+    middle = len(data) // 2
+    if how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(flipped(data, middle) if how == "flip" else data[:middle] + b"\xff" + data[middle + 1 :])
+    assert cli.main(["verify", out]) == 1
+    said = capsys.readouterr()
+    assert f"{path.relative_to(out)}: " in said.out and said.out.endswith(f"\n{out}: damaged\n") and not said.err
+
+
+def test_a_folder_that_is_no_output_is_a_wrong_command(tmp_path, capsys):
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"unet-ray: error: {tmp_path} is no output of segment: run.json is missing\n"
+
+
+def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    for chunk in plan.chunks:
+        ledger.commit(out, chunk, label(chunk), writer="test")
+    storage.delete(ledger.record_uri(out, plan.chunks[3].key))
+    assert cli.main(["verify", out]) == 1
+    assert ", 1 of 6 chunks are to be done (first 000-000003, from frame b/3.png on); run" in capsys.readouterr().out
+
+
+def change_record(out: str, chunk: manifest.Chunk, write) -> None:
+    """Makes a record tell of frames that were never rejected."""
+    (receipt,) = ledger.read_receipts(out, [chunk.key])
+    told = dataclasses.replace(receipt, ok=receipt.ok - 2, rejected={"crashed": 2})
+    storage.write_whole(ledger.record_uri(out, chunk.key), write(dataclasses.asdict(told)))
+
+
+def committed(root, tmp_path):
+    """An output whose chunks are all done, and nothing is published: its path and plan."""
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    for chunk in plan.chunks:
+        ledger.commit(out, chunk, label(chunk), writer="test")
+    return out, plan
+
+
+def test_a_record_whose_counts_were_changed_is_damaged(root, tmp_path):
+    run(root, str(tmp_path / "undisturbed"))
+    out, plan = committed(root, tmp_path)
+    change_record(out, plan.chunks[1], manifest.json_bytes)
+    with pytest.raises(storage.StorageError, match=f"{plan.chunks[1].key}.json is damaged; run the same command again"):
+        publish.publish(plan, max_rejected=1)
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == ["000-000001"] and published(out) == published(str(tmp_path / "undisturbed"))
+
+
+def test_counts_that_are_not_those_of_the_rows_are_found_and_mended(root, tmp_path):
+    """As a mistake of ours would give them, in a record that is whole."""
+    run(root, str(tmp_path / "undisturbed"))
+    out, plan = committed(root, tmp_path)
+    change_record(out, plan.chunks[1], manifest.sealed)
+    assert publish.publish(plan, max_rejected=1)["rejected"] == {"crashed": 2}
+    assert verify.verify(out) == ["frames/part-00000.parquet: its rows are 5 ok; summary.json says 2 crashed, 3 ok"]
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == ["000-000000", "000-000001"] and published(out) == published(str(tmp_path / "undisturbed"))
+
+
+def test_sums_that_are_not_those_of_the_files_are_found(root, tmp_path):
+    out = str(tmp_path / "out")
+    summary = run(root, out, reject=("b/4.png",))
+    wrong = {**summary, "ok": 11, "rejected": {"truncated": 2}}
+    storage.write_whole(storage.join(out, "summary.json"), manifest.sealed(wrong))
+    assert verify.verify(out) == [
+        "summary.json: 13 frames listed, 11 ok, {'truncated': 2} rejected; the manifest lists 13, and of 13 rows "
+        "{'truncated': 1} are rejected"
+    ]
+
+
+def test_what_another_job_writes_while_the_work_goes_does_no_harm(root, tmp_path, monkeypatch):
+    run(root, str(tmp_path / "undisturbed"))
+    out = str(tmp_path / "out")
+    original = os.rmdir
+
+    def late(path, **options):
+        if str(path).endswith("_work"):
+            heartbeats.write(out, "another-job")
+        return original(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    assert run(root, out)["listed"] == 13
+    monkeypatch.undo()
+    assert storage.exists(storage.join(out, "_work/jobs/another-job.json"))
+    assert verify.verify(out) == []
+    run(root, out)
+    assert published(out) == published(str(tmp_path / "undisturbed"))
+
+
+@pytest.mark.parametrize("damage", [None, b"", b'{"listed": '])
+def test_a_lost_summary_is_written_again_and_no_frame_is_labelled(damage, root, tmp_path):
+    out = str(tmp_path / "out")
+    run(root, out)
+    expected = published(out)
+    summary = tmp_path / "out/summary.json"
+    summary.unlink() if damage is None else summary.write_bytes(damage)
+    (line,) = verify.verify(out)
+    assert ", 0 of 6 chunks are to be done; " in line
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == [] and published(out) == expected and verify.verify(out) == []
+
+
+def test_with_the_statistics_lost_too_all_is_done_again(root, tmp_path):
+    out = str(tmp_path / "out")
+    run(root, out)
+    expected = published(out)
+    (tmp_path / "out/summary.json").unlink()
+    (tmp_path / "out/class_statistics.parquet").write_bytes(b"PAR1 and no more")
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert len(seen) == 6 and published(out) == expected
+
+
+def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
+    assert verify.verify(out) == [
+        f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks are to be done "
+        "(first 000-000001, from frame a/3.png on); run segment again"
+    ]
+
+
+def test_a_deleted_record_or_part_costs_its_chunk_and_no_other(root, tmp_path):
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    receipts = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
+    storage.delete(ledger.record_uri(out, plan.chunks[1].key))
+    assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000001"]
+    ledger.commit(out, plan.chunks[1], label(plan.chunks[1]), writer="test")
+    storage.delete(ledger.part_uri(out, receipts[3].part))
+    with pytest.raises(storage.StorageError, match="are gone; run the same command again: their frames are done anew"):
+        publish.publish(plan, max_rejected=0)
+    assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000003"]
+
+
+def test_a_retry_of_a_damaged_file_does_it_again_whole(root, tmp_path):
+    run(root, str(tmp_path / "clean"))
+    out = str(tmp_path / "out")
+    run(root, out, reject=("b/4.png",))
+    (file,) = (
+        file for file in Path(out, "frames").iterdir() if "b/4.png" in pq.read_table(file)["frame_id"].to_pylist()
+    )
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert rejected.retry_rejected(make_plan(root, out)) == 1
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert {"000-000003"} < set(seen)
+    assert published(out) == published(str(tmp_path / "clean")) and verify.verify(out) == []

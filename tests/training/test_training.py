@@ -1,0 +1,504 @@
+"""Training on real Ray: what a run leaves, what the same and another command do on it, what is refused in one line."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prometheus as scraping
+import pytest
+import ray
+import yaml
+from PIL import Image
+from small_training import HeldFrames, held_up, last_state, make_config, write_data
+
+from unet_ray import config
+from unet_ray.chaos import faults
+from unet_ray.config import EvaluateConfig, TrainConfig
+from unet_ray.errors import JobFailed
+from unet_ray.images import resize_nearest
+from unet_ray.model.bundle import read_bundle
+from unet_ray.model.metrics import confusion_matrix
+from unet_ray.model.unet import build_unet
+from unet_ray.pairs.pairs import ImagePair
+from unet_ray.training import blocks as ingest
+from unet_ray.training import checkpoints
+from unet_ray.training import data as training_data
+from unet_ray.training import job as training
+from unet_ray.training import run_folder as runs
+from unet_ray.training.job import evaluate, train
+from unet_ray.training.monitor import Monitor
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_data(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of this module's own, so that a test may kill its workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in scraping.REPORT_INTERVAL.items():
+            patch.setenv(name, value)
+        training.connect()
+        yield
+        ray.shutdown()
+
+
+def test_prometheus_reads_the_last_epoch(cluster, tmp_path):
+    monitor = Monitor(str(tmp_path), 5)
+    row = {"epoch": 3, "loss": 0.5, "images_per_s": 40.0, "seconds": 2.0, "wall_time_s": 1.0, "val/mean_iou": None}
+    with monitor.gauges:
+        monitor.handle({"kind": "epoch", "row": {**row, "epoch": 2, "loss": 0.75}})
+        monitor.handle({"kind": "epoch", "row": row})
+        found = {name: value for name, value in scraping.scrape().items() if "train" in name}
+    assert found == {
+        "ray_unet_ray_train_epoch": 3,
+        "ray_unet_ray_train_loss": 0.5,
+        "ray_unet_ray_train_images_per_second": 40,
+    }
+
+
+class Recorded(HeldFrames):
+    """Each worker writes down the frames that it reads, in a file of its own in the folder `marker`."""
+
+    def hold(self, index: int) -> None:
+        with open(self.marker / f"rank{self.rank}.txt", "a") as file:
+            file.write(f"{index}\n")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, cluster, tmp_path_factory):
+    """A run of two workers that nothing happened to; what they read is beside it in `read/`, openings in `opened`."""
+    root = tmp_path_factory.mktemp("runs")
+    told = make_config(data, root / "undisturbed")
+    (root / "read").mkdir()
+    events = faults.FileEvents(folder for kind in ("frames", "masks") for folder in (data / kind).iterdir())
+    with held_up(Recorded, root / "read"):
+        result = train(told)
+    opened = Counter(str(file) for what, file in events.seen if what == "opened")
+    (root / "opened.json").write_text(json.dumps(opened))
+    return told, result
+
+
+# --- what a run leaves ---
+
+
+@pytest.mark.timeout(180)
+def test_two_workers_learn_and_leave_everything(undisturbed):
+    told, result = undisturbed
+    run = Path(told.out)
+    assert result.run == told.out and result.model == f"{told.out}/model"
+    losses = [row["loss"] for row in result.history]
+    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+    assert result.metrics["val/mean_iou"] > 0.5
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        *("checkpoints", "config.yaml", "confusion.png", "curves.png", "history.csv", "metrics.json", "model"),
+        *("run.json", "samples.png", "tensorboard"),
+    }
+    assert json.loads((run / "metrics.json").read_text()) == result.metrics
+    with open(run / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
+    assert float(rows[3]["val/iou/road"]) == result.history[3]["val/iou/road"]
+    assert [row["step"] for row in result.history] == [4 * (epoch + 1) for epoch in range(12)]  # 14 frames by 4
+    assert json.loads((run / "run.json").read_text())["train_frames"] == 14
+    assert yaml.safe_load((run / "config.yaml").read_text())["batch_size"] == 4
+
+
+@pytest.mark.timeout(300)
+def test_every_frame_is_read_once_an_epoch_in_the_order_of_seed_and_epoch(undisturbed):
+    told, _ = undisturbed
+    for rank in range(2):
+        read = [int(line) for line in (Path(told.out).parent / "read" / f"rank{rank}.txt").read_text().split()]
+        orders = [ingest.epoch_order(14, told.seed, epoch) for epoch in range(12)]
+        expected = [ingest.batch_slice(order, batch, 4, rank, 2) for order in orders for batch in range(4)]
+        assert read == np.concatenate(expected).tolist()
+
+
+@pytest.mark.timeout(300)
+def test_files_are_read_once_not_once_an_epoch(undisturbed, data):
+    told, _ = undisturbed
+    opened = json.loads((Path(told.out).parent / "opened.json").read_text())
+    assert opened.keys() == {str(path) for kind in ("frames", "masks") for path in (data / kind).rglob("*.png")}
+    shown = {uri for pair in validation_frames(told) for uri in (pair.image_uri, pair.mask_uri)}
+    assert max(opened[file] for file in shown) <= 5  # for samples.png again, by the network and by what draws
+    assert {opened[file] for file in opened if "/frames/" in file and file not in shown} == {1}
+    # Some masks once more, to find out their format.
+    assert {opened[file] for file in opened if "/masks/" in file and file not in shown} == {1, 2}
+
+
+@pytest.mark.timeout(300)
+def test_best_and_last_checkpoint_are_kept(undisturbed):
+    told, result = undisturbed
+    best = result.metrics["best_epoch"]
+    values = [row["val/mean_iou"] for row in result.history]
+    assert values[best - 1] == max(values) and best == values.index(max(values)) + 1
+    assert set(checkpoints.list_epochs(told.out)) == {12, 11, best}
+
+
+@pytest.mark.timeout(300)
+def test_tensorboard_events_hold_the_history(undisturbed):
+    from tensorflow.core.util import event_pb2
+    from tensorflow.data import TFRecordDataset
+
+    told, result = undisturbed
+    (file,) = (Path(told.out) / "tensorboard").iterdir()
+    events = [event_pb2.Event.FromString(record.numpy()) for record in TFRecordDataset(str(file))]
+    found = {(v.tag, event.step): v.simple_value for event in events for v in event.summary.value}
+    for row in result.history:
+        assert found["loss", row["epoch"]] == pytest.approx(row["loss"], rel=1e-6)
+        assert found["val/mean_iou", row["epoch"]] == pytest.approx(row["val/mean_iou"], rel=1e-6)
+
+
+def validation_frames(told: TrainConfig) -> list[ImagePair]:
+    return list(training_data.find_data(runs.resolved(told)).split.validation)
+
+
+@pytest.mark.timeout(300)
+def test_the_metrics_are_those_of_a_naive_count(undisturbed):
+    """Five frames over two workers: each counted once, by the saved model, one frame at a time."""
+    import tensorflow as tf
+
+    told, result = undisturbed
+    pairs = validation_frames(told)
+    assert len(pairs) == 5
+    model = read_bundle(told.out).build_model()
+    own, small = np.zeros((3, 3), np.int64), np.zeros((3, 3), np.int64)
+    for pair in pairs:
+        image, raw = (np.asarray(Image.open(uri)) for uri in (pair.image_uri, pair.mask_uri))
+        mask = np.select([raw.max(2) == 7, raw.max(2) == 13, raw.max(2) == 10], [0, 1, 2], 255)
+        resized = tf.image.resize(image, (24, 32), method="nearest")
+        logits = model(resized[None])[0]
+        own += confusion_matrix(mask, tf.argmax(tf.image.resize(logits, (37, 53)), -1).numpy(), 3)
+        small_mask = tf.image.resize(mask[..., None], (24, 32), method="nearest").numpy()[..., 0]
+        small += confusion_matrix(small_mask, tf.argmax(logits, -1).numpy(), 3)
+    for prefix, confusion in (("val", own), ("val_model_size", small)):
+        iou = [confusion[k, k] / (confusion[k].sum() + confusion[:, k].sum() - confusion[k, k]) for k in range(3)]
+        assert result.metrics[f"{prefix}/mean_iou"] == pytest.approx(np.mean(iou), abs=1e-3)
+        assert result.metrics[f"{prefix}/pixel_accuracy"] == pytest.approx(
+            np.trace(confusion) / confusion.sum(), abs=1e-3
+        )
+    total = last_state(told.out, result.metrics["best_epoch"])["confusion/own_size"].sum()
+    assert total == own.sum()  # every valid pixel of every frame, once
+
+
+@pytest.mark.timeout(300)
+def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys):
+    told, result = undisturbed
+    for pair in validation_frames(told):
+        for folder, uri in (("frames", pair.image_uri), ("masks", pair.mask_uri)):
+            target = tmp_path / folder / f"{pair.pair_id}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(Path(uri).read_bytes())
+    found = evaluate(
+        EvaluateConfig(
+            model=told.out,
+            images=str(tmp_path / "frames"),
+            masks=str(tmp_path / "masks"),
+            out=str(tmp_path / "out"),
+            batch_size=3,
+            precision="float32",
+            device="cpu",
+        )
+    )
+    assert found["val/mean_iou"] == pytest.approx(result.metrics["val/mean_iou"], abs=1e-3)
+    assert found["val/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-3)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+    assert 0 < found["val/boundary_f1/car"] <= 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "samples.png", "confusion.png"}
+    assert f"mean IoU {found['val/mean_iou']:.3f} over 3 of 3 classes" in capsys.readouterr().out
+
+
+# --- the same command, another command ---
+
+
+@pytest.mark.timeout(300)
+def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
+    told, result = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in Path(told.out).rglob("*")}
+    again = train(told)
+    assert capsys.readouterr().out == f"{told.out} is finished already; --overwrite trains it anew\n"
+    assert again == result
+    assert {path: path.stat().st_mtime_ns for path in Path(told.out).rglob("*")} == before
+    train(dataclasses.replace(told, max_failures=9, collective_timeout_s=5))  # changes nothing in the result
+
+
+@pytest.mark.timeout(300)
+def test_another_configuration_is_refused_with_the_difference(undisturbed):
+    told, _ = undisturbed
+    with pytest.raises(ValueError) as caught:
+        train(dataclasses.replace(told, seed=6, image_size=(32, 24)))
+    assert str(caught.value) == (
+        f"--out {told.out} holds a run of another configuration: --image-size was 24 32, now 32 24;"
+        " --seed was 5, now 6; give the same options, another --out, or --overwrite to delete that run and start anew"
+    )
+
+
+def about_of(told: TrainConfig) -> dict[str, Any]:
+    found = training_data.find_data(told)
+    return runs.describe(found.split, found.class_set, found.mask_format, found.class_weights_K)
+
+
+@pytest.mark.timeout(300)
+def test_other_data_are_refused(data, tmp_path):
+    told = make_config(data, tmp_path / "run")
+    about = about_of(told)
+    runs.begin(told, about | {"train_frames": 99, "frames_sha256": "0"})
+    with pytest.raises(
+        ValueError, match=r"holds a run that began with other data: train_frames was 99, now 14, frames_"
+    ):
+        train(told)
+
+
+@pytest.mark.timeout(300)
+def test_files_of_classes_and_weights_that_were_edited_are_refused(data, tmp_path):
+    weights, classes = tmp_path / "weights.yaml", tmp_path / "classes.yaml"
+    weights.write_text("{sky: 2, road: 0.5, car: 1}")
+    classes.write_text((data / "classes.yaml").read_text())
+    told = make_config(data, tmp_path / "run", classes=str(classes), class_weights=str(weights))
+    runs.begin(told, about_of(told))
+    weights.write_text("{car: 1.0, sky: 2, road: 0.5} # as before")
+    runs.require_same_data(told, about_of(told))
+    weights.write_text("{sky: 3, road: 0.5, car: 1}")
+    with pytest.raises(ValueError) as caught:
+        train(told)
+    assert str(caught.value) == (
+        f"--out {told.out} holds a run that began with other data: class_weights/sky was 2.0, now 3.0; restore the"
+        " data, give another --out, or --overwrite to delete that run and start anew"
+    )
+    weights.write_text("{sky: 2, road: 0.5, car: 1}")
+    classes.write_text(classes.read_text().replace("142", "143"))
+    with pytest.raises(ValueError, match=r"began with other data: classes_sha256 was [0-9a-f]{64}, now [0-9a-f]{64};"):
+        train(told)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(data, tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"holds files that are no training run, such as thesis\.tex; give another fold"
+    ):
+        train(make_config(data, tmp_path, overwrite=overwrite))
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.timeout(300)
+def test_overwrite_deletes_the_run_and_nothing_else(undisturbed, data, tmp_path):
+    told = make_config(data, tmp_path)
+    checkpoints.write_checkpoint(
+        told.out, checkpoints.Checkpoint(epoch=1, step=1, tensors={}, history=(), best_epoch=1)
+    )
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "thesis.tex").write_text("mine")
+    runs.begin(dataclasses.replace(told, overwrite=True), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "run.json", "thesis.tex"}
+
+
+# --- refusals ---
+
+
+@pytest.mark.timeout(300)
+def test_more_workers_than_the_cluster_has(data, cluster, tmp_path):
+    with pytest.raises(ValueError, match=r"^9 training workers want 9 CPUs \(1 CPU each\); the cluster has 2 CPUs"):
+        train(make_config(data, tmp_path / "run", workers=9, batch_size=9))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
+    for file in [*(data / "frames").rglob("*.png"), *(data / "masks").rglob("*.png")]:
+        target = tmp_path / file.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    bad = tmp_path / "masks" / "drive1" / "0002.png"
+    mask = np.array(Image.open(bad))
+    mask[3, 4:9, 0] = 200
+    Image.fromarray(mask).save(bad)
+    told = make_config(data, tmp_path / "run", images=str(tmp_path / "frames"), masks=str(tmp_path / "masks"))
+    with pytest.raises(ValueError, match=rf"^{bad}: .*200 \(5 pixels\)"):
+        train(dataclasses.replace(told, mask_format="channel-max"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(300)
+def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
+    told = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)
+    with pytest.raises(
+        JobFailed, match="weights are not finite after step 1; the frames of its batch: drive.*--clip-n"
+    ):
+        train(told)
+    assert checkpoints.list_epochs(str(tmp_path / "run")) == []
+
+
+@pytest.mark.timeout(300)
+def test_a_loss_that_is_not_finite_stops_with_step_and_frames(data, cluster, tmp_path):
+    with pytest.raises(JobFailed) as caught:
+        train(make_config(data, tmp_path / "run", workers=1, learning_rate=1e36))
+    message = str(caught.value)
+    step = int(message.split("at step ")[1].split(";")[0])
+    assert step == 2 and message.startswith("the loss is ") and "\n" not in message  # the first after an update
+    frames = message.split("the frames of its batch: ")[1].split(";")[0].split(", ")
+    trained = training_data.find_data(make_config(data, tmp_path / "run")).split.train
+    assert frames == [trained[index].pair_id for index in ingest.epoch_order(14, 5, 0)[4:8]]
+
+
+def test_class_weights_from_a_file(data, tmp_path):
+    class_set = config.load_class_set(str(data / "classes.yaml"))
+    file = tmp_path / "weights.yaml"
+
+    def read(text: str) -> tuple[float, ...] | None:
+        file.write_text(text)
+        return training_data.read_class_weights(str(file), class_set)
+
+    assert read("{sky: 2, road: 0.5, car: 1}") == (0.5, 2.0, 1.0)
+    with pytest.raises(
+        ValueError, match=r"weights.yaml lacks car, sky; give one weight for each class of classes, no oth"
+    ):
+        read("{road: 1}")
+    with pytest.raises(ValueError, match=r"weights.yaml names tree; give one weight"):
+        read("{sky: 2, road: 0.5, car: 1, tree: 1}")
+    with pytest.raises(ValueError, match=r"the weight of sky is -2; give a number from 0 to 1,000,000"):
+        read("{sky: -2, road: 0.5, car: 1}")
+    with pytest.raises(
+        ValueError, match=r"--class-weights is 'square'; give none, log, median or the path of a .yaml fi"
+    ):
+        training_data.read_class_weights("square", class_set)
+    assert training_data.read_class_weights("log", class_set) is None
+
+
+def cross_entropy(model, pairs: Sequence[ImagePair], weights: Sequence[float]) -> float:
+    """Mean of -log p(true class) over the valid pixels at the network's size, weighted by their true class."""
+    total = of = 0.0
+    for pair in pairs:
+        image, raw = (resize_nearest(np.asarray(Image.open(uri)), 24, 32) for uri in (pair.image_uri, pair.mask_uri))
+        logits = np.asarray(model(image[None])[0], np.float64)
+        for value, weight, logit in zip((7, 13, 10), weights, np.moveaxis(logits, -1, 0), strict=True):
+            true = raw[..., 0] == value
+            entropy = np.log(np.exp(logits).sum(axis=-1)) - logit
+            total, of = total + weight * entropy[true].sum(), of + weight * true.sum()
+    return total / of
+
+
+@pytest.mark.timeout(300)
+def test_class_weights_from_a_file_weigh_the_loss(data, cluster, tmp_path):
+    """All frames are in one batch: the only step's loss is that of the untrained network."""
+    (tmp_path / "weights.yaml").write_text("{sky: 2, road: 0.5, car: 8}")
+    changes = {"workers": 1, "epochs": 1, "batch_size": 14, "dropout": 0.0}
+    told = make_config(data, tmp_path / "run", class_weights=str(tmp_path / "weights.yaml"), **changes)
+    result = train(told)
+    split = training_data.find_data(told).split
+    untrained = build_unet(told.model_config(3), seed=told.seed)
+    found = [cross_entropy(untrained, split.train, weights) for weights in ((0.5, 2, 8), (1, 1, 1))]
+    assert result.history[0]["loss"] == pytest.approx(found[0], rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+    trained = read_bundle(result.run).build_model()
+    assert result.metrics["val/loss"] == pytest.approx(cross_entropy(trained, split.validation, (0.5, 2, 8)), rel=1e-4)
+
+
+class Weighed(HeldFrames):
+    """Each worker writes down its own memory and the driver's, in MB, whenever it has read ten epochs' frames.
+
+    `marker` is a folder with the driver's process id in the file `driver`.
+    """
+
+    def hold(self, index: int) -> None:
+        if self.n_reads % (80, 60)[self.rank] == 0:  # of 14 frames by 4, rank 0 takes 8 an epoch
+            pids = {"worker": os.getpid(), "driver": int((self.marker / "driver").read_text())}
+            with open(self.marker / f"rank{self.rank}.jsonl", "a") as file:
+                file.write(json.dumps({name: own_mb(pid) for name, pid in pids.items()}) + "\n")
+
+
+def own_mb(pid: int) -> float:
+    """A process's memory without shared pages, of which Ray's object store is made."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1000
+
+
+@pytest.mark.timeout(300)
+def test_memory_of_driver_and_workers_stays_flat_over_fifty_epochs(data, cluster, tmp_path):
+    (tmp_path / "driver").write_text(str(os.getpid()))
+    with held_up(Weighed, tmp_path):
+        train(make_config(data, tmp_path / "run", epochs=70, augment=True))
+    for rank in range(2):
+        seen = [json.loads(line) for line in (tmp_path / f"rank{rank}.jsonl").read_text().splitlines()]
+        for name in ("worker", "driver"):
+            print(f"{name}, MB after 10, 20, … 70 epochs:", *(told[name] for told in seen))
+            assert len(seen) == 7 and seen[6][name] - seen[1][name] < 10
+
+
+class Measured(HeldFrames):
+    """Writes down the sizes of the frames and masks that are read."""
+
+    def read(self, index: int):
+        image, mask = super().read(index)
+        with open(self.marker, "a") as file:
+            file.write(f"{image.shape} {mask.shape}\n")
+        return image, mask
+
+    def hold(self, index: int) -> None:
+        pass
+
+
+@pytest.mark.timeout(180)
+def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
+    from mlflow import MlflowClient
+
+    write_data(tmp_path)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    told = make_config(
+        data,
+        tmp_path / "run",
+        val_images=str(tmp_path / "frames"),
+        val_masks=str(tmp_path / "masks"),
+        workers=1,
+        epochs=40,
+        augment=True,
+        optimizer="adamw",
+        schedule="cosine",
+        warmup_epochs=1,
+        loss="ce+dice",
+        class_weights="log",
+        clip_norm=1.0,
+        early_stopping_epochs=3,
+        checkpoint_every_epochs=2,
+        precision="bfloat16",
+        mlflow=True,
+    )
+    with held_up(Measured, tmp_path / "sizes"):
+        result = train(told)
+    assert set((tmp_path / "sizes").read_text().splitlines()) == {"(37, 53, 3) (37, 53)"}  # crops are cut from these
+    best = result.metrics["best_epoch"]
+    assert result.metrics["epochs"] == len(result.history) == best + 3 < 40
+    said = capsys.readouterr().out
+    assert f"19 pairs; 19 other frames of {tmp_path / 'frames'} validate\n" in said
+    assert "leak rate: 100.0% of the validation frames have a neighbour in time or a near-dup" in said
+    assert "\nwarning: " in said
+    assert result.history[0]["learning_rate"] == pytest.approx(1e-2)  # the warm-up is over
+    recorded = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
+    points = MlflowClient().get_metric_history(recorded, "loss")
+    assert [point.step for point in points] == [row["epoch"] for row in result.history]
+
+
+@pytest.mark.timeout(300)
+def test_all_frames_can_train(data, cluster, tmp_path):
+    result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, val_fraction=0, loss="focal"))
+    assert "val/mean_iou" not in result.metrics and result.metrics["best_epoch"] == 2
+    names = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert names == {"samples.png", "curves.png"}  # of frames that trained
+    assert read_bundle(result.run).model_config.n_filters == 4

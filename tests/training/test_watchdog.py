@@ -1,0 +1,31 @@
+"""A process that gets nowhere is ended, and says where it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+STUCK = """
+import sys, threading
+from unet_ray import storage
+from unet_ray.training import watchdog
+
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # another thread, which nobody asked about
+with watchdog.Watchdog(600, print).watching():
+    print("in time")
+with watchdog.Watchdog(0.2, print).watching():
+    storage.read_bytes(sys.argv[1])
+"""
+
+
+def test_a_process_that_is_stuck_says_where_and_ends(tmp_path):
+    os.mkfifo(tmp_path / "nobody_writes")
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path / "nobody_writes")], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "in time" and len(said) == 2
+    assert re.fullmatch(r"storage/files\.py:[0-9]+ \(\w+\)( -> .+ \(\w+\))?", said[1]), said[1]

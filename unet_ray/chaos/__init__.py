@@ -1,0 +1,1 @@
+"""Faults made on purpose, and jobs that live through them."""

@@ -1,0 +1,1 @@
+"""The driving log drawn by program, and the demo on it."""

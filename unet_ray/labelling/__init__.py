@@ -1,0 +1,1 @@
+"""Frames to chunks, decoded, through the network, to the parts of an output."""

@@ -1,0 +1,457 @@
+"""Labels an archive on a Ray cluster: plan, work in waves, a careful pass over what crashed, publish."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from unet_ray import storage
+from unet_ray.archives import doubles
+from unet_ray.archives.members import IMAGE_EXTENSIONS
+from unet_ray.archives.reading import read_frames
+from unet_ray.cluster import connection as cluster
+from unet_ray.cluster.connection import TASK_RETRIES, map_on_cluster, say
+from unet_ray.cluster.shared_paths import require_seen_by_all
+from unet_ray.config import SegmentConfig
+from unet_ray.config_files import to_yaml
+from unet_ray.errors import JobFailed, NotNow
+from unet_ray.frames import FoundRoots, Listing, find_roots, list_archives
+from unet_ray.labelling.allocation import Allocation, allocate
+from unet_ray.labelling.decoding import DecodeOptions, count_pixels
+from unet_ray.labelling.tiling import Tiling, choose_tiling
+from unet_ray.messages import count
+from unet_ray.model.bundle import Bundle, read_bundle
+from unet_ray.model.devices import has_bfloat16
+from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected, salvage
+from unet_ray.output.labels import read_columns
+from unet_ray.output.manifest import Chunk, Cutting, known_and_new, read_rows
+from unet_ray.output.plans import Lineage, Plan
+from unet_ray.output.rows import RESULT_VERSION
+from unet_ray.storage import overlaps
+
+if TYPE_CHECKING:
+    from unet_ray.labelling.waves import WaveJob
+
+SIZES_LOOKED_AT = 64
+"""Frames that are read before the archive is cut into chunks: the first of so many drives and cameras."""
+
+_RECORDED_PACKAGES = ("unet-ray", "ray", "tensorflow", "keras", "pillow", "kornia-rs", "simplejpeg", "pyarrow")
+
+FILES_LOOKED_FOR = 16
+"""Files of the archives that every other machine is asked for, where they are local."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentResult:
+    """What became of an archive."""
+
+    out: str
+    """URI of the output."""
+    listed: int
+    """Frames in the archive; `ok` and all of `rejected` add up to it."""
+    ok: int
+    """Labelled frames."""
+    rejected: Mapping[str, int]
+    """Rejected frames by reason."""
+    frames_per_s: float
+    """Rate of this run; 0 where nothing was left to do."""
+    class_pixels: Mapping[str, int]
+    """Pixels by class."""
+
+
+def segment(config: SegmentConfig) -> SegmentResult:
+    """Labels every frame of the archives once, or lists it with the reason; goes on where an earlier run stopped.
+
+    Raises:
+        ValueError: the input, the model or the options are not usable.
+        JobFailed: too many frames are rejected, or something of the archive could not be listed.
+        StorageError: storage did not answer; the same command goes on later.
+    """
+    os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
+    config.configure_storage()
+    out = storage.resolve(config.out)
+    # Frames that the output holds already keep their ids.
+    labels = origins.labels_for(out, config.frames, add_root=config.add_root, is_new=config.overwrite)
+    roots = find_roots(config.frames, labels)
+    # What a glob matches may be a link to where the output is, which its pattern alone does not show.
+    overlaps.require_apart(config.out, [("--frames", uri) for _, uri in roots.places], both_ways=True)
+    bundle = read_bundle(config.model)
+    tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
+    if config.overwrite:
+        heartbeats.refuse_living(out)
+    published = _is_published(config) and cluster.is_local()
+    listing = _list(config, roots) if published else _list_and_connect(config, roots)
+    _refuse_unlistable(listing)
+    doubles.require_outside(listing.table["uri"], out)
+    _say_ignored(listing)
+    if published:
+        if result := _finished(config, bundle, tiling, listing):
+            return result
+        cluster.connect()
+    device = cluster.resolve_device(config.device)
+    precision = _precision(config, device)
+    look = functools.partial(require_seen_by_all, _read_by_workers(config, listing), storage.resolve(config.out))
+    look()  # before anything is written
+
+    plan = _plan(config, bundle, tiling, precision, device, listing)
+    _say_changes(plan)
+    job = heartbeats.new_job()
+    other = heartbeats.other_job(plan.out, job)
+    if other:
+        say(
+            f"warning: another job, {other}, worked on this output within the last minute; if it was killed, nothing is"
+            " lost, and if it still works, both may go on: the result is the same"
+        )
+    watch, network = _Watch(plan), _Network(bundle, tiling, precision, device)
+    with heartbeats.beating(plan.out, job, watch.look):
+        while True:
+            frames_per_s = _label(config, plan, network, listing, _Run(job, look, watch))
+            try:
+                is_news = bool(frames_per_s) or publish.finished_summary(plan) is None
+                figures = {"frames_per_s": round(frames_per_s, 1)}
+                summary = publish.publish(
+                    plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster
+                )
+                break
+            except plans.Grown as grown:
+                say(f"another job has added {count(grown.plan.n_frames - plan.n_frames, 'frame')} to this output")
+                plan = watch.plan = grown.plan
+    result = _result(plan, summary, frames_per_s)
+    _say_result(result)
+    _show_preview(plan, listing, is_news)
+    return result
+
+
+class _Network(NamedTuple):
+    """What labels frames."""
+
+    bundle: Bundle
+    tiling: Tiling | None
+    precision: str
+    device: str
+
+
+class _Watch:
+    """Looks beside the work whether the output is still this job's."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._error: Exception | None = None
+
+    def look(self) -> None:
+        """Remembers what is wrong, for `require_ours`."""
+        try:
+            plans.has_grown(self.plan)
+        except (NotNow, JobFailed, ValueError) as error:
+            self._error = error
+
+    def require_ours(self) -> None:
+        """Raises NotNow where the output was overwritten when it was last looked at, JobFailed for damage."""
+        if self._error is not None:
+            raise self._error
+
+
+class _Run(NamedTuple):
+    """This process's part in the work."""
+
+    job: str
+    """Its name."""
+    require_seen: Callable[[], None]
+    """Asks all machines for the archives and the model."""
+    watch: _Watch
+
+
+def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listing, run: _Run) -> float:
+    """Labels what is not done, and returns frames a second; 0 where nothing was to do."""
+    for line in salvage.look_after_damage(plan):
+        say(line)
+    chunks = ledger.pending(plan)
+    if chunks:
+        rows = pa.concat_tables([read_rows(chunk).select(["frame_id", "uri", "version"]) for chunk in chunks])
+        origins.require_own_frames(origins.relocate(rows, plan.origin.moved), listing)
+        if config.retry_rejected is not None:
+            _say_still_changed(rows, listing)
+        cluster.wait_for_first_node(network.device, config.wait_for_resources_s)
+    allocation = allocate(config, network.device)
+    say(_arithmetic(plan, chunks, config, network.precision, allocation))
+    if not chunks:
+        return 0.0
+    cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
+    run.require_seen()  # on the nodes that have come only now, too
+    from unet_ray.labelling.work import work  # see `_list_and_connect`
+
+    job = _wave_job(config, plan, network, run.job, allocation)
+    return work(job, plan, chunks, config.max_rejected, run.watch.require_ours)
+
+
+# --- before ---
+
+
+def _list(config: SegmentConfig, roots: FoundRoots) -> Listing:
+    return list_archives(config.frames, roots=roots, path_pattern=config.path_pattern, image_column=config.image_column)
+
+
+def _list_and_connect(config: SegmentConfig, roots: FoundRoots) -> Listing:
+    """Ray's start takes 2.4 s, mostly waiting: meanwhile the archives are listed, and Ray Data loads (0.4 s)."""
+    with ThreadPoolExecutor(2) as background:
+        listing_soon = background.submit(_list, config, roots)
+        background.submit(importlib.import_module, "unet_ray.labelling.work")
+        cluster.connect()
+        return listing_soon.result()
+
+
+def _is_published(config: SegmentConfig) -> bool:
+    """Whether an earlier run of this output has come to its end and nothing of it is to be done again."""
+    is_kept = not config.overwrite and config.retry_rejected is None
+    return is_kept and storage.exists(storage.join(storage.resolve(config.out), "summary.json"))
+
+
+def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, listing: Listing) -> SegmentResult | None:
+    """Says how an output ended if there is nothing to do, for which no Ray need start; else returns None."""
+    out = storage.resolve(config.out)
+    try:
+        options = plans.options_of(out)
+        if options is None or len(known_and_new(out, listing.table)[1]):
+            return None
+    except (ValueError, JobFailed):
+        return None  # the way that all jobs go will say what is wrong
+    precision = options["precision"] if config.precision == "auto" else config.precision
+    plan = _plan(config, bundle, tiling, precision, config.device, listing)
+    if publish.finished_summary(plan) is None or ledger.pending(plan):
+        return None
+    _say_changes(plan)
+    say(f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, 0 in 0 to do")
+    result = _result(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
+    _say_result(result)
+    _show_preview(plan, listing, is_news=False)
+    return result
+
+
+def _refuse_unlistable(listing: Listing) -> None:
+    if listing.unlistable:
+        uri, why = listing.unlistable[0]
+        more = f" (and {len(listing.unlistable) - 1:,} more)" if len(listing.unlistable) > 1 else ""
+        raise JobFailed(
+            f"{uri} could not be listed: {why}{more}; mend it or leave it out, so that no frame is passed over"
+        )
+
+
+def _read_by_workers(config: SegmentConfig, listing: Listing) -> dict[str, list[str]]:
+    """Returns the model and some files of the archives, spread over the listing."""
+    uris, n_rows = listing.table["uri"], len(listing.table)
+    shown = {uris[row].as_py() for row in range(0, n_rows, max(1, n_rows // FILES_LOOKED_FOR))}
+    return {"--model": [storage.resolve(config.model)], "--frames": sorted(shown)}
+
+
+def _precision(config: SegmentConfig, device: str) -> str:
+    """Returns the arithmetic: `auto` is what an output that is there was begun with, whatever nodes there are now."""
+    if config.precision != "auto":
+        return config.precision
+    options = None if config.overwrite else plans.options_of(storage.resolve(config.out))
+    if options:
+        return options["precision"]
+    cluster.wait_for_first_node(device, config.wait_for_resources_s)
+    return resolve_precision(config.precision, device)
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Returns the arithmetic for `--precision`: `auto` is bfloat16 where every device has it, else float32."""
+    if precision != "auto":
+        return precision
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(device.upper(), 0) > 0]
+    here = ray.get_runtime_context().get_node_id()
+    if device == "cpu" and [node["NodeID"] for node in nodes] == [here]:
+        return "bfloat16" if has_bfloat16(device) else "float32"
+    look = ray.remote(has_bfloat16)
+    pinned = [
+        look.options(num_cpus=0, label_selector={"ray.io/node-id": node["NodeID"]}).remote(device) for node in nodes
+    ]
+    answers = [cluster.outcome(answer, pinned) for answer in pinned]
+    return "bfloat16" if answers and all(answers) else "float32"
+
+
+def _plan(
+    config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, precision: str, device: str, listing: Listing
+) -> Plan:
+    options = {
+        "inference": config.inference,
+        "mask_encoding": config.mask_encoding,
+        "mask_size": config.mask_size,
+        "max_frame_megapixels": config.max_frame_megapixels,
+        "path_pattern": config.path_pattern,
+        "precision": precision,
+        "stride": list(tiling.stride) if tiling else None,
+        "tta": config.tta,
+        "window": list(tiling.window) if tiling else None,
+        **({"image_column": config.image_column} if config.image_column else {}),
+    }
+    plan = plans.plan(
+        storage.resolve(config.out),
+        listing,
+        Lineage(
+            bundle_digest=bundle.digest, class_set=bundle.class_set, options=options, result_version=RESULT_VERSION
+        ),
+        Cutting(
+            chunk_frames=config.chunk_frames,
+            shard_rows=config.shard_rows,
+            frame_pixels=functools.partial(_frame_pixels, timeout_s=config.frame_timeout_s),
+        ),
+        config_yaml=to_yaml(config),
+        recorded={"device": device, **{name: version(name) for name in _RECORDED_PACKAGES}},
+        overwrite=config.overwrite,
+        add_root=config.add_root,
+        keep_gone=config.keep_gone,
+    )
+    for path in plan.mended:
+        say(f"{path} was damaged or gone, and is written again")
+    if config.retry_rejected is not None:
+        say(f"rejected frames that are tried again: {rejected.retry_rejected(plan, config.retry_rejected):,}")
+    return plan
+
+
+def _say_ignored(listing: Listing) -> None:
+    if listing.ignored:
+        counts = ", ".join(f"{number:,} {kind}" for kind, number in listing.ignored.items())
+        say(f"ignored by their extension: {counts} (frames are {', '.join(IMAGE_EXTENSIONS)})")
+
+
+def _say_changes(plan: Plan) -> None:
+    """What lies in the archives now and is not as it was planned."""
+    if 0 < plan.n_new < plan.n_frames:
+        say(f"{count(plan.n_new, 'frame')} {'is' if plan.n_new == 1 else 'are'} new since the last run")
+    for before, now in plan.origin.moved.items():
+        say(f"frames that were in {before} are read in {now}: they have the same names and versions there")
+    if plan.origin.n_changed or plan.origin.n_gone:
+        say(
+            f"warning: since they were listed {count(plan.origin.n_changed, 'frame')} changed and "
+            f"{count(plan.origin.n_gone, 'frame')} went; what is labelled stays, the rest is rejected as changed or "
+            "missing (--overwrite labels all anew)"
+        )
+
+
+def _say_still_changed(rows: pa.Table, listing: Listing) -> None:
+    """Frames that trying again does not help, as they are not again what was listed."""
+    now = listing.table["version"].take(pc.index_in(rows["frame_id"], listing.table["frame_id"]))
+    n_changed = pc.sum(pc.not_equal(rows["version"], now)).as_py()
+    if n_changed:
+        say(
+            f"warning: {n_changed:,} of the frames to do are other files now than when they were listed, and will be "
+            "rejected as changed; to label them as they are now, give another --out, or --overwrite for all of it"
+        )
+
+
+def _frame_pixels(rows: pa.Table, timeout_s: float) -> int:
+    """Pixels of the largest first frame of a drive's camera, by which chunks are cut; 0 where none says its size.
+
+    A frame may end the process that looks at its header, so that is a worker: one that runs already, as a rule.
+    """
+    numbered = rows.select(["sequence", "camera"]).append_column("row", pa.array(np.arange(len(rows))))
+    firsts = numbered.group_by(["sequence", "camera"]).aggregate([("row", "min")])["row_min"].sort()
+    looked_at = firsts.take(np.unique(np.linspace(0, len(firsts) - 1, SIZES_LOOKED_AT, dtype=np.int64)))
+    count = ray.remote(num_cpus=0, max_retries=0)(count_pixels)
+    pixels = [0]
+    for content in read_frames(rows.take(looked_at)):
+        if isinstance(content, bytes):
+            try:
+                pixels.append(ray.get(count.remote(content, timeout_s)))
+            except ray.exceptions.RayTaskError:
+                raise  # an error of this program's own
+            except ray.exceptions.RayError:  # the worker has ended
+                continue
+    return max(pixels)
+
+
+def _arithmetic(
+    plan: Plan, chunks: Sequence[Chunk], config: SegmentConfig, precision: str, allocation: Allocation
+) -> str:
+    left = sum(chunk.n_rows for chunk in chunks)
+    low, high = allocation.actors
+    actors = count(high, "model actor")
+    return (
+        f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, {left:,} in {len(chunks):,} to do; "
+        f"{actors if low == high else f'{low} to {actors}'} x {count(allocation.threads, 'thread')}, "
+        f"batches of {config.batch_size}, {precision}"
+    )
+
+
+def _wave_job(config: SegmentConfig, plan: Plan, network: _Network, job: str, allocation: Allocation) -> WaveJob:
+    bundle, tiling = network.bundle, network.tiling
+    from unet_ray.labelling.waves import WaveJob
+
+    network_size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
+    return WaveJob(
+        out=plan.out,
+        class_set=bundle.class_set,
+        model=storage.resolve(config.model),
+        model_digest=bundle.digest,
+        labeler={
+            "precision": network.precision,
+            "batch_size": config.batch_size,
+            "mask_size": config.mask_size,
+            "tiling": tiling,
+            "tta": config.tta,
+            "device": network.device,
+            "n_threads": allocation.threads,
+        },
+        decode=DecodeOptions(
+            network_size=None if tiling else network_size,
+            max_pixels=round(config.max_frame_megapixels * 1e6),
+            timeout_s=config.frame_timeout_s,
+        ),
+        mask_encoding=config.mask_encoding,
+        writer=job,
+        allocation=allocation,
+        moved=dict(plan.origin.moved),
+    )
+
+
+# --- after ---
+
+
+def _result(plan: Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
+    schema = pa.schema([("class_name", pa.string()), ("pixels", pa.int64())])
+    statistics = pa.Table.from_batches(read_columns(plan.out, ledger.STATISTICS, schema.names), schema)
+    pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
+    for name, n_pixels in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
+        pixels[name] += n_pixels
+    return SegmentResult(
+        out=plan.out,
+        listed=summary["listed"],
+        ok=summary["ok"],
+        rejected=summary["rejected"],
+        frames_per_s=frames_per_s,
+        class_pixels=pixels,
+    )
+
+
+def _show_preview(plan: Plan, listing: Listing, is_news: bool) -> None:
+    from unet_ray.reports.preview import write_preview  # loads matplotlib, for which the first frame need not wait
+
+    uri: str | None = storage.join(plan.out, "preview.png")
+    if is_news or not storage.exists(storage.join(plan.out, "preview.png")):
+        uri = write_preview(plan, listing)
+    if uri:
+        say(f"preview: {uri}")
+
+
+def _say_result(result: SegmentResult) -> None:
+    rejected = sum(result.rejected.values())
+    reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
+    say(f"{result.listed:,} frames: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
+    total = sum(result.class_pixels.values())
+    for name, n_pixels in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
+        if n_pixels:
+            say(f"  {name:20}{n_pixels:16,} px {n_pixels / total:7.2%}")
+    say(f"masks and statistics: {storage.join(result.out, 'frames')}")
+    say(f"check them with: unet-ray verify {result.out}")

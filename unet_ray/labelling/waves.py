@@ -1,0 +1,210 @@
+"""Waves of chunks through Ray Data: decode tasks -> model actors -> writing tasks -> one receipt a chunk."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.data.exceptions import SystemException
+
+from unet_ray.classes import ClassSet
+from unet_ray.cluster.connection import TASK_RETRIES, given_up, without_ray_warnings
+from unet_ray.cluster.processes import without_plots
+from unet_ray.labelling import stages
+from unet_ray.labelling.allocation import WRITE_CPUS, Allocation
+from unet_ray.labelling.decoding import DecodeOptions
+from unet_ray.model.bundle import read_bundle
+from unet_ray.output.manifest import Chunk
+from unet_ray.storage import StorageError
+
+if TYPE_CHECKING:
+    from unet_ray.labelling.inference import Labeler
+
+WAVE_TASKS = 2000
+"""Tasks that Ray Data gets at once. 16,000 read tasks delay the first block by 18 s, 500 by 4 s (Ray 2.60)."""
+
+BLOCKS_AT_ONCE = 2
+"""Blocks in an actor at once. They share the network's threads: one keeps these busy while another is unpacked or put
+together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveJob:
+    """What all waves of a run share."""
+
+    out: str
+    """URI of the output."""
+    class_set: ClassSet
+    model: str
+    """URI of the bundle; every actor reads it, so that none depends on a node that may go."""
+    model_digest: str
+    """Of the bundle that the plan was made with."""
+    labeler: Mapping[str, Any]
+    """Arguments of `inference.Labeler`."""
+    decode: DecodeOptions
+    mask_encoding: str
+    writer: str
+    """Name of this run in its commit records."""
+    allocation: Allocation
+    moved: Mapping[str, str] = field(default_factory=dict)
+    """Where an archive lies now, by where it lay when it was listed."""
+
+
+def run_wave(
+    job: WaveJob, blocks: Sequence[Sequence[Chunk]], *, carefully: bool = False
+) -> Iterator[list[dict[str, Any]]]:
+    """Labels chunks and yields, in any order, the receipts of each block that came through, as `stages.write_chunks`
+    writes them.
+
+    A block that ends a process at every try leaves no receipt and no record, and the others go on.
+
+    Args:
+        job: what all waves share.
+        blocks: chunks that go through Ray together.
+        carefully: each frame is decoded in a process of its own.
+    """
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is left without a record is said by the ledger
+    with without_ray_warnings():
+        context = copy.deepcopy(DataContext.get_current())
+        context.target_max_block_size = None  # one block is one task, whatever its size
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.max_errored_blocks = -1
+        with DataContext.current(context):
+            receipts = _pipeline(job, blocks, carefully)
+        try:
+            for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield cast(pa.Table, batch).to_pylist()
+        except ray.exceptions.RayTaskError:
+            raise  # an error of this program's own
+        except (ray.exceptions.RayError, SystemException) as error:
+            raise given_up(error) from error
+
+
+def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) -> ray.data.Dataset:
+    """Ray fuses stages of like resources, and decoding in the actor would wait for the network; these are unlike."""
+    allocation = job.allocation
+    low, high = (min(number, len(blocks)) for number in allocation.actors)
+    decode = functools.partial(stages.decode_chunks, options=job.decode, moved=job.moved, carefully=carefully)
+    return (
+        ray.data.read_datasource(
+            _Frames(blocks, decode),
+            override_num_blocks=len(blocks),
+            num_cpus=allocation.decode_cpus,
+            ray_remote_args={"max_retries": TASK_RETRIES},
+        )
+        # `map_batches` itself refuses GPUs without a number for `batch_size`, with which Ray Data would merge blocks
+        # that have fewer rows (Ray 2.60); a block is to stay whole and alone.
+        .map_batches_internal(
+            _ModelActor,
+            fn_constructor_args=(job.model, job.model_digest, job.labeler, job.decode.network_size),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=low,
+                max_size=high,
+                # A block that ends its actor ends those that are there with it, too.
+                max_tasks_in_flight_per_actor=1 if carefully else None,
+                max_concurrent_calls_per_actor=1 if carefully else BLOCKS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=allocation.actor_cpus,
+            num_gpus=allocation.actor_gpus or None,
+            max_restarts=-1,
+            max_task_retries=TASK_RETRIES,
+        )
+        .map_batches(
+            stages.write_chunks,
+            fn_args=(job.out, job.class_set, job.mask_encoding, job.writer),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=WRITE_CPUS,
+            max_retries=TASK_RETRIES,
+        )
+    )
+
+
+class _Frames(Datasource):
+    """One read task a block, which carries places in the manifest and no frame."""
+
+    def __init__(self, blocks: Sequence[Sequence[Chunk]], decode: Callable[[Sequence[Chunk]], pa.Table]) -> None:
+        super().__init__()
+        self._blocks, self._decode = blocks, decode
+
+    def get_name(self) -> str:
+        return "Frames"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                functools.partial(_as_blocks, self._decode, chunks),
+                BlockMetadata(
+                    num_rows=sum(chunk.n_rows for chunk in chunks), size_bytes=None, input_files=None, exec_stats=None
+                ),
+            )
+            for chunks in self._blocks
+        ]
+
+
+def _as_blocks(decode: Callable[[Sequence[Chunk]], pa.Table], chunks: Sequence[Chunk]) -> Iterable[pa.Table]:
+    return [decode(chunks)]
+
+
+class _ModelActor:
+    """A network on a device, and chunk after chunk through it."""
+
+    def __init__(
+        self, model: str, model_digest: str, labeler: Mapping[str, Any], network_size: tuple[int, int] | None
+    ) -> None:
+        self._network_size = network_size
+        self._load = functools.partial(_load_labeler, model, model_digest, labeler)
+        self._loading = threading.Lock()
+        self._loaded: Labeler | None = None
+        # An actor that fails to start ends the whole of Ray Data's work; one asked later may answer, or say why.
+        with contextlib.suppress(Exception):
+            self._labeler()
+
+    def _labeler(self) -> Labeler:
+        with self._loading:
+            self._loaded = self._loaded or self._load()
+            return self._loaded
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Several at once."""
+        try:
+            return stages.label_chunks(table, self._labeler(), self._network_size)
+        except Exception as error:  # noqa: BLE001
+            return stages.with_trouble(table, error)
+
+
+def _load_labeler(model: str, model_digest: str, labeler: Mapping[str, Any]) -> Labeler:
+    with without_plots():
+        from unet_ray.labelling.inference import (  # loads TensorFlow: in actors and nowhere else
+            Labeler,
+            configure_tensorflow,
+        )
+
+    bundle = read_bundle(model)
+    if bundle.digest != model_digest:
+        raise StorageError(errno.ESTALE, "the model has changed since this job began; trying again may help", model)
+    configure_tensorflow(labeler["device"], labeler["n_threads"])
+    loaded = Labeler(bundle, **labeler)
+    loaded.warm_up()
+    return loaded

@@ -1,0 +1,1 @@
+"""The network and the model folder: what is trained, saved and read again."""

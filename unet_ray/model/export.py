@@ -1,0 +1,74 @@
+"""A bundle as a file or folder that runs without unet_ray: Keras, TensorFlow SavedModel, ONNX.
+
+Each takes `image_BHWC` (B any number of frames; uint8 RGB, 0 to 255, resized to the network's size by nearest
+neighbour) and gives `logits_BHWK`, float32; the mask is their argmax over the last axis.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from pathlib import Path
+
+import keras
+
+from unet_ray import storage
+from unet_ray.model.bundle import read_bundle
+
+# The format and the end of the file's name that it asks for; a SavedModel is a folder.
+FORMATS = {"keras": ".keras", "savedmodel": "", "onnx": ".onnx"}
+
+
+def export_model(model: str, out: str, export_format: str) -> str:
+    """Write a trained model for use without unet_ray and without Ray.
+
+    Args:
+        model: URI of a training run's folder or of its `model/`.
+        out: URI of the file to write (`….keras`, `….onnx`), for `savedmodel` of a folder; nothing may lie there yet.
+        export_format: one of `FORMATS`. `onnx` needs the extra `unet-ray[onnx]`.
+
+    Returns:
+        The URI that was written.
+
+    Raises:
+        ValueError: the model folder, the format or `out` cannot be used.
+    """
+    out = storage.resolve(out)
+    _check(out, export_format)
+    bundle = read_bundle(model)
+    network = bundle.build_model(dtype_policy="float32")
+    with tempfile.TemporaryDirectory(prefix="unet_ray-export-") as scratch:
+        local = Path(scratch) / ("model" + FORMATS[export_format])
+        _write_local(network, local, export_format)
+        files = sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else [local]
+        # A SavedModel is what has a saved_model.pb: that file last, so that a part of one is none.
+        for path in sorted(files, key=lambda path: path.name == "saved_model.pb"):
+            target = out if path == local else storage.join(out, *path.relative_to(local).parts)
+            storage.write_whole(target, path.read_bytes())
+    return out
+
+
+def _check(out: str, export_format: str) -> None:
+    if export_format not in FORMATS:
+        raise ValueError(f"--format is {export_format!r}; choose one of {', '.join(FORMATS)}")
+    ending = FORMATS[export_format]
+    if not storage.name(out).endswith(ending):
+        raise ValueError(f"--out is {out}; a model of the format {export_format} is a file whose name ends in {ending}")
+    if storage.exists(out):
+        raise ValueError(f"{out} exists already; give a new path, or delete it first")
+    if export_format == "onnx" and importlib.util.find_spec("tf2onnx") is None:
+        raise ValueError("the format onnx needs the package tf2onnx; pip install 'unet-ray[onnx]'")
+
+
+def _write_local(network: keras.Model, path: Path, export_format: str) -> None:
+    if export_format == "keras":
+        network.save(path)
+    elif export_format == "savedmodel":
+        network.export(path, format="tf_saved_model", verbose=False)
+    else:
+        network(keras.ops.zeros((1, *network.input.shape[1:]), dtype="uint8"))  # Keras refuses one never called
+        with warnings.catch_warnings():
+            # Keras 3.15.1 looks for np.object before it puts it back for tf2onnx (keras/src/export/tf2onnx_lib.py).
+            warnings.filterwarnings("ignore", message="In the future `np.object`", category=FutureWarning)
+            network.export(path, format="onnx", verbose=False)

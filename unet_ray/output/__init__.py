@@ -1,0 +1,1 @@
+"""The labelled output: rows, manifest, ledger, published files, masks."""

@@ -1,0 +1,127 @@
+"""Rows of an output as they lie in parts and published files; what is damaged is named and done again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_ray import storage
+from unet_ray.errors import JobFailed
+from unet_ray.output import ledger, manifest
+from unet_ray.output.ledger import Receipt
+from unet_ray.output.plans import Plan
+
+_PARTS_AT_ONCE = 16
+"""Parts that are read at once: 0.6 to 9 MB each (96 masks of 480x640, PNG or raw with zstd), so well below a shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRows:
+    """Rows of a chunk that were tried again."""
+
+    place: int
+    """Of the chunk within its shard."""
+    rows: tuple[int, ...]
+    """Places within the chunk."""
+    receipt: Receipt
+
+
+def new_rows(plan: Plan) -> tuple[dict[int, list[NewRows]], int]:
+    """Returns the rows of each shard that were tried again, in the retries' order, and the number of retries."""
+    places = {chunk.chunk_id: n for chunks in plan.of_shard.values() for n, chunk in enumerate(chunks)}
+    every, recorded = ledger.open_retries(plan), ledger.committed_keys(plan.out)
+    new: dict[int, list[NewRows]] = {}
+    for _, chunk in every:
+        if chunk.key in recorded:
+            (receipt,) = ledger.read_receipts(plan.out, [chunk.key])
+            row = NewRows(place=places[chunk.chunk_id], rows=chunk.rows or (), receipt=receipt)
+            new.setdefault(chunk.shard, []).append(row)
+    return new, max((retry.number + 1 for retry, _ in every), default=0)
+
+
+def replaced(rows: pa.Table, places: Sequence[int], new: pa.Table) -> pa.Table:
+    """Returns rows with some of the rejected ones replaced."""
+    order = np.arange(len(rows))
+    reasons = rows["reason"]
+    for index, place in enumerate(places):
+        if reasons[place].is_valid:
+            order[place] = len(rows) + index
+    return pa.concat_tables([rows, new.select(rows.column_names)]).take(pa.array(order))
+
+
+def read_published(out: str, file: Mapping[str, Any], n_rows: Sequence[int]) -> Iterator[pa.Table]:
+    """Yields the rows of each chunk of a published file. Raises StorageError where it is not as it was published."""
+    uri = storage.join(out, file["path"])
+    data = storage.read_bytes(uri)
+    if storage.sha256(data) != file["sha256"]:
+        raise damaged(out, file["path"])
+    rows, start = manifest.read_parquet(data).replace_schema_metadata(), 0
+    for number in n_rows:
+        yield rows.slice(start, number)
+        start += number
+
+
+def damaged(out: str, path: str) -> storage.StorageError:
+    """Notes that a published file is damaged, and returns the error that says so."""
+    with contextlib.suppress(OSError):  # where nothing can be written, what comes next will say so
+        ledger.mark_damaged(out, storage.name(path))
+    return storage.StorageError(
+        f"{storage.join(out, path)} is damaged; run the same command again: its frames are done anew"
+    )
+
+
+def read_parts(out: str, receipts: Sequence[Receipt]) -> Iterator[pa.Table]:
+    """Yields the parts of chunks in order; some at once, as many requests in flight where the store is not local.
+
+    Raises FileNotFoundError where a part is gone, StorageError where it is damaged; its record counts no more.
+    """
+    for start in range(0, len(receipts), _PARTS_AT_ONCE):
+        group = receipts[start : start + _PARTS_AT_ONCE]
+        uris = [ledger.part_uri(out, receipt.part) for receipt in group]
+        contents = storage.read_many([(uri, 0, None) for uri in uris])
+        for receipt, uri, content in zip(group, uris, contents, strict=True):
+            if isinstance(content, OSError) and not isinstance(content, FileNotFoundError):
+                raise content
+            if isinstance(content, OSError) or storage.sha256(content) != receipt.sha256:
+                storage.delete(ledger.record_uri(out, receipt.key))
+                if isinstance(content, OSError):
+                    raise content
+                raise storage.StorageError(f"{uri} is damaged; run the same command again: its frames are done anew")
+            yield manifest.read_parquet(content)
+
+
+def read_columns(out: str, path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yields columns of a published file. Raises StorageError where it is damaged, which Arrow says without a name."""
+    try:
+        with storage.open_read(storage.join(out, path)) as source:
+            yield from pq.ParquetFile(source, page_checksum_verification=True).iter_batches(columns=list(columns))
+    except (storage.StorageError, PermissionError):
+        raise
+    except (OSError, ValueError) as error:
+        raise damaged(out, path) from error
+
+
+@contextlib.contextmanager
+def opened(uri: str, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Opens a published file for reading, with options of `pq.ParquetFile`.
+
+    Raises:
+        JobFailed: it is damaged, also where that shows within the block; what Arrow says names no file.
+    """
+    try:
+        with (
+            storage.open_read(uri) as source,
+            pq.ParquetFile(source, page_checksum_verification=True, **options) as file,
+        ):
+            yield file
+    except (storage.StorageError, PermissionError):
+        raise
+    except (OSError, ValueError) as error:
+        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({str(error).splitlines()[0]})"
+        raise JobFailed(f"{uri} is {what}; unet-ray verify names all that is, then segment makes it again") from error

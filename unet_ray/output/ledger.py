@@ -1,0 +1,420 @@
+"""What of a plan is done: commit records of chunks, and the published files that stand for theirs.
+
+    OUT/_work/parts/*.parquet      rows of a finished chunk, named by its key and their digest
+    OUT/_work/records/KEY.json     the chunk is done: its part, digest, counts
+    OUT/_work/shards/FILE.json     a file of frames/ is or will be of these bytes; it stands for its chunks where it is
+    OUT/_work/damaged/FILE         what `verify` found to be damaged
+    OUT/_work/kept/*.parquet       labels that a damaged file still had (see `salvage`)
+    OUT/_work/retries/000.json     rejected frames that are tried again (see `retries`)
+
+A chunk's key is a digest of its frames with their versions and of the lineage. A chunk is **done** when the record of
+its key exists, or when its shard is published (see `publish`). No lock: two jobs on one output write the same bytes
+under the same keys, and of two records of one key the first stands.
+
+Steps of a commit, after each of which a kill does no harm: (1) the part, whole or not at all: without a record it is
+nothing; (2) the record, put if absent: the chunk is done.
+
+Any of these files may be a stranger's or of a job whose output was overwritten. So every name in them is one that this
+module would have given, and what is said of a published file counts only beside the key of its chunks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unet_ray import storage
+from unet_ray.output import manifest, retries
+from unet_ray.output.manifest import Chunk, parquet_bytes, sealed, unsealed
+from unet_ray.output.plans import Plan, read_summary
+from unet_ray.output.retries import Retry
+from unet_ray.output.rows import REASONS
+
+FILES_KEY = "unet_ray.files"
+"""In the footer of class_statistics.parquet: what summary.json says of the files of `frames/`."""
+
+_PART = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})\.parquet")
+_SHARD = re.compile(r"part-(\d{5,})\.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A commit record: what is known of a finished chunk without opening its part."""
+
+    chunk_id: str
+    key: str
+    part: str
+    """Name of the part."""
+    sha256: str
+    size_bytes: int
+    n_rows: int
+    ok: int
+    rejected: Mapping[str, int]
+    """Number of rejected frames by reason."""
+    writer: str
+
+
+# --- chunks ---
+
+
+def pending(plan: Plan) -> list[Chunk]:
+    """Returns the chunks that are not done, in order; lists the records and opens none of them."""
+    # Records before summary.json: they go after it was written, so who sees none of them sees it.
+    recorded = committed_keys(plan.out)
+    published = published_shards(plan)
+    chunks = [chunk for chunk in plan.chunks if chunk.shard not in published and chunk.key not in recorded]
+    undone = {chunk.chunk_id for chunk in chunks}
+    again = [chunk for _, chunk in open_retries(plan) if chunk.key not in recorded and chunk.chunk_id not in undone]
+    if chunks:
+        kept = {match[1]: match[0] for file in list_work(plan.out, "kept") if (match := _PART.fullmatch(file.path))}
+        chunks = [dataclasses.replace(chunk, kept=kept.get(chunk.key)) for chunk in chunks]
+    return [*chunks, *again]
+
+
+def open_retries(plan: Plan) -> list[tuple[Retry, Chunk]]:
+    """Returns the chunks of all retries that no published file holds yet, retry after retry."""
+    every = retries.read(plan)
+    if not every:
+        return []
+    published = published_shards(plan)
+    held = dict.fromkeys(plan.of_shard, 0)
+    for entry in read_notes(plan):
+        shard = shard_of(entry["file"]["path"])
+        if shard in held and published.get(shard) == entry["file"]:
+            held[shard] = entry["n_retries"]
+    return [(retry, chunk) for retry in every for chunk in retry.chunks(plan) if retry.number >= held[chunk.shard]]
+
+
+def done_so_far(plan: Plan) -> tuple[int, Counter[str]]:
+    """Returns the number of frames that are done and not to be tried again, and of the rejected ones by reason."""
+    published, recorded = published_shards(plan), committed_keys(plan.out)
+    is_done = {c.chunk_id for c in plan.chunks if c.shard in published or c.key in recorded}
+    keys = [c.key for c in plan.chunks if c.shard not in published and c.key in recorded]
+    receipts = read_receipts(plan.out, keys)
+    n_done = sum(chunk.n_rows for chunk in plan.chunks if chunk.chunk_id in is_done)
+    rejected = rejected_of(published.values(), receipts)
+    for retry, chunk in open_retries(plan):
+        if chunk.chunk_id in is_done:
+            rejected.subtract(retry.rejected[chunk.chunk_id])
+            n_done -= chunk.n_rows
+            if chunk.key in recorded:
+                (receipt,) = read_receipts(plan.out, [chunk.key])
+                rejected.update(receipt.rejected)
+                n_done += chunk.n_rows
+    return n_done, +rejected
+
+
+def committed_keys(out: str) -> set[str]:
+    """Returns the keys that have a record and a part."""
+    parts = list_work(out, "parts")
+    records = {file.path.removesuffix(".json") for file in list_work(out, "records")}
+    return records & {file.path.partition("-")[0] for file in parts}
+
+
+def list_work(out: str, folder: str) -> list[storage.FileInfo]:
+    """Returns the files of a folder below `_work/`."""
+    return manifest.list_folder(storage.join(out, "_work", folder))
+
+
+def record_uri(out: str, key: str) -> str:
+    """Returns where the record of a key lies."""
+    return storage.join(out, "_work", "records", f"{key}.json")
+
+
+def part_uri(out: str, part: str) -> str:
+    """Returns where a part lies."""
+    return storage.join(out, "_work", "parts", part)
+
+
+def kept_uri(out: str, name: str) -> str:
+    """Returns where labels of a chunk lie that a damaged file still had."""
+    return storage.join(out, "_work", "kept", name)
+
+
+def content_name(key: str, data: bytes) -> str:
+    """Returns the name of a file that belongs to a chunk, from its key and content."""
+    return f"{key}-{storage.sha256(data)[:16]}.parquet"
+
+
+def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Receipt:
+    """Writes a finished chunk: its part, then its record.
+
+    Args:
+        out: the output.
+        chunk: which chunk.
+        table: its rows, in the manifest's order (`rows.result_table`). Where one is rejected and `chunk.kept` has a
+            label of that frame, the label stays.
+        writer: names the job, for a person who reads the record.
+
+    Returns:
+        The record that stands: this one, or that of another job which was first.
+    """
+    assert len(table) == chunk.n_rows, (len(table), chunk)
+    if chunk.kept is not None:
+        table = _with_kept(out, chunk.kept, table)
+    data = parquet_bytes(table)
+    reasons = pc.value_counts(pc.drop_null(table["reason"])).to_pylist()
+    rejected = {count["values"]: count["counts"] for count in sorted(reasons, key=lambda count: count["values"])}
+    receipt = Receipt(
+        chunk_id=chunk.chunk_id,
+        key=chunk.key,
+        part=content_name(chunk.key, data),
+        sha256=storage.sha256(data),
+        size_bytes=len(data),
+        n_rows=len(table),
+        ok=len(table) - sum(rejected.values()),
+        rejected=rejected,
+        writer=writer,
+    )
+    storage.write_whole(part_uri(out, receipt.part), data)
+    if storage.put_if_absent(record_uri(out, chunk.key), sealed(dataclasses.asdict(receipt))):
+        return receipt
+    return read_receipts(out, [chunk.key])[0]
+
+
+def _with_kept(out: str, name: str, table: pa.Table) -> pa.Table:
+    """Puts kept labels in place of rejected rows, with the reason in `error`."""
+    try:
+        data = storage.read_bytes(kept_uri(out, name))
+    except FileNotFoundError:
+        return table  # another job has published the file that they were kept for
+    if not name.endswith(f"-{storage.sha256(data)[:16]}.parquet"):
+        return table
+    kept = manifest.read_parquet(data)
+    rows = {place: index for index, place in enumerate(kept["place"].to_pylist())}
+    source = pa.array(
+        [rows.get(n) if reason else None for n, reason in enumerate(table["reason"].to_pylist())], pa.int64()
+    )
+    is_kept = pc.is_valid(source)
+    why = pc.binary_join_element_wise(
+        "kept from a damaged file; the frame could not be labelled again", table["reason"], table["error"], ": "
+    )
+    values = {name: kept[name].take(source) for name in kept.column_names if name != "place"}
+    for side in ("height_px", "width_px"):
+        values[side] = pc.coalesce(values[side], table[side])
+    values |= {"status": pa.scalar("ok"), "reason": pa.scalar(None, pa.string()), "error": why}
+    for column, value in values.items():
+        place = table.column_names.index(column)
+        table = table.set_column(place, table.schema.field(column), pc.if_else(is_kept, value, table[column]))
+    return table
+
+
+def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
+    """Returns the records of chunks that have one. Raises StorageError where one cannot be read."""
+    contents = storage.read_many([(record_uri(out, key), 0, None) for key in keys])
+    for content in contents:
+        if isinstance(content, OSError):
+            raise content
+    receipts = []
+    for key, content in zip(keys, contents, strict=True):
+        try:
+            receipts.append(_checked_receipt(unsealed(content), key))  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            storage.delete(record_uri(out, key))
+            raise storage.StorageError(
+                f"{record_uri(out, key)} is damaged; run the same command again: its frames are done anew"
+            ) from error
+    return receipts
+
+
+def _checked_receipt(record: Mapping[str, Any], key: str) -> Receipt:
+    receipt = Receipt(**record)
+    match = _PART.fullmatch(receipt.part)
+    if receipt.key != key or not match or match[1] != key or not receipt.sha256.startswith(match[2]):
+        raise ValueError("it names a part that is not its own")
+    if not set(receipt.rejected) <= set(REASONS):
+        raise ValueError("it counts frames by reasons that there are not")
+    return receipt
+
+
+# --- published files ---
+
+
+def shard_name(shard: int) -> str:
+    """Returns the name of a published file within `frames/`."""
+    return f"part-{shard:05d}.parquet"
+
+
+def published_shards(plan: Plan) -> dict[int, dict[str, Any]]:
+    """Returns what is said of each file of frames/ that is there in its size and not known to be damaged.
+
+    Its note says it, or else summary.json, or where that is lost the footer of class_statistics.parquet.
+    """
+    # Notes before summary.json: they go after it was written. The files after both, which are written after the files.
+    expected = expected_files(plan)
+    there = {file.path: file.size_bytes for file in manifest.list_folder(storage.join(plan.out, "frames"))}
+    damaged = {file.path for file in list_work(plan.out, "damaged")}
+    shards: dict[int, dict[str, Any]] = {}
+    for shard, files in expected.items():
+        name = shard_name(shard)
+        files = [file for file in files if there.get(name) == file["bytes"] and name not in damaged]
+        if len({file["sha256"] for file in files}) > 1:  # before and after a retry, by chance of one size
+            files = [file for file in files if is_whole(plan.out, file)]
+        if files:
+            shards[shard] = files[-1]
+    return shards
+
+
+def expected_files(plan: Plan) -> dict[int, list[dict[str, Any]]]:
+    """Returns all that is said of each published file of a plan, the newest last: one of these it should be."""
+    notes = [note["file"] for note in read_notes(plan)]
+    summary = own_summary(plan)
+    files = _files_of_statistics(plan) if summary is None else filter(is_shard, summary["files"])
+    expected: dict[int, list[dict[str, Any]]] = {}
+    for file in [*files, *notes]:
+        shard = shard_of(file["path"])
+        if shard in plan.of_shard and file.get("key", plan.shard_key[shard]) == plan.shard_key[shard]:
+            expected.setdefault(shard, []).append(file)
+    return expected
+
+
+def is_shard(file: Mapping[str, Any]) -> bool:
+    """Whether something is said of a file of `frames/`."""
+    return shard_of(file["path"]) is not None
+
+
+def own_summary(plan: Plan) -> dict[str, Any] | None:
+    """Returns summary.json, None where there is none or it is of another lineage or of other frames.
+
+    It may lack the plan's last generations.
+    """
+    summary = read_summary(plan.out)
+    if summary is None:
+        return None
+    files = [file for file in summary["files"] if is_shard(file)]
+    if all("key" not in file for file in files):  # of an older version
+        run = {file["path"]: file for file in summary["files"]}.get("run.json")
+        return summary if run and is_whole(plan.out, run) else None
+    keys = {shard_of(file["path"]): file["key"] for file in files if "key" in file}
+    return summary if all(keys.get(shard, key) == key for shard, key in plan.shard_key.items()) else None
+
+
+def shard_of(path: str) -> int | None:
+    """Returns the number of a published file, None of any other path."""
+    folder, _, name = path.partition("/")
+    match = _SHARD.fullmatch(name) if folder == "frames" else None
+    return int(match[1]) if match else None
+
+
+def is_whole(out: str, file: Mapping[str, Any]) -> bool:
+    """Whether a file of an output is what is said of it; reads it."""
+    try:
+        data = storage.read_bytes(storage.join(out, file["path"]))
+    except FileNotFoundError:
+        return False
+    return len(data) == file["bytes"] and storage.sha256(data) == file["sha256"]
+
+
+def _checked_files(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    for file in value["files"]:
+        if shard_of(manifest.require_entry(file)["path"]) is None:
+            raise ValueError(f"it names {file['path']!r}, which is no published file")
+    return value["files"]
+
+
+def _files_of_statistics(plan: Plan) -> list[dict[str, Any]]:
+    try:
+        with storage.open_read(storage.join(plan.out, "class_statistics.parquet")) as file:
+            metadata = pq.read_schema(file).metadata or {}
+        files = _checked_files(unsealed(metadata.get(FILES_KEY.encode(), b"")))
+    except storage.StorageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged, for which Arrow has either
+        return []
+    return [file for file in files if "key" in file or _has_lineage(plan, file["path"])]
+
+
+def lineage_of(out: str, path: str) -> bytes | None:
+    """Returns the lineage in a published file's footer, None where it cannot be read."""
+    try:
+        with storage.open_read(storage.join(out, path)) as file:
+            return (pq.read_schema(file).metadata or {}).get(b"unet_ray.lineage")
+    except storage.StorageError:
+        raise
+    except (OSError, ValueError):
+        return None
+
+
+def read_notes(plan: Plan) -> list[dict[str, Any]]:
+    """Returns the notes of the files that a job has published and that summary.json may not know yet, oldest first.
+
+    A note has `file`, what summary.json will say, and `n_retries`, how many retries the file holds. One that is damaged
+    or of another lineage is none.
+    """
+    listed = list_work(plan.out, "shards")
+    contents = storage.read_many([(file.uri, 0, None) for file in listed]) if listed else []
+    notes = []
+    for file, content in zip(listed, contents, strict=True):
+        if isinstance(content, storage.StorageError):  # a note that is gone is another job's doing
+            raise content
+        if isinstance(content, bytes):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                note = unsealed(content)
+                (entry,) = _checked_files({"files": [note["file"]]})
+                is_ours = "key" in entry or _has_lineage(plan, entry["path"])
+                if is_ours and file.path == f"{storage.name(entry['path'])}.json":
+                    notes.append({"file": entry, "n_retries": int(note.get("n_retries", 0))})
+    return notes
+
+
+def _has_lineage(plan: Plan, path: str) -> bool:
+    """Whether a published file is of a plan's lineage by its footer: notes of old versions do not say it."""
+    stored = lineage_of(plan.out, path)
+    return stored is not None and manifest.same_json(stored, plan.lineage.to_dict())
+
+
+def note(out: str, file: Mapping[str, Any], n_retries: int) -> None:
+    """Says what a file of frames/ is about to be; until it is, what was said of it before holds."""
+    name = storage.name(file["path"])
+    content = {"file": dict(file), "n_retries": n_retries}
+    storage.write_whole(storage.join(out, "_work", "shards", f"{name}.json"), sealed(content))
+
+
+def let_work_go(out: str, file: Mapping[str, Any], receipts: Sequence[Receipt]) -> None:
+    """Deletes what a file of frames/ was made of, now that it is there."""
+    storage.delete(storage.join(out, "_work", "damaged", storage.name(file["path"])))
+    if not receipts:  # it was made anew for a retry
+        return
+    # Records first: while one counts its part is needed.
+    storage.delete_many([record_uri(out, receipt.key) for receipt in receipts])
+    storage.delete_many([part_uri(out, receipt.part) for receipt in receipts])
+
+
+def mark_damaged(out: str, name: str) -> None:
+    """Notes that a published file is not what it was, so that its chunks are done again; and what it is now."""
+    assert shard_of(f"frames/{name}") is not None or name == STATISTICS, name
+    try:
+        path = name if name == STATISTICS else f"frames/{name}"
+        digest = storage.sha256(storage.read_bytes(storage.join(out, path)))
+    except FileNotFoundError:
+        digest = "gone"
+    storage.write_whole(storage.join(out, "_work", "damaged", name), digest.encode())
+
+
+def is_mended(out: str, file: Mapping[str, Any]) -> bool:
+    """Whether a published file that was noted as damaged is whole now, say by a copy of it. One that never changed and
+    whose rows are not what its record says is not."""
+    noted = storage.read_bytes(storage.join(out, "_work", "damaged", storage.name(file["path"])))
+    return noted != file["sha256"].encode() and is_whole(out, file)
+
+
+STATISTICS = "class_statistics.parquet"
+
+
+def rejected_of(files: Iterable[Mapping[str, Any]], receipts: Iterable[Receipt]) -> Counter[str]:
+    """Returns the number of rejected frames by reason, of published files and of chunks that are not published."""
+    rejected: Counter[str] = Counter()
+    for file in files:
+        rejected.update(file["rejected"])
+    for receipt in receipts:
+        rejected.update(receipt.rejected)
+    return rejected

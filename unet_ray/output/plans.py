@@ -1,0 +1,406 @@
+"""What is to be done for an output: its lineage, its frames in chunks, and the jobs that may work on it.
+
+    OUT/run.json                   the lineage: model, classes and options that every label of this output comes from;
+                                   sealed by its own digest (`manifest.sealed`), as is every JSON file of an output
+    OUT/config.yaml                the resolved configuration of the first run
+    OUT/manifest/*.parquet         the plan: a row a frame, with the chunk and the shard that it belongs to
+    OUT/manifest/_g000.json        a generation of the plan is whole; frames found later are a new generation
+
+Steps of a plan, after each of which a kill does no harm: (1) run.json, put if absent; (2) config.yaml; (3) the
+manifest's files, named by their content; (4) the generation's mark, put if absent: without it they are nothing.
+
+`--overwrite` gives an output another lineage while a job that nobody saw may still work on it. So nothing of an output
+is believed that does not belong to its lineage and frames (`Plan.shard_key`), and a job looks now and then whether the
+output is still its own (`has_grown`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from unet_ray import storage
+from unet_ray.classes import ClassSet
+from unet_ray.errors import JobFailed, NotNow
+from unet_ray.frames import MANIFEST_SCHEMA, Listing, carried_schema
+from unet_ray.messages import shown_path
+from unet_ray.output import manifest, origins
+from unet_ray.output.manifest import CHUNK_SCHEMA, Chunk, Cutting, json_bytes, sealed, unsealed
+from unet_ray.output.rows import FORMAT_VERSION, frames_schema
+
+_OURS = re.compile(
+    r"frames/part-\d+\.parquet|manifest/(g\d+-.*\.parquet|_g\d+\.json)|_work/.*"
+    r"|summary\.json|class_statistics\.parquet|preview\.png"
+)
+"""What --overwrite deletes; a user's own file beside it stays."""
+
+_NAMES = (
+    *("run.json", "config.yaml", "summary.json", "class_statistics.parquet", "preview.png"),
+    *("manifest", "frames", "_work"),
+)
+"""Files and folders of an output; none of them may be a link, nor what lies in them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """All that decides a frame's labels, but for the frame: part of every chunk's key."""
+
+    bundle_digest: str
+    class_set: ClassSet
+    options: Mapping[str, Any]
+    """Every option that changes a result, as plain JSON types."""
+    result_version: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the lineage as plain JSON types, as it is when it was written and read again."""
+        lineage = {
+            "bundle_digest": self.bundle_digest,
+            "class_set": self.class_set.to_dict(),
+            "options": dict(self.options),
+            "result_version": self.result_version,
+        }
+        return json.loads(json.dumps(lineage))
+
+    @cached_property
+    def digest(self) -> str:
+        """What of a lineage goes into every key."""
+        return storage.sha256(json_bytes(self.to_dict()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is to be done for one output."""
+
+    out: str
+    lineage: Lineage
+    chunks: tuple[Chunk, ...]
+    """In the manifest's order, generation after generation."""
+    carried: pa.Schema
+    """The catalogue's own columns."""
+    ignored: Mapping[str, int]
+    """Files that the newest listing ignored, by extension."""
+    recorded: Mapping[str, Any]
+    """Package versions and machines of the first run."""
+    manifest_files: tuple[dict[str, Any], ...]
+    """Path, rows, bytes and sha256 of the manifest's files."""
+    frame_pixels: int = 0
+    """Pixels of the largest frame that was looked at when chunks were cut; 0 where none said its size."""
+    n_new: int = 0
+    """Frames that this plan added."""
+    origin: origins.Comparison = field(default_factory=origins.Comparison)
+    """What became of the frames that were planned before: they stay as they are."""
+    mended: tuple[str, ...] = ()
+    """Files of the manifest that were damaged or gone, and are written again."""
+
+    @property
+    def n_frames(self) -> int:
+        """Frames listed, over all generations."""
+        return sum(chunk.n_rows for chunk in self.chunks)
+
+    @cached_property
+    def of_shard(self) -> dict[int, tuple[Chunk, ...]]:
+        """The chunks of each published file, in order."""
+        shards: dict[int, list[Chunk]] = {}
+        for chunk in self.chunks:
+            shards.setdefault(chunk.shard, []).append(chunk)
+        return {shard: tuple(chunks) for shard, chunks in shards.items()}
+
+    @cached_property
+    def shard_key(self) -> dict[int, str]:
+        """A digest of all that decides the rows of each published file: its frames, their versions and the lineage."""
+        keys = {shard: "\n".join(chunk.key for chunk in chunks) for shard, chunks in self.of_shard.items()}
+        return {shard: storage.sha256(text.encode())[:32] for shard, text in keys.items()}
+
+
+def plan(
+    out: str,
+    listing: Listing,
+    lineage: Lineage,
+    cutting: Cutting,
+    *,
+    config_yaml: str,
+    recorded: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    add_root: bool = False,
+    keep_gone: bool = False,
+) -> Plan:
+    """Makes the plan of an output, or goes on with the one that is there: frames found since are appended.
+
+    Args:
+        out: URI of the output's folder.
+        listing: what lies in the archives now.
+        lineage: what the labels come from.
+        cutting: how new frames are cut.
+        config_yaml: the resolved configuration.
+        recorded: package versions, machines: written to run.json, compared with nothing.
+        overwrite: delete an output that is there, and start anew.
+        add_root: roots that the output does not know are added to it.
+        keep_gone: more than half of the frames of the listed roots may have gone.
+
+    Raises:
+        ValueError: the folder holds something else, an output of another lineage or of another archive; the message
+            shows the difference.
+        JobFailed: what is planned is damaged or gone; the message names the file.
+        NotNow: another job has overwritten the output meanwhile.
+        StorageError: trying again may help.
+    """
+    frames_schema(lineage.class_set, carried_schema(listing.table.schema))  # a catalogue's column may have a taken name
+    run = _claim(out, lineage, recorded or {}, overwrite)
+    if overwrite or not storage.exists(storage.join(out, "config.yaml")):
+        storage.write_whole(storage.join(out, "config.yaml"), config_yaml.encode())
+    _refuse_lost_marks(out)
+    _delete_strange_generations(out, lineage.digest)
+    known, new, mended = _known_and_new(out, listing, lineage, cutting)
+    n_new = len(new)
+    origin = origins.Comparison()
+    if len(known):
+        if n_new:
+            manifest.refuse_doubled(out, new)
+            _refuse_other_columns(carried_schema(listing.table.schema), _read_plan(out, run).carried)
+        roots = manifest.recorded_roots(manifest.read_generations(out))
+        origin = origins.compare(out, listing, known, roots, add_root=add_root, keep_gone=keep_gone)
+    while len(new):  # again only where another job's generation came first
+        manifest.append_generation(out, new, lineage.digest, cutting, listing.ignored, listing.roots)
+        if read_run(out)["lineage"] != lineage.to_dict():
+            raise overwritten(out)
+        _delete_strange_generations(out, lineage.digest)
+        _, new = manifest.known_and_new(out, listing.table)
+    manifest.delete_unmarked(out)
+    return dataclasses.replace(
+        _read_plan(out, run), ignored=listing.ignored, n_new=n_new, origin=origin, mended=tuple(mended)
+    )
+
+
+def _known_and_new(
+    out: str, listing: Listing, lineage: Lineage, cutting: Cutting
+) -> tuple[pa.Table, pa.Table, Sequence[str]]:
+    """As `manifest.known_and_new`, with the files of the manifest that had to be mended for that."""
+    try:
+        return *manifest.known_and_new(out, listing.table), ()
+    except JobFailed:
+        mended = manifest.mend(out, listing.table, cutting, lineage.digest)
+        if not mended:
+            raise
+        return *manifest.known_and_new(out, listing.table), mended
+
+
+def _refuse_lost_marks(out: str) -> None:
+    """Raises JobFailed where a generation that was published has no mark any more: its frames would be planned anew."""
+    there = {f"manifest/{file.path}" for file in manifest.list_folder(storage.join(out, "manifest"))}
+    for file in (read_summary(out) or {"files": ()})["files"]:
+        if file["path"].startswith("manifest/_g") and file["path"] not in there:
+            raise manifest.lost(storage.join(out, file["path"]), FileNotFoundError())
+
+
+def _refuse_other_columns(here: pa.Schema, there: pa.Schema) -> None:
+    if here != there:
+        columns = [", ".join(f"{field.name} {field.type}" for field in schema) or "none" for schema in (there, here)]
+        raise ValueError(
+            f"the catalogues' own columns are {columns[0]} in the output and {columns[1]} here; "
+            "give catalogues with the same columns, or another --out"
+        )
+
+
+def read_plan(out: str) -> Plan:
+    """Returns the plan of an output as it stands. Raises ValueError where there is none, JobFailed for damage."""
+    _refuse_links(out)
+    return _read_plan(out, read_run(out))
+
+
+def options_of(out: str) -> dict[str, Any] | None:
+    """Returns the options with which an output was begun; None where there is none yet."""
+    if not storage.exists(storage.join(out, "run.json")):
+        return None
+    return read_run(out)["lineage"]["options"]
+
+
+def read_run(out: str) -> dict[str, Any]:
+    """Returns run.json. Raises ValueError where the folder is no output, JobFailed where it is one and damaged."""
+    uri = storage.join(out, "run.json")
+    try:
+        run = unsealed(storage.read_bytes(uri))
+        _lineage_of(run)
+        return run
+    except (FileNotFoundError, ValueError) as error:
+        if manifest.read_generations(out):
+            raise manifest.lost(uri, error, "restore it, or give another --out") from error
+        whose = "run.json is missing"
+        if not isinstance(error, FileNotFoundError):
+            whose = "its run.json is another job's, or damaged; give another --out"
+        raise ValueError(f"{out} is no output of segment: {whose}") from error
+
+
+def _lineage_of(run: Mapping[str, Any]) -> Lineage:
+    try:
+        stored = dict(run["lineage"])
+        return Lineage(**{**stored, "class_set": ClassSet.from_dict(stored["class_set"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError("it says nothing of a lineage") from error
+
+
+def read_summary(out: str) -> dict[str, Any] | None:
+    """Returns summary.json, None where there is none or it is damaged."""
+    try:
+        summary = unsealed(storage.read_bytes(storage.join(out, "summary.json")))
+        for file in summary["files"]:
+            if not _PUBLISHED.fullmatch(manifest.require_entry(file)["path"]):
+                return None
+        counts = (summary["listed"], summary["ok"], *summary["rejected"].values())
+        return summary if all(isinstance(count, int) for count in counts) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+_PUBLISHED = re.compile(
+    r"run\.json|class_statistics\.parquet|frames/part-\d{5,}\.parquet"
+    r"|manifest/(_g\d{3,}\.json|g\d{3,}-\d{5,}-[0-9a-f]{16}\.parquet)"
+)
+"""Files that summary.json may name; no other is opened, marked or written because of it."""
+
+
+# --- whose the folder is ---
+
+
+def _refuse_links(out: str) -> None:
+    link = storage.first_link(out, _NAMES)
+    if link is not None:
+        raise ValueError(f"{link} is a link; an output of segment has none, so give another --out")
+
+
+def _strangers(out: str) -> Iterator[str]:
+    """Yields files that neither a job that was killed early nor one that starts beside this one leaves."""
+    for file in manifest.list_folder(out):
+        if not file.path.startswith("_work/"):
+            yield file.path
+
+
+def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Returns run.json, written now where the folder is empty; refuses what is not ours or of another lineage."""
+    _refuse_links(out)
+    uri = storage.join(out, "run.json")
+    ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "lineage": lineage.to_dict(), "recorded": dict(recorded)}
+    if not storage.exists(uri):
+        stranger = next(_strangers(out), None)
+        if stranger is None:
+            storage.put_if_absent(uri, sealed(ours))
+        elif not manifest.read_generations(out):
+            raise ValueError(f"{out} holds files that are no output of segment ({stranger}); give another --out")
+    run = read_run(out)
+    if overwrite:
+        # What proves the output goes before what it proves.
+        for file in sorted(manifest.list_folder(out), key=lambda file: "/" in file.path):
+            if _OURS.fullmatch(file.path):
+                storage.delete(file.uri)
+        storage.write_whole(uri, sealed(ours))  # last: until then the folder is an output of ours
+        return ours
+    if run["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{out} has format version {run['format_version']}, here it is {FORMAT_VERSION}; give another --out"
+        )
+    differences = list(_differences(run["lineage"], ours["lineage"]))
+    if differences:
+        raise ValueError(
+            f"{out} holds labels of another kind: {'; '.join(differences)}; give another --out, or --overwrite"
+        )
+    return run
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    names = {"bundle_digest": "model", "class_set": "class set", "result_version": "result version"}
+    for key, name in names.items():
+        if there[key] != here[key]:
+            values = [lineage[key] for lineage in (there, here)]
+            if key == "class_set":
+                values = [value["name"] for value in values]
+            yield f"{name} is {str(values[0])[:12]} there and {str(values[1])[:12]} here"
+    for option in sorted({*there["options"], *here["options"]}):
+        before, now = there["options"].get(option), here["options"].get(option)
+        if before != now:
+            yield f"--{option.replace('_', '-')} is {before} there and {now} here"
+
+
+def _strange_generations(out: str, lineage_digest: str) -> list[int]:
+    """Returns the numbers of generations that a job planned whose output was overwritten, and of all behind them."""
+    marks = manifest.read_generations(out)
+    first = next((n for n, mark in enumerate(marks) if mark.get("lineage", lineage_digest) != lineage_digest), None)
+    return [] if first is None else list(range(first, len(marks)))
+
+
+def _delete_strange_generations(out: str, lineage_digest: str) -> None:
+    # Our own behind them are planned anew with the same keys: what is done of them counts.
+    for number in reversed(_strange_generations(out, lineage_digest)):
+        storage.delete(storage.join(out, manifest.mark_path(number)))
+
+
+def strange_marks(out: str, lineage: Lineage) -> list[str]:
+    """Returns the paths of marks that a job wrote after its output had been overwritten."""
+    return [manifest.mark_path(number) for number in _strange_generations(out, lineage.digest)]
+
+
+class Grown(Exception):
+    """Another job has planned more frames for the output that is about to be published."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(f"{plan.out} has grown to {plan.n_frames:,} frames")
+        self.plan = plan
+        """The plan as it is now."""
+
+
+def has_grown(plan: Plan) -> bool:
+    """Whether other jobs have planned more frames since the plan was read.
+
+    Raises:
+        NotNow: the output is another one now: a job was told to overwrite it.
+    """
+    if read_run(plan.out)["lineage"] != plan.lineage.to_dict():
+        raise overwritten(plan.out)
+    files = tuple(file for mark in manifest.read_generations(plan.out) for file in mark["files"])
+    if files[: len(plan.manifest_files)] != plan.manifest_files:
+        raise overwritten(plan.out)
+    return files != plan.manifest_files
+
+
+def require_whole(plan: Plan) -> None:
+    """Raises Grown where `has_grown`."""
+    if has_grown(plan):
+        newer = _read_plan(plan.out, read_run(plan.out))
+        raise Grown(dataclasses.replace(newer, n_new=plan.n_new, origin=plan.origin))
+
+
+def overwritten(out: str) -> NotNow:
+    """Returns the error of a job whose output is no longer its own."""
+    return NotNow(
+        f"{shown_path(out)} was overwritten by another job while this one worked on it, and is that job's now; "
+        "to have these labels too, run the same command with another --out"
+    )
+
+
+def _read_plan(out: str, run: Mapping[str, Any]) -> Plan:
+    lineage = _lineage_of(run)
+    marks = manifest.read_generations(out)
+    strange = _strange_generations(out, lineage.digest)
+    marks = marks[: strange[0]] if strange else marks
+    files = tuple(file for mark in marks for file in mark["files"])
+    carried = pa.schema([])
+    if files:
+        schema = manifest.open_manifest(storage.join(out, files[0]["path"])).schema_arrow
+        carried = pa.schema(
+            [field for field in schema if field.name not in (*MANIFEST_SCHEMA.names, *CHUNK_SCHEMA.names)]
+        )
+    return Plan(
+        out=out,
+        lineage=lineage,
+        chunks=tuple(chunk for file in files for chunk in manifest.read_chunks(storage.join(out, file["path"]))),
+        carried=carried,
+        ignored=marks[-1].get("ignored", {}) if marks else {},
+        recorded=run["recorded"],
+        manifest_files=files,
+        frame_pixels=max((mark.get("frame_pixels", 0) for mark in marks), default=0),
+    )

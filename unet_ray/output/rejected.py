@@ -1,0 +1,118 @@
+"""Rejected frames: whether they are too many, which they are, and trying them again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+
+import pyarrow as pa
+
+from unet_ray.errors import JobFailed
+from unet_ray.output import labels, ledger, retries
+from unet_ray.output import rows as results
+from unet_ray.output.ledger import shard_name
+from unet_ray.output.manifest import Chunk
+from unet_ray.output.plans import Plan
+
+
+def require_share(rejected: Mapping[str, int], n_done: int, n_frames: int, max_rejected: float) -> None:
+    """Raises JobFailed where more than `max_rejected` of `n_frames` are rejected.
+
+    Args:
+        rejected: number by reason, of the frames that are done.
+        n_done: frames that are done, for the message.
+        n_frames: frames in all.
+        max_rejected: a share.
+    """
+    n_rejected = sum(rejected.values())
+    if n_rejected > max_rejected * n_frames:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(rejected).most_common())
+        raise JobFailed(
+            f"{n_rejected:,} of {n_done:,} frames are rejected ({n_rejected / n_done:.1%}: {reasons}), more than "
+            f"--max-rejected {max_rejected:g} of {n_frames:,}; nothing is published. With a larger --max-rejected the "
+            "same command publishes what is labelled; --retry-rejected tries those frames again"
+        )
+
+
+def retry_rejected(plan: Plan, reasons: Collection[str] = ()) -> int:
+    """Makes frames that were rejected for some reasons (any, without one) pending again; returns how many.
+
+    No other row of their chunks is touched. Rows of a retry that is not over are left to it. A published file that is
+    found to be damaged is done again whole.
+
+    Raises:
+        ValueError: there is no such reason.
+    """
+    for reason in reasons:
+        if reason not in results.REASONS:
+            raise ValueError(
+                f"--retry-rejected is {reason!r}; the reasons are {', '.join(results.REASONS)}; without one, all"
+            )
+    n_damaged = _mark_damage(plan, reasons or results.REASONS)
+    open_chunks = ledger.open_retries(plan)
+    recorded = ledger.committed_keys(plan.out)
+    unfinished = {retry.number for retry, chunk in open_chunks if chunk.key not in recorded}
+    waiting: dict[str, set[int]] = {}
+    for retry, chunk in open_chunks:
+        if retry.number in unfinished:
+            waiting.setdefault(chunk.chunk_id, set()).update(chunk.rows or ())
+    rows: dict[str, tuple[int, ...]] = {}
+    counts: dict[str, Counter[str]] = {}
+    for chunk_id, reason_of_row in _rejected_rows(plan):
+        again = {
+            place: reason
+            for place, reason in reason_of_row.items()
+            if reason in (reasons or results.REASONS) and place not in waiting.get(chunk_id, ())
+        }
+        if again:
+            rows[chunk_id], counts[chunk_id] = tuple(sorted(again)), Counter(again.values())
+    if rows:
+        held = max((entry["n_retries"] for entry in ledger.read_notes(plan)), default=0)
+        retries.write(plan, rows, counts, number=held)
+    n_waiting = sum(len(places) for places in waiting.values())
+    return n_damaged + n_waiting + sum(len(places) for places in rows.values())
+
+
+def _mark_damage(plan: Plan, reasons: Collection[str]) -> int:
+    """Notes damage among published files with frames to try again, and returns how many frames that are."""
+    n_frames = 0
+    for shard, file in ledger.published_shards(plan).items():
+        number = sum(count for reason, count in file["rejected"].items() if reason in reasons)
+        if number and not ledger.is_whole(plan.out, file):
+            ledger.mark_damaged(plan.out, shard_name(shard))
+            n_frames += number
+    return n_frames
+
+
+def _rejected_rows(plan: Plan) -> Iterator[tuple[str, dict[int, str]]]:
+    """Yields each done chunk's id, and the reason of each of its rejected rows by its place, newest retries applied."""
+    new_rows, _ = labels.new_rows(plan)
+    for chunk, place, reasons in _chunks_with_rejected_rows(plan):
+        rejected = {n: reason for n, reason in enumerate(reasons.to_pylist()) if reason is not None}
+        for new in (new for new in new_rows.get(chunk.shard, ()) if new.place == place):
+            (part,) = labels.read_parts(plan.out, [new.receipt])
+            for n, reason in zip(new.rows, part["reason"].to_pylist(), strict=True):
+                if n in rejected:
+                    rejected[n] = reason
+        yield chunk.chunk_id, {n: reason for n, reason in rejected.items() if reason is not None}
+
+
+def _chunks_with_rejected_rows(plan: Plan) -> Iterator[tuple[Chunk, int, pa.ChunkedArray]]:
+    """Yields done chunks with rejected rows, place within the shard, and the reasons of all of their rows."""
+    published, recorded = ledger.published_shards(plan), ledger.committed_keys(plan.out)
+    for shard, chunks in plan.of_shard.items():
+        file = published.get(shard)
+        if file is None:
+            done = [(place, chunk) for place, chunk in enumerate(chunks) if chunk.key in recorded]
+            receipts = ledger.read_receipts(plan.out, [chunk.key for _, chunk in done])
+            for (place, chunk), receipt in zip(done, receipts, strict=True):
+                if receipt.rejected:
+                    (part,) = labels.read_parts(plan.out, [receipt])
+                    yield chunk, place, part["reason"]
+        elif file["rejected"]:
+            columns = labels.read_columns(plan.out, file["path"], ["reason"])
+            reasons = pa.chunked_array([batch["reason"] for batch in columns], pa.string())
+            start = 0
+            for place, chunk in enumerate(chunks):
+                yield chunk, place, reasons.slice(start, chunk.n_rows)
+                start += chunk.n_rows

@@ -1,0 +1,1 @@
+"""Frames and masks to checked pairs, split by drive."""

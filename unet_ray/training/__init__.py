@@ -1,0 +1,1 @@
+"""Pairs to blocks, batches, train steps, checkpoints and a model folder."""

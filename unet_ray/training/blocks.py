@@ -1,0 +1,409 @@
+"""Pairs to uint8 blocks in Ray's object store, read and decoded once by all cores, and batches out of them.
+
+Shapes: `B` batch, `H` height px, `W` width px, `C` colour, `K` classes.
+
+A block is an Arrow table; one row a pair, bytes only, so that a worker's arrays are views into shared memory:
+
+| column | content |
+|---|---|
+| `index` | place of the pair in its list |
+| `image` | uint8 [height_px, width_px, C] |
+| `mask` | uint8 [height_px, width_px], encoded; the frame's own size, or the network's |
+| `height_px`, `width_px` | size of `image` and `mask` |
+| `full_mask` | zlib of the mask in its own size, uint8 [full_height_px, full_width_px]; empty where not asked for |
+| `pixels` | int64 [K]: how often each class occurs in the mask in its own size |
+| `image_hash` | `splits.difference_hash` of the frame |
+| `problem_uri`, `problem` | of a pair that cannot be used: which file, and why; else empty |
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import DataContext
+
+from unet_ray.classes import IGNORED_ID, ClassSet
+from unet_ray.cluster.connection import say, without_ray_warnings
+from unet_ray.errors import JobFailed
+from unet_ray.images import ImageRefused, count_values, frame_size, resize_nearest
+from unet_ray.messages import count
+from unet_ray.pairs.pairs import ImagePair, PairContent, PairProblem, load_pair, read_pairs
+from unet_ray.pairs.splits import difference_hash
+from unet_ray.storage import read_many
+
+BLOCK_BYTES = 16_000_000
+"""Aim for a block's size: large against the 0.01 s of a task, small against a core's share of the object store."""
+
+STORE_SHARE = 0.5
+"""Blocks beyond this share of a node's object store are not kept: workers read the files again in every epoch."""
+
+READ_RETRIES = 2
+"""Times that a block is read again whose process died; Ray Data itself would go on for ever (Ray 2.60)."""
+
+_SUMMARY = ("index", "pixels", "image_hash", "problem_uri", "problem")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestPlan:
+    """What a block holds of a pair."""
+
+    class_set: ClassSet
+    mask_format: str
+    image_size: tuple[int, int] | None
+    """Height and width to resize to; None keeps a frame's own size (augmentation crops from it)."""
+    keep_full_mask: bool
+    """Whether the mask is wanted in its own size too (validation)."""
+    keep_pixels: bool = True
+    """Whether pixels are kept at all: a block without them says whether the pairs can be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingested:
+    """Pairs that were read, checked and found good."""
+
+    frames: FrameSource
+    """Their pixels; it may be handed to any process of the cluster."""
+    pixels_NK: np.ndarray
+    """Pixels of each class by pair, int64 [N, K], in the masks' own sizes."""
+    hashes: dict[str, int]
+    """`difference_hash` by `image_uri`."""
+    kept_bytes: int
+    """What the pixels take of the object store, by estimate."""
+
+
+class FrameSource(Protocol):
+    """Pixels by a pair's place in its list."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pairs' ids."""
+
+    def open(self) -> FrameReader:
+        """Returns the reader, in the process that reads."""
+
+
+class FrameReader(Protocol):
+    """An opened `FrameSource`."""
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns frame, uint8 [H, W, C], and encoded mask, uint8 [H, W]; views that nobody writes to."""
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """Returns the encoded mask in its own size, uint8."""
+
+
+# --- reading pairs into blocks ---
+
+
+def read_block(batch: dict[str, np.ndarray], plan: IngestPlan) -> pa.Table:
+    """Reads the pairs of a batch of rows (`index`, `image_uri`, `mask_uri`) into a block."""
+    pairs = [_pair(str(image), str(mask)) for image, mask in zip(batch["image_uri"], batch["mask_uri"], strict=True)]
+    read = zip(batch["index"], pairs, read_pairs(pairs), strict=True)
+    rows = [read_row(int(index), pair, plan, content) for index, pair, content in read]
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+_SCHEMA = pa.schema(
+    {
+        "index": pa.int64(),
+        "image": pa.large_binary(),
+        "mask": pa.large_binary(),
+        "height_px": pa.int32(),
+        "width_px": pa.int32(),
+        "full_mask": pa.large_binary(),
+        "full_height_px": pa.int32(),
+        "full_width_px": pa.int32(),
+        "pixels": pa.list_(pa.int64()),
+        "image_hash": pa.uint64(),
+        "problem_uri": pa.string(),
+        "problem": pa.string(),
+    }
+)
+
+
+def _pair(image_uri: str, mask_uri: str) -> ImagePair:
+    return ImagePair(pair_id="", image_uri=image_uri, mask_uri=mask_uri, sequence="", camera="", frame_index=None)
+
+
+def read_row(index: int, pair: ImagePair, plan: IngestPlan, content: PairContent | None = None) -> dict[str, Any]:
+    """Turns one pair into a block's row; a pair that cannot be used becomes a row that says why."""
+    row: dict[str, Any] = {"index": index, "problem_uri": "", "problem": ""}
+    row |= {"image": b"", "mask": b"", "full_mask": b"", "pixels": [], "image_hash": 0}
+    row |= dict.fromkeys(("height_px", "width_px", "full_height_px", "full_width_px"), 0)
+    try:
+        image_HWC, full_mask_HW = load_pair(pair, plan.class_set, plan.mask_format, content)
+    except PairProblem as problem:
+        return row | {"problem_uri": problem.uri, "problem": problem.problem}
+    image, mask = _at_size(image_HWC, full_mask_HW, plan.image_size)
+    row["pixels"] = count_values(full_mask_HW)[: plan.class_set.n_classes].tolist()
+    row["image_hash"] = difference_hash(image_HWC)  # at its own size: the same whatever is kept of it
+    row["full_height_px"], row["full_width_px"] = full_mask_HW.shape
+    row["height_px"], row["width_px"] = mask.shape
+    if plan.keep_pixels:
+        row["image"], row["mask"] = image.tobytes(), mask.tobytes()
+        if plan.keep_full_mask:
+            row["full_mask"] = _pack(full_mask_HW)
+    return row
+
+
+def _at_size(image_HWC: np.ndarray, mask_HW: np.ndarray, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+    return (image_HWC, mask_HW) if size is None else (resize_nearest(image_HWC, *size), resize_nearest(mask_HW, *size))
+
+
+def _pack(mask_HW: np.ndarray) -> bytes:
+    # 480x640: 6 kB instead of 307, in 0.8 ms; a validation mask is unpacked once an epoch (2 cores, 2026-11-21).
+    return zlib.compress(mask_HW.tobytes(), 1)
+
+
+def ingest(pairs: Sequence[ImagePair], plan: IngestPlan, *, kept_bytes: int = 0) -> Ingested:
+    """Reads, checks and keeps all pairs, on all cores of the cluster.
+
+    Args:
+        pairs: what to read.
+        plan: what to keep of each pair.
+        kept_bytes: what other pairs of the same run take of the object store.
+
+    Raises:
+        ValueError: pairs that cannot be used: how many, and the first of them.
+        JobFailed: the processes that read died again and again.
+        StorageError: the store did not answer.
+    """
+    names = tuple(pair.pair_id for pair in pairs)
+    if not pairs:
+        nothing = np.zeros((0, plan.class_set.n_classes), np.int64)
+        return Ingested(frames=BlockFrames(names=(), blocks=()), pixels_NK=nothing, hashes={}, kept_bytes=0)
+    row_bytes = _row_bytes(pairs, plan)
+    n_bytes = len(pairs) * row_bytes
+    fits = kept_bytes + n_bytes <= STORE_SHARE * _smallest_store_bytes()
+    kept = plan if fits else dataclasses.replace(plan, keep_pixels=False)
+    blocks = _run(pairs, kept, row_bytes)
+    summary = pa.concat_tables(ray.get([_summarize.remote(block) for block in blocks])).sort_by("index")
+    _refuse_problems(summary)
+    assert summary["index"].to_pylist() == list(range(len(pairs)))
+    hashes = dict(zip((pair.image_uri for pair in pairs), summary["image_hash"].to_pylist(), strict=True))
+    pixels_NK = np.array(summary["pixels"].to_pylist(), np.int64).reshape(len(pairs), plan.class_set.n_classes)
+    if fits:
+        frames = BlockFrames(names=names, blocks=tuple(blocks))
+        return Ingested(frames=frames, pixels_NK=pixels_NK, hashes=hashes, kept_bytes=n_bytes)
+    say(
+        f"{count(len(pairs), 'frame')} of {row_bytes / 1e6:.1f} MB do not fit into {STORE_SHARE:.0%} of the object "
+        "store: they are read and decoded again in every epoch"
+    )
+    files = FileFrames(names=names, pairs=tuple(pairs), plan=plan)
+    return Ingested(frames=files, pixels_NK=pixels_NK, hashes=hashes, kept_bytes=0)
+
+
+def _row_bytes(pairs: Sequence[ImagePair], plan: IngestPlan) -> int:
+    """An estimate of a row's bytes: 4 a pixel, of the network's size or of the largest of some frames."""
+    if plan.image_size is not None:
+        return math.prod(plan.image_size) * 4
+    some = [pairs[place].image_uri for place in np.linspace(0, len(pairs) - 1, min(8, len(pairs))).astype(int)]
+    sizes = [0]
+    for content in read_many([(uri, 0, None) for uri in some]):
+        try:
+            sizes += [math.prod(frame_size(content))] if isinstance(content, bytes) else []
+        except ImageRefused:
+            continue  # the block says so, with all other problems
+    return 4 * max(sizes) or BLOCK_BYTES
+
+
+def _run(pairs: Sequence[ImagePair], plan: IngestPlan, row_bytes: int) -> list[ray.ObjectRef]:
+    n_cpus = int(ray.cluster_resources().get("CPU", 1))
+    # Two tasks a core even out frames that take longer, more only cost their start; as many for each core.
+    n_rounds = max(2, math.ceil(len(pairs) * row_bytes / BLOCK_BYTES / n_cpus))
+    n_blocks = min(len(pairs), n_rounds * n_cpus)
+    rows = pa.table(
+        {
+            "index": np.arange(len(pairs)),
+            "image_uri": [pair.image_uri for pair in pairs],
+            "mask_uri": [pair.mask_uri for pair in pairs],
+        }
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and progress are not the user's
+    borders = np.linspace(0, len(pairs), n_blocks + 1).astype(int)
+    parts = [rows.slice(start, end - start) for start, end in itertools.pairwise(borders)]
+    # A table a block: cutting one in Ray (`repartition`) costs a stage of its own.
+    read = partial(read_block, plan=plan)
+    with without_ray_warnings():
+        context = copy.deepcopy(DataContext.get_current())
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True
+        # All blocks are kept, so nothing is gained by handing out tasks one after the other: Ray Data would begin with
+        # one, until it hears a second later what there is, and take 0.15 s from the end of each to the next (Ray 2.60).
+        context.op_resource_reservation_enabled = False
+        with DataContext.current(context):
+            dataset = ray.data.from_arrow(parts).map_batches(
+                read, batch_size=None, batch_format="numpy", max_retries=READ_RETRIES
+            )
+    try:
+        return dataset.to_arrow_refs()
+    except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
+        raise error.cause from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise JobFailed(
+            f"a process that reads pairs died {READ_RETRIES + 1} times ({type(error).__name__}); memory is short, or a "
+            "file ends its decoder: `unet-ray check` reads them one by one"
+        ) from error
+
+
+@ray.remote
+def _summarize(block: pa.Table) -> pa.Table:
+    return block.select(_SUMMARY)
+
+
+def _refuse_problems(summary: pa.Table) -> None:
+    found = [row for row in summary.select(["problem_uri", "problem"]).to_pylist() if row["problem"]]
+    if found:
+        more = f"; and {count(len(found) - 1, 'other pair')} (unet-ray check lists them all)" if len(found) > 1 else ""
+        raise ValueError(f"{found[0]['problem_uri']}: {found[0]['problem']}{more}")
+
+
+def _smallest_store_bytes() -> float:
+    return min(node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"])
+
+
+# --- pixels out of blocks, or out of the files themselves ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFrames:
+    """Frames in the object store."""
+
+    names: tuple[str, ...]
+    blocks: tuple[ray.ObjectRef, ...]
+
+    def open(self) -> BlockReader:
+        """Fetches the blocks to this node; processes of one node share them."""
+        return BlockReader(ray.get(list(self.blocks)))
+
+
+class BlockReader:
+    """Rows of blocks, by index, without copying."""
+
+    def __init__(self, blocks: Iterable[pa.Table]):
+        self._columns = [
+            {name: _one_chunk(block[name]) for name in block.column_names if name not in ("problem", "pixels")}
+            for block in blocks
+        ]
+        self._place = {
+            index: (block, row)
+            for block, columns in enumerate(self._columns)
+            for row, index in enumerate(columns["index"].to_pylist())
+        }
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `FrameReader`."""
+        block, row = self._place[index]
+        columns = self._columns[block]
+        size = columns["height_px"][row].as_py(), columns["width_px"][row].as_py()
+        return _view(columns["image"][row]).reshape(*size, 3), _view(columns["mask"][row]).reshape(size)
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """See `FrameReader`."""
+        block, row = self._place[index]
+        columns = self._columns[block]
+        size = columns["full_height_px"][row].as_py(), columns["full_width_px"][row].as_py()
+        return np.frombuffer(zlib.decompress(columns["full_mask"][row].as_buffer()), np.uint8).reshape(size)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies one chunk, too
+
+
+def _view(value: pa.Scalar) -> np.ndarray:
+    return np.frombuffer(value.as_buffer(), np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFrames:
+    """Frames that are too many for the object store: read and decoded again whenever they are asked for."""
+
+    names: tuple[str, ...]
+    pairs: tuple[ImagePair, ...]
+    plan: IngestPlan
+
+    def open(self) -> FileReader:
+        """See `FrameSource`."""
+        return FileReader(self.pairs, self.plan)
+
+
+class FileReader:
+    """Pairs by index, from storage."""
+
+    def __init__(self, pairs: Sequence[ImagePair], plan: IngestPlan):
+        self._pairs, self._plan = pairs, plan
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `FrameReader`."""
+        return _at_size(*self._load(index), self._plan.image_size)
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """See `FrameReader`."""
+        return self._load(index)[1]
+
+    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return load_pair(self._pairs[index], self._plan.class_set, self._plan.mask_format)
+
+
+# --- batches ---
+
+View = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""Makes the network's view of a frame and its mask, given the frame's index: augmentation."""
+
+
+def epoch_order(n_frames: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of an epoch's frames, int64: a permutation that is a function of its arguments alone."""
+    return np.random.default_rng([seed, epoch]).permutation(n_frames)
+
+
+def batch_slice(order: np.ndarray, batch: int, batch_size: int, rank: int, n_workers: int) -> np.ndarray:
+    """Returns what one worker takes of global batch number `batch`; in a short last batch that may be nothing.
+
+    The parts of all workers together are `order[batch * batch_size : (batch + 1) * batch_size]`, in this order.
+    """
+    part = rank_batch_size(batch_size, n_workers)
+    whole = order[batch * batch_size : (batch + 1) * batch_size]
+    return whole[rank * part : (rank + 1) * part]
+
+
+def rank_batch_size(batch_size: int, n_workers: int) -> int:
+    """Returns the frames of a worker's part of a batch, padding counted: the static shape of its step."""
+    return math.ceil(batch_size / n_workers)
+
+
+def gather(
+    reader: FrameReader,
+    indices: Sequence[int] | np.ndarray,
+    n_frames: int,
+    size: tuple[int, int],
+    view: View | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns frames, uint8 [n_frames, H, W, C], and masks, uint8 [n_frames, H, W]; missing ones are wholly ignored."""
+    image_BHWC = np.zeros((n_frames, *size, 3), np.uint8)
+    mask_BHW = np.full((n_frames, *size), IGNORED_ID, np.uint8)
+
+    def fill(place: int) -> None:
+        image, mask = reader.read(int(indices[place]))
+        image_BHWC[place], mask_BHW[place] = view(image, mask, int(indices[place])) if view else (image, mask)
+
+    if isinstance(reader, FileReader):  # many requests in flight where the store answers late
+        with ThreadPoolExecutor(min(32, max(1, len(indices)))) as pool:
+            list(pool.map(fill, range(len(indices))))
+    else:
+        for place in range(len(indices)):
+            fill(place)
+    return image_BHWC, mask_BHW

@@ -1,0 +1,342 @@
+"""What each training worker does: join the others, restore, train epoch by epoch, validate, write checkpoints.
+
+Shapes: `B` this worker's part of a batch, `H` height px, `W` width px, `C` colour, `K` classes.
+
+Every decision that a worker takes (to stop, what is best, which checkpoint to start from) follows from numbers that are
+equal on all workers. Only rank 0 writes, and tells the driver what happens; nobody waits for an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unet_ray import storage
+from unet_ray.classes import ClassSet
+from unet_ray.cluster.processes import without_plots
+from unet_ray.config import TrainConfig
+from unet_ray.errors import JobFailed
+from unet_ray.training import blocks as ingest
+from unet_ray.training import checkpoints
+from unet_ray.training import evaluator as evaluation
+from unet_ray.training.augmentation import AugmentConfig, augment
+from unet_ray.training.checkpoints import Checkpoint
+from unet_ray.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from unet_ray.training import steps as steps_module
+
+OWN_SIZE, MODEL_SIZE = "confusion/own_size", "confusion/model_size"
+"""Names of the validation's confusion matrices among a checkpoint's tensors."""
+
+PROGRESS_INTERVAL_S = 0.25
+"""Least time between two reports of progress within an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerTask:
+    """What the driver tells every worker."""
+
+    config: TrainConfig
+    class_set: ClassSet
+    class_weights_K: tuple[float, ...] | None
+    """Weights from a file; None where they come from the counts below, or there are none."""
+    pixels_K: np.ndarray
+    """Pixels of each class in the training masks."""
+    image_pixels_K: np.ndarray
+    """Valid pixels of the training masks in which the class occurs."""
+    train: ingest.FrameSource
+    validation: ingest.FrameSource
+    shown: ingest.FrameSource
+    """What `samples.png` will show, all of it."""
+    device: str
+    """`gpu` or `cpu`."""
+    cpus: int
+    """Threads for TensorFlow."""
+    start_timeout_s: float
+    """After which a worker that has not come to its first epoch is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A worker's place among the others."""
+
+    rank: int
+    n_workers: int
+    agree: Callable[[Any], Any]
+    """Returns rank 0's value on every worker; all must call it."""
+    tell: Callable[[dict[str, Any]], None]
+    """Sends an event to the driver."""
+
+
+class Worker:
+    """One worker of the group, from its start to the end of the run or its death."""
+
+    def __init__(self, task: WorkerTask, group: Group):
+        self.task, self.config, self.group = task, task.config, group
+        self.rank, self.n_workers = group.rank, group.n_workers
+        self.watchdog = self._watchdog(task.config.collective_timeout_s, "has got nowhere", " (--collective-timeout-s)")
+
+    def _watchdog(self, timeout_s: float, what: str, option: str = "") -> Watchdog:
+        line = f"worker {self.rank} {what} for {timeout_s:.0f} s{option} and ends itself; it was in"
+        return Watchdog(timeout_s, lambda place: self.group.tell({"kind": "stuck", "line": f"{line} {place}"}))
+
+    def _tell(self, **event: Any) -> None:
+        if self.rank == 0:
+            self.group.tell(event)
+
+    # --- the run ---
+
+    def run(self) -> None:
+        """Trains from the newest valid checkpoint to the last epoch; then shows what the best network sees."""
+        with self._watchdog(self.task.start_timeout_s, "has come to no epoch").watching():
+            self._join()
+            state = self._restore()
+        with self.watchdog.watching():
+            self._train(state)
+
+    def _join(self) -> None:
+        """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
+        with without_plots():  # here, so that the driver, which makes the task, does not load TensorFlow (2.6 s)
+            from unet_ray.model import losses, unet
+            from unet_ray.training import steps
+
+        self.steps, task, config = steps, self.task, self.config
+        _require_shared_storage(config.out)
+        steps.configure(task.device, task.cpus)
+        strategy = steps.start_strategy(self.n_workers)
+        policy = self.group.agree(steps.choose_policy(config.precision, task.device))
+
+        self.train_reader = task.train.open()
+        self.n_batches = math.ceil(len(task.train.names) / config.batch_size)
+        self.part = ingest.rank_batch_size(config.batch_size, self.n_workers)
+        self.model_config = config.model_config(task.class_set.n_classes)
+        self.model = unet.build_unet(self.model_config, seed=config.seed, dtype_policy=policy)
+        self.optimizer = self._make_optimizer()
+        weights_K = task.class_weights_K
+        if config.class_weights in losses.CLASS_WEIGHTS:
+            weights_K = losses.class_weights(task.pixels_K, config.class_weights, image_pixels_K=task.image_pixels_K)
+        self.step = steps.TrainStep(
+            self.model,
+            self.optimizer,
+            strategy,
+            loss=config.loss,
+            class_weights_K=weights_K,
+            clip_norm=config.clip_norm,
+        )
+        self.step.trace(self.part)
+        self.predict = steps.Predictor(self.model, loss=config.loss, class_weights_K=weights_K)
+        self.add_up = steps.WorkerSum(strategy)
+        self.evaluator = evaluation.Evaluator(
+            self.predict, task.validation.open(), self.part, self.model_config, on_batch=self.watchdog.beat
+        )
+        self._tell(kind="started", policy=policy, n_workers=self.n_workers)
+
+    def _make_optimizer(self) -> steps_module.keras.Optimizer:
+        config, steps = self.config, self.steps
+        total = config.epochs * self.n_batches
+        schedule = steps.make_schedule(
+            config.schedule, config.learning_rate, total, round(config.warmup_epochs * self.n_batches)
+        )
+        return steps.make_optimizer(config.optimizer, schedule, config.weight_decay)
+
+    def _train(self, state: Checkpoint) -> None:
+        while not self._is_done(state):
+            row = self._train_epoch(state.epoch, state.step)
+            if row is None:
+                return  # the driver knows why
+            row |= self._learning_rate()
+            metrics, tensors = self._validate()
+            state = self._advance(state, row | metrics, tensors)
+            self._tell(kind="epoch", row=state.history[-1], n_epochs=self.config.epochs)
+        if self.rank == 0:
+            self._finish(state)
+
+    def _restore(self) -> Checkpoint:
+        """Every worker starts from the checkpoint that rank 0 finds: the newest that verifies."""
+        run, found = self.config.out, None
+        if self.rank == 0:
+            found = checkpoints.newest_valid(run, on_damaged=lambda line: self._tell(kind="note", line=line))
+        epoch = self.group.agree(found.epoch if found else 0)
+        if epoch == 0:
+            return Checkpoint(epoch=0, step=0, tensors={}, history=(), best_epoch=0)
+        found = found or checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, epoch))
+        self.steps.restore_state(self.model, self.optimizer, found.tensors)
+        self._tell(kind="restored", epoch=epoch, history=found.history)
+        return found
+
+    def _is_done(self, state: Checkpoint) -> bool:
+        patience = self.config.early_stopping_epochs
+        stalled = 0 < patience <= state.epoch - state.best_epoch and bool(self.task.validation.names)
+        return state.epoch >= self.config.epochs or stalled
+
+    def _advance(self, state: Checkpoint, row: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
+        """Counts the epoch that is done, and writes it where it is due or the best."""
+        epoch = state.epoch + 1
+        history = (*state.history, {"epoch": epoch, **row})
+        best = state.best_epoch
+        if best == 0 or _is_better(row.get("val/mean_iou"), history[best - 1].get("val/mean_iou")):
+            best = epoch
+        if not self.task.validation.names:
+            best = epoch
+        done = Checkpoint(
+            epoch=epoch, step=state.step + self.n_batches, tensors=tensors, history=history, best_epoch=best
+        )
+        due = epoch % self.config.checkpoint_every_epochs == 0 or self._is_done(done) or best == epoch
+        if due:
+            self.watchdog.beat()
+            self._write(done, state)
+            self.watchdog.beat()
+        return done
+
+    def _write(self, done: Checkpoint, state: Checkpoint) -> None:
+        state_tensors = self.steps.state_tensors(self.model, self.optimizer)
+        self._require_equal(state_tensors)
+        if self.rank == 0:
+            run = self.config.out
+            checkpoints.write_checkpoint(run, dataclasses.replace(done, tensors=state_tensors | done.tensors))
+            # The one before stays too: should the newest be damaged on its disk, one interval is lost, not the run.
+            before = [older for older in checkpoints.list_epochs(run) if older < done.epoch][:1]
+            checkpoints.delete_older(run, done.epoch, {done.best_epoch, state.best_epoch, *before})
+
+    def _require_equal(self, tensors: dict[str, np.ndarray]) -> None:
+        """Raises JobFailed where another worker's variables differ: the group then starts again from a checkpoint."""
+        mine = 0
+        for name in sorted(tensors):
+            mine = zlib.crc32(tensors[name].tobytes(), mine)
+        if int(self.add_up(np.array(mine, np.int64))) != self.n_workers * mine:
+            raise JobFailed("the workers' weights differ; give the job machines of one kind, and look at their memory")
+
+    # --- one epoch ---
+
+    def _train_epoch(self, epoch: int, first_step: int) -> dict[str, Any] | None:
+        started = time.time()
+        order = ingest.epoch_order(len(self.task.train.names), self.config.seed, epoch)
+        results, told_at = [], 0.0
+        for batch, (image_BHWC, mask_BHW) in enumerate(self._batches(order, epoch)):
+            step = first_step + batch
+            seeds = self.steps.dropout_seeds(self.config.seed, step, self.rank, self.step.n_dropouts)
+            results.append(self.step(image_BHWC, mask_BHW, seeds))
+            self.watchdog.beat()
+            # One step behind: the device works on this step while the last one's loss comes back.
+            if not self._is_finite(results, batch - 1, order, step - 1):
+                return None
+            if time.time() - told_at > PROGRESS_INTERVAL_S:
+                told_at = time.time()
+                frames = min((batch + 1) * self.config.batch_size, len(order))
+                self._tell(kind="step", epoch=epoch + 1, frames=frames, n_frames=len(order), seconds=told_at - started)
+        last_step = first_step + len(results) - 1
+        if not self._is_finite(results, len(results) - 1, order, last_step) or not self._stays_finite(order, last_step):
+            return None
+        seconds = time.time() - started
+        correct, valid = (math.fsum(float(r[i]) for r in results) for i in (1, 2))
+        return {
+            "step": first_step + len(results),
+            "loss": float(np.mean([float(result.loss) for result in results])),
+            "accuracy": correct / max(1.0, valid),
+            "seconds": round(seconds, 3),
+            "images_per_s": round(len(order) / seconds, 2),
+            "wall_time_s": round(time.time(), 3),
+        }
+
+    def _batches(self, order: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields this worker's part of each batch; the next one is made while the network works on this one."""
+
+        def make(batch: int) -> tuple[np.ndarray, np.ndarray]:
+            mine = ingest.batch_slice(order, batch, self.config.batch_size, self.rank, self.n_workers)
+            return ingest.gather(self.train_reader, mine, self.part, self.config.image_size, self._view(epoch))
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(make, 0)
+            for batch in range(self.n_batches):
+                ready = coming.result()
+                if batch + 1 < self.n_batches:
+                    coming = pool.submit(make, batch + 1)
+                yield ready
+
+    def _view(self, epoch: int) -> ingest.View | None:
+        if not self.config.augment:
+            return None
+        config = self.config
+        how = AugmentConfig(
+            flip=config.flip,
+            scale=config.scale,
+            brightness=config.brightness,
+            contrast=config.contrast,
+            saturation=config.saturation,
+        )
+
+        def view(image_HWC: np.ndarray, mask_HW: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+            rng = np.random.default_rng([config.seed, epoch, index])
+            return augment(image_HWC, mask_HW, config.image_size, how, rng)
+
+        return view
+
+    def _is_finite(self, results: list[Any], batch: int, order: np.ndarray, step: int) -> bool:
+        """Whether the loss of a batch is finite; else the driver is told. It is equal on all workers, so all stop."""
+        if batch < 0 or math.isfinite(float(results[batch].loss)):
+            return True
+        self._tell_failed(f"the loss is {float(results[batch].loss)} at step", batch, order, step)
+        return False
+
+    def _stays_finite(self, order: np.ndarray, step: int) -> bool:
+        """The same of the weights after an epoch's last step: no loss of that epoch shows what it made of them."""
+        tensors = self.steps.state_tensors(self.model, self.optimizer).values()
+        if all(np.isfinite(tensor).all() for tensor in tensors if tensor.dtype.kind == "f"):
+            return True
+        self._tell_failed("weights are not finite after step", self.n_batches - 1, order, step)
+        return False
+
+    def _tell_failed(self, what: str, batch: int, order: np.ndarray, step: int) -> None:
+        size = self.config.batch_size
+        names = ", ".join(self.task.train.names[index] for index in order[batch * size : (batch + 1) * size])
+        remedy = "look at their masks, lower --learning-rate or set --clip-norm"
+        self._tell(
+            kind="failed",
+            error=JobFailed(f"{what} {step + 1}; the frames of its batch: {names}; {remedy}"),
+        )
+
+    def _learning_rate(self) -> dict[str, float]:
+        return {"learning_rate": float(self.optimizer.learning_rate)}
+
+    def _validate(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Counts every validation frame once, over all workers; returns metrics and the confusion matrices."""
+        if not self.task.validation.names:
+            return {}, {}
+        mine = self.evaluator.count(range(self.rank, len(self.task.validation.names), self.n_workers))
+        own_KK, model_KK = self.add_up(np.stack([mine.own_size_KK, mine.model_size_KK]))
+        loss = self.predict.loss(self.add_up(mine.sums_S))
+        metrics = evaluation.metrics_of(own_KK, model_KK, self.task.class_set.names)
+        row = {key: value for key, value in metrics.items() if "precision" not in key and "recall" not in key}
+        row = {key: value for key, value in row.items() if not isinstance(value, list)}
+        return {"val/loss": loss} | row, {OWN_SIZE: own_KK, MODEL_SIZE: model_KK}
+
+    # --- the end ---
+
+    def _finish(self, state: Checkpoint) -> None:
+        """Tells the driver what the best network predicts on the frames to show, in the masks' own sizes."""
+        last = dataclasses.replace(state, tensors=self.steps.state_tensors(self.model, self.optimizer))
+        # What is damaged the driver will say, which reads it after this.
+        best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
+        self.steps.restore_state(self.model, self.optimizer, best.tensors)
+        shown = evaluation.Evaluator(self.predict, self.task.shown.open(), self.part, self.model_config)
+        self._tell(kind="finished", samples=shown.predict_masks(range(len(self.task.shown.names))))
+
+
+def _is_better(value: float | None, best: float | None) -> bool:
+    return value is not None and (best is None or value > best)
+
+
+def _require_shared_storage(run: str) -> None:
+    if not storage.exists(storage.join(run, "config.yaml")):
+        raise ValueError(
+            f"--out {run} is not seen by every node of the cluster; give a shared folder or a URI such as s3://bucket/run"
+        )
