@@ -14,8 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from unet_ray.chaos import scenarios as chaos
-from unet_ray.chaos import trials
+from unet_ray.chaos import scenarios, trials
 
 
 def main() -> int:
@@ -23,16 +22,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, help="folder for all that is made; OUT/stage is emptied")
     parser.add_argument("--seed", type=int, default=0, help="decides frames, model and the moments of the faults")
-    parser.add_argument("--scenarios", nargs="+", choices=list(chaos.SCENARIOS), default=list(chaos.SCENARIOS))
+    parser.add_argument("--scenarios", nargs="+", choices=list(scenarios.SCENARIOS), default=list(scenarios.SCENARIOS))
     parser.add_argument("--size", choices=list(trials.SIZES), default="small")
     told = parser.parse_args()
     stage = trials.Stage(told.out.resolve() / "stage", trials.SIZES[told.size], told.seed)
     outcomes = []
     for name in told.scenarios:
-        outcomes.append(chaos.run(stage, name))
+        outcomes.append(scenarios.run(stage, name))
         print(f"{name}: {outcomes[-1].verdict} after {outcomes[-1].seconds:g} s", flush=True)
-    print(chaos.table(outcomes))
-    (told.out / "chaos.json").write_text(json.dumps(chaos.as_json(outcomes), indent=1) + "\n")
+    print(scenarios.table(outcomes))
+    (told.out / "chaos.json").write_text(json.dumps(scenarios.as_json(outcomes), indent=1) + "\n")
     return int(any(outcome.problems for outcome in outcomes))
 
 

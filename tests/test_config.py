@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from unet_ray import config
-from unet_ray import config_files as options
+from unet_ray import config, config_files
 from unet_ray.config import ModelConfig, SegmentConfig, TrainConfig
 
 TRAIN = {"images": "i", "masks": "m", "classes": "camvid", "out": "o"}
@@ -73,7 +72,7 @@ def test_workers_are_a_number_or_a_range():
 
 def test_a_range_in_a_file_is_no_number_to_base_60(tmp_path):
     (tmp_path / "told.yaml").write_text("workers: 1:4\nepochs: 010\nlearning_rate: 1.0e-3\n")
-    told = options.read_yaml(str(tmp_path / "told.yaml"))
+    told = config_files.read_yaml(str(tmp_path / "told.yaml"))
     assert told == {"workers": "1:4", "epochs": 8, "learning_rate": 0.001}
 
 
@@ -123,7 +122,7 @@ def test_an_unknown_class_set_names_the_presets(tmp_path):
 
 def test_the_written_configuration_reads_back_the_same():
     told = SegmentConfig(**SEGMENT, window=(48, 64), actors="1:4")
-    fields = yaml.safe_load(options.to_yaml(told))
+    fields = yaml.safe_load(config_files.to_yaml(told))
     again = SegmentConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
     assert again == told
     assert set(fields) == {field.name for field in dataclasses.fields(SegmentConfig)} - {"storage_options"}

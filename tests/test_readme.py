@@ -22,8 +22,7 @@ import pytest
 import small_output
 
 import unet_ray
-from unet_ray import cli, images
-from unet_ray import errors as endings
+from unet_ray import cli, errors, images
 from unet_ray.bench import contests
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import list_archives
@@ -294,7 +293,7 @@ def test_the_table_of_rejected_frames_names_every_reason():
 
 def test_the_table_of_exit_codes_has_those_there_are():
     told = {int(code) for codes, *_ in table("jobs/README.md", "| code | meaning |") for code in codes.split(",")}
-    assert told == {0, endings.EXIT_FAILED, endings.EXIT_USAGE, endings.EXIT_TRY_AGAIN, 130, 143}
+    assert told == {0, errors.EXIT_FAILED, errors.EXIT_USAGE, errors.EXIT_TRY_AGAIN, 130, 143}
 
 
 def test_the_table_of_metrics_names_those_there_are():

@@ -21,8 +21,7 @@ from network_namespaces import Network
 from ray_nodes import RayNodes
 
 from unet_ray import images
-from unet_ray.chaos import faults, trials
-from unet_ray.chaos import scenarios as chaos
+from unet_ray.chaos import faults, scenarios, trials
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "jobs" / "chaos.py"
@@ -67,11 +66,11 @@ def test_each_broken_or_odd_file_is_what_it_says(stage):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [name for name in chaos.SCENARIOS if name not in SHOWN_ELSEWHERE])
+@pytest.mark.parametrize("name", [name for name in scenarios.SCENARIOS if name not in SHOWN_ELSEWHERE])
 def test_a_job_lives_through(name: str, stage: trials.Stage, request: pytest.FixtureRequest) -> None:
     if name.startswith("disk_full"):
         request.getfixturevalue("can_mount")
-    outcome = chaos.run(stage, name)
+    outcome = scenarios.run(stage, name)
     assert outcome.problems == ()
     assert outcome.same in ("bytes", "rows") and outcome.frames == sum(stage.size.drives)
 
@@ -241,13 +240,13 @@ def test_the_job_prints_a_table_and_writes_it(tmp_path: Path) -> None:
         [sys.executable, str(JOB), "--out", str(tmp_path), "--scenarios", "rain"], capture_output=True
     )
     assert usage.returncode == 2 and b"invalid choice: 'rain'" in usage.stderr
-    outcome = chaos.Outcome(
+    outcome = scenarios.Outcome(
         scenario="rain", did="it rained", exit_codes=(-9, 0), frames=1_000, rejected=2, redone="0+0", same="no",
         seconds=1.5, problems=("wet",),
     )  # fmt: skip
-    assert chaos.table([outcome]).splitlines() == [
+    assert scenarios.table([outcome]).splitlines() == [
         "scenario  exit codes  frames  rejected  redone  same  s  verdict  what was done",
         "rain      -9 0        1,000   2         0+0     no    2  FAIL     it rained",
         "rain: wet",
     ]
-    assert json.loads(json.dumps(chaos.as_json([outcome])))[0]["verdict"] == "FAIL"
+    assert json.loads(json.dumps(scenarios.as_json([outcome])))[0]["verdict"] == "FAIL"

@@ -23,8 +23,7 @@ from bad_weather import Proxy, Weather, shares
 from PIL import Image
 from s3_server import KEY_ID, SECRET, make_bucket, reach, run_server
 
-from unet_ray import cli, storage
-from unet_ray import errors as endings
+from unet_ray import cli, errors, storage
 from unet_ray.classes import ClassSet, SegmentationClass
 
 pytestmark = pytest.mark.timeout(1800)
@@ -198,7 +197,7 @@ def test_a_store_that_stays_away_ends_the_job_and_the_rerun_finishes(labelled):
     arguments = ("segment", *SEGMENT, "--frames", "S3/data/images", "--out", "S3/cut")
     gone = Weather(dark_on="PUT .*/records/", dark_at=4, dark_s=10_000)
     code, said = store.run(*arguments, weather=gone)
-    assert code == endings.EXIT_TRY_AGAIN, said
+    assert code == errors.EXIT_TRY_AGAIN, said
     (line,) = [line for line in said.splitlines() if "error" in line]
     assert line.startswith("unet-ray: error: ") and "trying again may help" in line and "goes on" in line
     records = list(storage.list_files(f"{store.bucket}/cut/_work/records"))
@@ -212,7 +211,7 @@ def test_a_training_goes_on_after_its_store_was_gone_and_ends_with_the_same_weig
     """The store is gone for good from the second checkpoint on; then the same command goes on in bad weather."""
     gone = Weather(dark_on="PUT .*epoch-000002/manifest", dark_at=1, dark_s=10_000)
     code, said = trained.run("train", *TRAIN, "--out", "S3/again", "--max-failures", "0", weather=gone)
-    assert code == endings.EXIT_TRY_AGAIN, said
+    assert code == errors.EXIT_TRY_AGAIN, said
     (line,) = [line for line in said.splitlines() if "error" in line]
     assert line.startswith("unet-ray: error: ") and "trying again may help" in line
     code, said = trained.run("train", *TRAIN, "--out", "S3/again", weather=SHORTLY_BAD)

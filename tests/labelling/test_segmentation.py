@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import prometheus as scraping
+import prometheus
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -70,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(faults))
         patch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in scraping.REPORT_INTERVAL.items():
+        for name, value in prometheus.REPORT_INTERVAL.items():
             patch.setenv(name, value)
         yield
         ray.shutdown()
@@ -357,14 +357,14 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     assert errors["a/5.png"] == "decoding ended its process with SIGSEGV, 3 times"
     assert verify.verify(str(tmp_path / "out")) == []
 
-    before, counted = digests(tmp_path / "out"), scraping.scrape()
-    with scraping.watching() as seen:
+    before, counted = digests(tmp_path / "out"), prometheus.scrape()
+    with prometheus.watching() as seen:
         run(model, archive, tmp_path / "out", max_rejected=0.5, retry_rejected=("crashed",), **options)
     said = capsys.readouterr().out
     assert "rejected frames that are tried again: 1\n" in said and "18 frames in 5 chunks, 3 in 1 to do" in said
     assert digests(tmp_path / "out") == before
 
-    now = scraping.scrape()
+    now = prometheus.scrape()
     counters = [name for name in now if "_total" in name and now[name] != counted.get(name)]
     assert {name: now[name] - counted.get(name, 0) for name in counters} == {
         "ray_unet_ray_segment_frames_labelled_total": 2,
@@ -538,4 +538,4 @@ def test_a_number_for_prometheus_stays_while_its_job_runs(labelled: Path) -> Non
     with Gauges("unet_ray_test", {"once": "Set once"}, every_s=0.2) as gauges:
         gauges.set("once", 2.5)
         for _ in range(3):  # each takes as long as Ray remembers a gauge
-            assert scraping.scrape()["ray_unet_ray_test_once"] == 2.5
+            assert prometheus.scrape()["ray_unet_ray_test_once"] == 2.5

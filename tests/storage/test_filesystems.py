@@ -9,9 +9,8 @@ import pytest
 from bad_weather import Proxy, Weather
 from s3_server import KEY_ID, SECRET, make_bucket, reach, run_server
 
-from unet_ray import cli, storage
+from unet_ray import cli, errors, storage
 from unet_ray import config_files as options
-from unet_ray import errors as endings
 from unet_ray.config import SegmentConfig, VerifyConfig
 from unet_ray.storage import filesystems
 
@@ -87,7 +86,7 @@ def test_an_option_is_given_as_json_or_yaml_and_never_written_down(tmp_path, cap
     assert "storage_options" not in options.to_plain(told)
     config = SegmentConfig(model="m", frames=("s3://b",), out="o", storage_options={"anon": True})
     assert "anon" not in options.to_yaml(config)
-    assert cli.main(["verify", "s3://b/labels", "--storage-options", "[1]"]) == endings.EXIT_USAGE
+    assert cli.main(["verify", "s3://b/labels", "--storage-options", "[1]"]) == errors.EXIT_USAGE
     assert (
         capsys.readouterr().err
         == "unet-ray: error: --storage-options holds no options; write one `name: value` a line\n"

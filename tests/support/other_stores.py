@@ -8,8 +8,7 @@ import io
 from bad_weather import Proxy, Weather
 from test_s3_jobs import DRIVES, FRAMES, SEGMENT, TRAIN, read_tree
 
-from unet_ray import cli, storage
-from unet_ray import errors as endings
+from unet_ray import cli, errors, storage
 
 
 def run(bucket: str, command: str, *arguments: str) -> tuple[int, str]:
@@ -42,7 +41,7 @@ def train_label_and_go_on(bucket: str, proxy: Proxy, *, dark_on: str, dark_at: i
     proxy.reset_counts(Weather(dark_on=dark_on, dark_at=dark_at, dark_s=10_000))
     code, said = run(bucket, *segment, "--out", "S3/cut")
     proxy.clear_up()
-    assert code == endings.EXIT_TRY_AGAIN, said
+    assert code == errors.EXIT_TRY_AGAIN, said
     (line,) = [line for line in said.splitlines() if "error" in line]
     assert line.startswith("unet-ray: error: ") and "trying again may help" in line
     records = list(storage.list_files(f"{bucket}/cut/_work/records"))

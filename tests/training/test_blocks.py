@@ -16,7 +16,7 @@ from unet_ray.chaos import faults
 from unet_ray.classes import IGNORED_ID, ClassSet, SegmentationClass
 from unet_ray.errors import JobFailed
 from unet_ray.pairs.pairs import find_pairs
-from unet_ray.training import blocks as ingest
+from unet_ray.training import blocks
 from unet_ray.training.blocks import IngestPlan
 
 CLASSES = ClassSet(
@@ -61,7 +61,7 @@ def cluster(tmp_path_factory):
 
 def test_a_row_holds_the_pair(data):
     _, pairs, arrays = data
-    row = ingest.read_row(1, pairs[1], PLAN)
+    row = blocks.read_row(1, pairs[1], PLAN)
     image, mask = arrays[1]
     assert (row["height_px"], row["width_px"], row["full_height_px"], row["full_width_px"]) == (24, 32, 37, 53)
     expected = tf.image.resize(image, (24, 32), method="nearest").numpy()
@@ -74,14 +74,14 @@ def test_the_hash_is_of_the_frame_whatever_is_kept_of_it(data):
     _, pairs, _ = data
     plans = (PLAN, dataclasses.replace(PLAN, image_size=None), dataclasses.replace(PLAN, keep_pixels=False))
     for pair in pairs:
-        assert len({ingest.read_row(0, pair, plan)["image_hash"] for plan in plans}) == 1
+        assert len({blocks.read_row(0, pair, plan)["image_hash"] for plan in plans}) == 1
 
 
 @pytest.mark.timeout(300)
 def test_a_reader_copies_no_pixels(cluster):
     rows = [{"index": index, "image": bytes(300_000), "mask": bytes(100_000)} for index in range(40)]
     rows = [row | {"height_px": 100, "width_px": 1000} for row in rows]
-    frames = ingest.BlockFrames(names=("",) * 40, blocks=(ray.put(pa.Table.from_pylist(rows)),))
+    frames = blocks.BlockFrames(names=("",) * 40, blocks=(ray.put(pa.Table.from_pylist(rows)),))
     before = pa.total_allocated_bytes()
     reader = frames.open()
     assert reader.read(39)[0].shape == (100, 1000, 3)
@@ -91,12 +91,12 @@ def test_a_reader_copies_no_pixels(cluster):
 @pytest.mark.timeout(300)
 def test_what_training_keeps_counts_for_validation_too(data, cluster, monkeypatch):
     _, pairs, _ = data
-    kept = ingest.ingest(pairs, PLAN)
-    share = 1.5 * kept.kept_bytes / ingest._smallest_store_bytes()
-    monkeypatch.setattr(ingest, "STORE_SHARE", share)
-    assert isinstance(ingest.ingest(pairs, PLAN).frames, ingest.BlockFrames)
-    more = ingest.ingest(pairs, PLAN, kept_bytes=kept.kept_bytes)
-    assert isinstance(more.frames, ingest.FileFrames) and more.kept_bytes == 0
+    kept = blocks.ingest(pairs, PLAN)
+    share = 1.5 * kept.kept_bytes / blocks._smallest_store_bytes()
+    monkeypatch.setattr(blocks, "STORE_SHARE", share)
+    assert isinstance(blocks.ingest(pairs, PLAN).frames, blocks.BlockFrames)
+    more = blocks.ingest(pairs, PLAN, kept_bytes=kept.kept_bytes)
+    assert isinstance(more.frames, blocks.FileFrames) and more.kept_bytes == 0
 
 
 @pytest.mark.timeout(300)
@@ -105,17 +105,17 @@ def test_a_frame_that_ends_its_process_ends_the_job_with_a_line(data, cluster, t
         shutil.copytree(data[0] / folder, tmp_path / folder)
     (tmp_path / "frames" / "002.png").write_bytes(b"segfault")
     with pytest.raises(JobFailed, match="a process that reads pairs died 3 times .*`unet-ray check` reads them one by"):
-        ingest.ingest(find_pairs(str(tmp_path / "frames"), str(tmp_path / "masks")).pairs, PLAN)
+        blocks.ingest(find_pairs(str(tmp_path / "frames"), str(tmp_path / "masks")).pairs, PLAN)
 
 
 @pytest.mark.timeout(300)
 def test_blocks_and_files_give_the_same_pixels(data, cluster, capsys, monkeypatch):
     _, pairs, arrays = data
-    kept = ingest.ingest(pairs, PLAN)
-    assert isinstance(kept.frames, ingest.BlockFrames)
-    monkeypatch.setattr(ingest, "STORE_SHARE", 1e-9)
-    streamed = ingest.ingest(pairs, PLAN)
-    assert isinstance(streamed.frames, ingest.FileFrames)
+    kept = blocks.ingest(pairs, PLAN)
+    assert isinstance(kept.frames, blocks.BlockFrames)
+    monkeypatch.setattr(blocks, "STORE_SHARE", 1e-9)
+    streamed = blocks.ingest(pairs, PLAN)
+    assert isinstance(streamed.frames, blocks.FileFrames)
     assert "are read and decoded again in every epoch" in capsys.readouterr().out
     np.testing.assert_array_equal(kept.pixels_NK, [[np.sum(mask == k) for k in range(3)] for _, mask in arrays])
     np.testing.assert_array_equal(kept.pixels_NK, streamed.pixels_NK)
@@ -133,7 +133,7 @@ def test_blocks_and_files_give_the_same_pixels(data, cluster, capsys, monkeypatc
 @pytest.mark.timeout(300)
 def test_without_a_size_frames_keep_their_own(data, cluster):
     _, pairs, arrays = data
-    reader = ingest.ingest(pairs, dataclasses.replace(PLAN, image_size=None, keep_full_mask=False)).frames.open()
+    reader = blocks.ingest(pairs, dataclasses.replace(PLAN, image_size=None, keep_full_mask=False)).frames.open()
     for index in (4, 0):
         for one, other in zip(reader.read(index), arrays[index], strict=True):
             np.testing.assert_array_equal(one, other)
@@ -152,7 +152,7 @@ def test_pairs_that_cannot_be_used_are_one_line(data, cluster, tmp_path):
     (tmp_path / "frames" / "003.png").write_bytes(b"no image")
     pairs = find_pairs(str(tmp_path / "frames"), str(tmp_path / "masks")).pairs
     with pytest.raises(ValueError) as caught:
-        ingest.ingest(pairs, PLAN)
+        blocks.ingest(pairs, PLAN)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/masks/001.png: ")
     assert "99 (6 pixels)" in message and "\n" not in message
@@ -160,7 +160,7 @@ def test_pairs_that_cannot_be_used_are_one_line(data, cluster, tmp_path):
 
 
 def test_nothing_to_ingest():
-    nothing = ingest.ingest((), PLAN)
+    nothing = blocks.ingest((), PLAN)
     assert nothing.frames.names == () and nothing.pixels_NK.shape == (0, 3) and nothing.hashes == {}
 
 
@@ -168,11 +168,11 @@ def test_nothing_to_ingest():
     ("n_frames", "batch_size", "n_workers"), [(103, 16, 2), (7, 4, 3), (5, 8, 2), (1, 4, 4), (32, 8, 1), (17, 5, 4)]
 )
 def test_an_epoch_holds_every_frame_once(n_frames, batch_size, n_workers):
-    order = ingest.epoch_order(n_frames, 3, 11)
+    order = blocks.epoch_order(n_frames, 3, 11)
     seen: list[int] = []
     for batch in range(-(-n_frames // batch_size)):
-        parts = [ingest.batch_slice(order, batch, batch_size, rank, n_workers) for rank in range(n_workers)]
-        assert max(map(len, parts)) <= ingest.rank_batch_size(batch_size, n_workers)
+        parts = [blocks.batch_slice(order, batch, batch_size, rank, n_workers) for rank in range(n_workers)]
+        assert max(map(len, parts)) <= blocks.rank_batch_size(batch_size, n_workers)
         # Together they are the global batch, whatever the number of workers.
         np.testing.assert_array_equal(np.concatenate(parts), order[batch * batch_size : (batch + 1) * batch_size])
         seen += np.concatenate(parts).tolist()
@@ -180,9 +180,9 @@ def test_an_epoch_holds_every_frame_once(n_frames, batch_size, n_workers):
 
 
 def test_an_epochs_order_is_a_function_of_seed_and_epoch():
-    orders = {ingest.epoch_order(40, seed, epoch).tobytes() for seed in (0, 1) for epoch in (0, 1, 2)}
+    orders = {blocks.epoch_order(40, seed, epoch).tobytes() for seed in (0, 1) for epoch in (0, 1, 2)}
     assert len(orders) == 6
-    np.testing.assert_array_equal(ingest.epoch_order(40, 1, 2), ingest.epoch_order(40, 1, 2))
+    np.testing.assert_array_equal(blocks.epoch_order(40, 1, 2), blocks.epoch_order(40, 1, 2))
 
 
 class Frames:
@@ -193,12 +193,12 @@ class Frames:
 
 
 def test_a_short_batch_is_padded_with_frames_that_count_nothing():
-    image, mask = ingest.gather(Frames(), [5, 1], 4, (24, 32))  # type: ignore[arg-type]
+    image, mask = blocks.gather(Frames(), [5, 1], 4, (24, 32))  # type: ignore[arg-type]
     assert image.shape == (4, 24, 32, 3) and image.dtype == np.uint8
     assert [int(frame.max()) for frame in image] == [5, 1, 0, 0]
     assert [set(frame.ravel().tolist()) for frame in mask] == [{2}, {1}, {IGNORED_ID}, {IGNORED_ID}]
 
 
 def test_a_view_is_told_the_frames_index():
-    image, mask = ingest.gather(Frames(), [5, 1], 2, (24, 32), lambda i, m, index: (i + 1, m * 0 + index))  # type: ignore[arg-type]
+    image, mask = blocks.gather(Frames(), [5, 1], 2, (24, 32), lambda i, m, index: (i + 1, m * 0 + index))  # type: ignore[arg-type]
     assert image[0, 0, 0, 0] == 6 and mask[1, 0, 0] == 1

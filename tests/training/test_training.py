@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prometheus as scraping
+import prometheus
 import pytest
 import ray
 import yaml
@@ -28,11 +28,9 @@ from unet_ray.model.bundle import read_bundle
 from unet_ray.model.metrics import confusion_matrix
 from unet_ray.model.unet import build_unet
 from unet_ray.pairs.pairs import ImagePair
-from unet_ray.training import blocks as ingest
-from unet_ray.training import checkpoints
+from unet_ray.training import blocks, checkpoints, run_folder
 from unet_ray.training import data as training_data
 from unet_ray.training import job as training
-from unet_ray.training import run_folder as runs
 from unet_ray.training.job import evaluate, train
 from unet_ray.training.monitor import Monitor
 
@@ -48,7 +46,7 @@ def data(tmp_path_factory) -> Path:
 def cluster():
     """A cluster of this module's own, so that a test may kill its workers."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in scraping.REPORT_INTERVAL.items():
+        for name, value in prometheus.REPORT_INTERVAL.items():
             patch.setenv(name, value)
         training.connect()
         yield
@@ -61,7 +59,7 @@ def test_prometheus_reads_the_last_epoch(cluster, tmp_path):
     with monitor.gauges:
         monitor.handle({"kind": "epoch", "row": {**row, "epoch": 2, "loss": 0.75}})
         monitor.handle({"kind": "epoch", "row": row})
-        found = {name: value for name, value in scraping.scrape().items() if "train" in name}
+        found = {name: value for name, value in prometheus.scrape().items() if "train" in name}
     assert found == {
         "ray_unet_ray_train_epoch": 3,
         "ray_unet_ray_train_loss": 0.5,
@@ -122,8 +120,8 @@ def test_every_frame_is_read_once_an_epoch_in_the_order_of_seed_and_epoch(undist
     told, _ = undisturbed
     for rank in range(2):
         read = [int(line) for line in (Path(told.out).parent / "read" / f"rank{rank}.txt").read_text().split()]
-        orders = [ingest.epoch_order(14, told.seed, epoch) for epoch in range(12)]
-        expected = [ingest.batch_slice(order, batch, 4, rank, 2) for order in orders for batch in range(4)]
+        orders = [blocks.epoch_order(14, told.seed, epoch) for epoch in range(12)]
+        expected = [blocks.batch_slice(order, batch, 4, rank, 2) for order in orders for batch in range(4)]
         assert read == np.concatenate(expected).tolist()
 
 
@@ -163,7 +161,7 @@ def test_tensorboard_events_hold_the_history(undisturbed):
 
 
 def validation_frames(told: TrainConfig) -> list[ImagePair]:
-    return list(training_data.find_data(runs.resolved(told)).split.validation)
+    return list(training_data.find_data(run_folder.resolved(told)).split.validation)
 
 
 @pytest.mark.timeout(300)
@@ -248,14 +246,14 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed):
 
 def about_of(told: TrainConfig) -> dict[str, Any]:
     found = training_data.find_data(told)
-    return runs.describe(found.split, found.class_set, found.mask_format, found.class_weights_K)
+    return run_folder.describe(found.split, found.class_set, found.mask_format, found.class_weights_K)
 
 
 @pytest.mark.timeout(300)
 def test_other_data_are_refused(data, tmp_path):
     told = make_config(data, tmp_path / "run")
     about = about_of(told)
-    runs.begin(told, about | {"train_frames": 99, "frames_sha256": "0"})
+    run_folder.begin(told, about | {"train_frames": 99, "frames_sha256": "0"})
     with pytest.raises(
         ValueError, match=r"holds a run that began with other data: train_frames was 99, now 14, frames_"
     ):
@@ -268,9 +266,9 @@ def test_files_of_classes_and_weights_that_were_edited_are_refused(data, tmp_pat
     weights.write_text("{sky: 2, road: 0.5, car: 1}")
     classes.write_text((data / "classes.yaml").read_text())
     told = make_config(data, tmp_path / "run", classes=str(classes), class_weights=str(weights))
-    runs.begin(told, about_of(told))
+    run_folder.begin(told, about_of(told))
     weights.write_text("{car: 1.0, sky: 2, road: 0.5} # as before")
-    runs.require_same_data(told, about_of(told))
+    run_folder.require_same_data(told, about_of(told))
     weights.write_text("{sky: 3, road: 0.5, car: 1}")
     with pytest.raises(ValueError) as caught:
         train(told)
@@ -304,7 +302,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(undisturbed, data, tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "metrics.json").write_text("{}")
     (tmp_path / "thesis.tex").write_text("mine")
-    runs.begin(dataclasses.replace(told, overwrite=True), {})
+    run_folder.begin(dataclasses.replace(told, overwrite=True), {})
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "run.json", "thesis.tex"}
 
 
@@ -353,7 +351,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_frames(data, cluster, tmp
     assert step == 2 and message.startswith("the loss is ") and "\n" not in message  # the first after an update
     frames = message.split("the frames of its batch: ")[1].split(";")[0].split(", ")
     trained = training_data.find_data(make_config(data, tmp_path / "run")).split.train
-    assert frames == [trained[index].pair_id for index in ingest.epoch_order(14, 5, 0)[4:8]]
+    assert frames == [trained[index].pair_id for index in blocks.epoch_order(14, 5, 0)[4:8]]
 
 
 def test_class_weights_from_a_file(data, tmp_path):

@@ -17,11 +17,10 @@ import ray
 from commands import run_to_end
 from small_training import HeldFrames, assert_same_end, held_up, make_config, wait_for_epoch, write_data
 
-from unet_ray import config_files as options
+from unet_ray import config_files
 from unet_ray.chaos import faults
 from unet_ray.config import TrainConfig
-from unet_ray.training import blocks as ingest
-from unet_ray.training import checkpoints
+from unet_ray.training import blocks, checkpoints
 from unet_ray.training import job as training
 from unet_ray.training.job import train
 
@@ -108,7 +107,7 @@ def test_workers_that_die_or_stop_anywhere_change_nothing(undisturbed, data, tmp
     From the fault itself it took 20 to 31 s on 2 free cores (2026-11-21), and 54 to 156 s in a suite on two slow and
     busy ones (2026-11-28): so it is printed here, and not asserted.
     """
-    monkeypatch.setattr(ingest, "STORE_SHARE", 1e-9)
+    monkeypatch.setattr(blocks, "STORE_SHARE", 1e-9)
     struck = tmp_path / "faults"
     struck.mkdir()
     with held_up(Struck, struck):
@@ -231,7 +230,7 @@ training.train(TrainConfig(**{{k: tuple(v) if isinstance(v, list) else v for k, 
 
 def start_driver(folder: Path, told: TrainConfig) -> tuple[list[str], subprocess.Popen]:
     """Starts a training in a process of its own; returns the command and the process."""
-    (folder / "told.yaml").write_text(options.to_yaml(told))
+    (folder / "told.yaml").write_text(config_files.to_yaml(told))
     command = [sys.executable, "-c", DRIVER, str(folder / "told.yaml")]
     return command, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

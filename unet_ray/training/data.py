@@ -13,7 +13,7 @@ from unet_ray.config_files import read_yaml
 from unet_ray.messages import count
 from unet_ray.pairs.pairs import ImagePair, detect_mask_format, find_pairs, require_complete
 from unet_ray.pairs.splits import Split, split_pairs
-from unet_ray.training import evaluator as evaluation
+from unet_ray.training import evaluator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class TrainingData:
     def shown(self) -> tuple[ImagePair, ...]:
         """The pairs of `samples.png`, spread over those that validate, or that train where none validates."""
         pairs = self.split.validation or self.split.train
-        return tuple(pairs[place] for place in evaluation.sample_places(len(pairs)))
+        return tuple(pairs[place] for place in evaluator.sample_places(len(pairs)))
 
 
 def find_data(config: TrainConfig) -> TrainingData:

@@ -47,9 +47,8 @@ from unet_ray.model import bundle, metrics
 from unet_ray.model.devices import UnusableGpu
 from unet_ray.pairs.pairs import ImagePair, load_pair
 from unet_ray.pairs.splits import leak_rate, leak_warning
-from unet_ray.training import checkpoints
+from unet_ray.training import checkpoints, run_folder
 from unet_ray.training import evaluator as evaluation
-from unet_ray.training import run_folder as runs
 from unet_ray.training.blocks import FileFrames, FrameSource, IngestPlan, ingest
 from unet_ray.training.checkpoints import Checkpoint
 from unet_ray.training.data import TrainingData, complete_pairs, find_data, find_mask_format
@@ -98,13 +97,13 @@ def train(config: TrainConfig) -> TrainResult:
         StorageError: trouble with storage that may be over when one tries again.
     """
     config.configure_storage()
-    config = runs.resolved(config)
-    if finished := runs.finished(config):
+    config = run_folder.resolved(config)
+    if finished := run_folder.finished(config):
         say(f"{config.out} is finished already; --overwrite trains it anew")
         return _result(config.out, finished)
     data = find_data(config)
-    about = runs.describe(data.split, data.class_set, data.mask_format, data.class_weights_K)
-    runs.require_same_data(config, about)
+    about = run_folder.describe(data.split, data.class_set, data.mask_format, data.class_weights_K)
+    run_folder.require_same_data(config, about)
 
     connect()
     launcher = _start_launcher()
@@ -115,7 +114,7 @@ def train(config: TrainConfig) -> TrainResult:
     task, hashes = _prepare(config, data, device, cpus)
     _say_plan(config, data, cpus, device, hashes)
 
-    runs.begin(config, about)
+    run_folder.begin(config, about)
     record = MlflowRecord(config) if config.mlflow else None
     monitor = _fit(config, task, launcher, record)
     found = _write_results(config, data, monitor.samples)
@@ -355,7 +354,7 @@ def _write_results(config: TrainConfig, data: TrainingData, samples: Mapping[int
     write_history(config.out, last.history)
     _draw_curves(config.out, last.history)
     _draw_results(config.out, data.shown, data.class_set, data.mask_format, samples, own_KK)
-    storage.write_whole(storage.join(config.out, runs.METRICS_FILE), json.dumps(found, indent=1).encode())
+    storage.write_whole(storage.join(config.out, run_folder.METRICS_FILE), json.dumps(found, indent=1).encode())
     return found
 
 

@@ -24,9 +24,7 @@ from unet_ray.classes import ClassSet
 from unet_ray.cluster.processes import without_plots
 from unet_ray.config import TrainConfig
 from unet_ray.errors import JobFailed
-from unet_ray.training import blocks as ingest
-from unet_ray.training import checkpoints
-from unet_ray.training import evaluator as evaluation
+from unet_ray.training import blocks, checkpoints, evaluator
 from unet_ray.training.augmentation import AugmentConfig, augment
 from unet_ray.training.checkpoints import Checkpoint
 from unet_ray.training.watchdog import Watchdog
@@ -53,9 +51,9 @@ class WorkerTask:
     """Pixels of each class in the training masks."""
     image_pixels_K: np.ndarray
     """Valid pixels of the training masks in which the class occurs."""
-    train: ingest.FrameSource
-    validation: ingest.FrameSource
-    shown: ingest.FrameSource
+    train: blocks.FrameSource
+    validation: blocks.FrameSource
+    shown: blocks.FrameSource
     """What `samples.png` will show, all of it."""
     device: str
     """`gpu` or `cpu`."""
@@ -117,7 +115,7 @@ class Worker:
 
         self.train_reader = task.train.open()
         self.n_batches = math.ceil(len(task.train.names) / config.batch_size)
-        self.part = ingest.rank_batch_size(config.batch_size, self.n_workers)
+        self.part = blocks.rank_batch_size(config.batch_size, self.n_workers)
         self.model_config = config.model_config(task.class_set.n_classes)
         self.model = unet.build_unet(self.model_config, seed=config.seed, dtype_policy=policy)
         self.optimizer = self._make_optimizer()
@@ -135,7 +133,7 @@ class Worker:
         self.step.trace(self.part)
         self.predict = steps.Predictor(self.model, loss=config.loss, class_weights_K=weights_K)
         self.add_up = steps.WorkerSum(strategy)
-        self.evaluator = evaluation.Evaluator(
+        self.evaluator = evaluator.Evaluator(
             self.predict, task.validation.open(), self.part, self.model_config, on_batch=self.watchdog.beat
         )
         self._tell(kind="started", policy=policy, n_workers=self.n_workers)
@@ -219,7 +217,7 @@ class Worker:
 
     def _train_epoch(self, epoch: int, first_step: int) -> dict[str, Any] | None:
         started = time.time()
-        order = ingest.epoch_order(len(self.task.train.names), self.config.seed, epoch)
+        order = blocks.epoch_order(len(self.task.train.names), self.config.seed, epoch)
         results, told_at = [], 0.0
         for batch, (image_BHWC, mask_BHW) in enumerate(self._batches(order, epoch)):
             step = first_step + batch
@@ -251,8 +249,8 @@ class Worker:
         """Yields this worker's part of each batch; the next one is made while the network works on this one."""
 
         def make(batch: int) -> tuple[np.ndarray, np.ndarray]:
-            mine = ingest.batch_slice(order, batch, self.config.batch_size, self.rank, self.n_workers)
-            return ingest.gather(self.train_reader, mine, self.part, self.config.image_size, self._view(epoch))
+            mine = blocks.batch_slice(order, batch, self.config.batch_size, self.rank, self.n_workers)
+            return blocks.gather(self.train_reader, mine, self.part, self.config.image_size, self._view(epoch))
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(make, 0)
@@ -262,7 +260,7 @@ class Worker:
                     coming = pool.submit(make, batch + 1)
                 yield ready
 
-    def _view(self, epoch: int) -> ingest.View | None:
+    def _view(self, epoch: int) -> blocks.View | None:
         if not self.config.augment:
             return None
         config = self.config
@@ -314,7 +312,7 @@ class Worker:
         mine = self.evaluator.count(range(self.rank, len(self.task.validation.names), self.n_workers))
         own_KK, model_KK = self.add_up(np.stack([mine.own_size_KK, mine.model_size_KK]))
         loss = self.predict.loss(self.add_up(mine.sums_S))
-        metrics = evaluation.metrics_of(own_KK, model_KK, self.task.class_set.names)
+        metrics = evaluator.metrics_of(own_KK, model_KK, self.task.class_set.names)
         row = {key: value for key, value in metrics.items() if "precision" not in key and "recall" not in key}
         row = {key: value for key, value in row.items() if not isinstance(value, list)}
         return {"val/loss": loss} | row, {OWN_SIZE: own_KK, MODEL_SIZE: model_KK}
@@ -327,7 +325,7 @@ class Worker:
         # What is damaged the driver will say, which reads it after this.
         best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
         self.steps.restore_state(self.model, self.optimizer, best.tensors)
-        shown = evaluation.Evaluator(self.predict, self.task.shown.open(), self.part, self.model_config)
+        shown = evaluator.Evaluator(self.predict, self.task.shown.open(), self.part, self.model_config)
         self._tell(kind="finished", samples=shown.predict_masks(range(len(self.task.shown.names))))
 
 
