@@ -29,6 +29,8 @@ class NewRows:
     """Of the chunk within its shard."""
     rows: tuple[int, ...]
     """Places within the chunk."""
+    rejected: Mapping[str, int]
+    """Number of them by the reason that they had before."""
     receipt: Receipt
 
 
@@ -37,10 +39,15 @@ def new_rows(plan: Plan) -> tuple[dict[int, list[NewRows]], int]:
     places = {chunk.chunk_id: n for chunks in plan.of_shard.values() for n, chunk in enumerate(chunks)}
     every, recorded = ledger.open_retries(plan), ledger.committed_keys(plan.out)
     new: dict[int, list[NewRows]] = {}
-    for _, chunk in every:
+    for retry, chunk in every:
         if chunk.key in recorded:
             (receipt,) = ledger.read_receipts(plan.out, [chunk.key])
-            row = NewRows(place=places[chunk.chunk_id], rows=chunk.rows or (), receipt=receipt)
+            row = NewRows(
+                place=places[chunk.chunk_id],
+                rows=chunk.rows or (),
+                rejected=retry.rejected[chunk.chunk_id],
+                receipt=receipt,
+            )
             new.setdefault(chunk.shard, []).append(row)
     return new, max((retry.number + 1 for retry, _ in every), default=0)
 

@@ -63,6 +63,15 @@ class ShardTask:
     n_retries: int = 0
     """All retries below this number are held by the file then."""
 
+    @property
+    def rejected(self) -> Counter[str]:
+        """Number of rejected rows by reason, as the records say."""
+        rejected = ledger.rejected_of([self.base] if self.base else (), self.receipts)
+        for new in self.new_rows:
+            rejected.subtract(new.rejected)
+            rejected.update(new.receipt.rejected)
+        return +rejected
+
 
 # --- publishing ---
 
@@ -96,8 +105,11 @@ def publish(
     if done is not None:
         _clear_up(plan)  # after a kill after step 6
         return done
-    require_share(ledger.done_so_far(plan)[1], plan.n_frames, plan.n_frames, max_rejected)
     published, tasks = _shard_tasks(plan)
+    to_write = {task.shard for task in tasks}
+    rejected = ledger.rejected_of((file for shard, file in published.items() if shard not in to_write), ())
+    rejected += sum((task.rejected for task in tasks), Counter[str]())
+    require_share(rejected, plan.n_frames, plan.n_frames, max_rejected)
     files = {
         **published,
         **{task.shard: file for task, file in zip(tasks, map_shards(write_shard, tasks), strict=True)},
