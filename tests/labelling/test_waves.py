@@ -94,7 +94,9 @@ def test_a_step_that_fails_says_what_and_where(step, monkeypatch):
         table = stages.write_chunks(labelled, "out", PRESETS["camvid"], "raw", "me")
         table = table.rename_columns({"trouble": "_trouble", "kind": "_kind"})
     (row,) = table.to_pylist()
-    assert re.fullmatch(r"RuntimeError in labelling/(stages|waves)\.py:\d+: OOM when allocating( x)+ …", row["_trouble"])
+    assert re.fullmatch(
+        r"RuntimeError in labelling/(stages|waves)\.py:\d+: OOM when allocating( x)+ …", row["_trouble"]
+    )
     assert row["_kind"] == "failed" and len(row["_trouble"]) < 400
     tally = labelling._Tally(1, 0.0)
     tally.troubles[row["_kind"]] = row["_trouble"]

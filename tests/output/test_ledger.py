@@ -158,11 +158,14 @@ def test_frames_that_have_another_id_now_are_not_labelled_once_more(out):
     assert str(refusal.value).startswith(
         f"{uri} is planned in {out} as a//0.png and would be labelled once more as log/"
     )
-    written_anew = renamed.set_column(7, "version", pa.array(["other"] * 3))
-    assert written_anew.column_names == first.column_names
-    assert (
-        make_plan(out, Listing(table=written_anew), keep_gone=True).n_new == 3
-    )  # other frames in an archive of the same name
+    # An archive of the same name with other frames has places of the same name.
+    tar = first.set_column(2, "kind", pa.array(["tar"] * 3))
+    other = pa.array([f"other/{name}" for name in first["frame_id"].to_pylist()])
+    out = storage.join(out, "tar")
+    make_plan(out, Listing(table=tar))
+    anew = tar.set_column(0, "frame_id", other).set_column(7, "version", pa.array(["other"] * 3))
+    assert anew.column_names == first.column_names
+    assert make_plan(out, Listing(table=anew), keep_gone=True).n_new == 3
 
 
 def test_another_lineage_is_refused_and_the_difference_shown(out):

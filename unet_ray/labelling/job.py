@@ -104,33 +104,41 @@ def segment(config: SegmentConfig) -> SegmentResult:
     look = functools.partial(require_seen_by_all, _read_by_workers(config, listing), storage.resolve(config.out))
     look()  # before anything is written
 
-    plan = _plan(config, bundle, tiling, precision, device, listing)
-    _say_changes(plan)
-    job = heartbeats.new_job()
-    other = heartbeats.other_job(plan.out, job)
+    job, watch = heartbeats.new_job(), _Watch()
+    with heartbeats.beating(out, job, watch.look):
+        plan = watch.plan = _plan(config, bundle, tiling, precision, device, listing)
+        _say_changes(plan)
+        _warn_of_another_job(out, job)
+        network = _Network(bundle, tiling, precision, device)
+        try:
+            whole = _label_and_publish(config, plan, network, listing, _Run(job, look, watch))
+        except (JobFailed, FileNotFoundError):
+            watch.look()
+            watch.require_ours()  # what is damaged or gone may be so because another job has overwritten the output
+            raise
+    result = _result(whole.plan, whole.summary, whole.frames_per_s)
+    _say_result(result)
+    _show_preview(whole.plan, listing, whole.is_news)
+    return result
+
+
+def _warn_of_another_job(out: str, job: str) -> None:
+    other = heartbeats.other_job(out, job)
     if other:
         say(
             f"warning: another job, {other}, worked on this output within the last minute; if it was killed, nothing is"
             " lost, and if it still works, both may go on: the result is the same"
         )
-    watch, network = _Watch(plan), _Network(bundle, tiling, precision, device)
-    with heartbeats.beating(plan.out, job, watch.look):
-        while True:
-            frames_per_s = _label(config, plan, network, listing, _Run(job, look, watch))
-            try:
-                is_news = bool(frames_per_s) or publish.finished_summary(plan) is None
-                figures = {"frames_per_s": round(frames_per_s, 1)}
-                summary = publish.publish(
-                    plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster
-                )
-                break
-            except plans.Grown as grown:
-                say(f"another job has added {count(grown.plan.n_frames - plan.n_frames, 'frame')} to this output")
-                plan = watch.plan = grown.plan
-    result = _result(plan, summary, frames_per_s)
-    _say_result(result)
-    _show_preview(plan, listing, is_news)
-    return result
+
+
+class _Published(NamedTuple):
+    """An output that is whole."""
+
+    plan: Plan
+    summary: Mapping[str, Any]
+    frames_per_s: float
+    is_news: bool
+    """Whether this run has done anything for it."""
 
 
 class _Network(NamedTuple):
@@ -145,14 +153,15 @@ class _Network(NamedTuple):
 class _Watch:
     """Looks beside the work whether the output is still this job's."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
         self._error: Exception | None = None
 
     def look(self) -> None:
         """Remembers what is wrong, for `require_ours`."""
         try:
-            plans.has_grown(self.plan)
+            if self.plan is not None:
+                plans.has_grown(self.plan)
         except (NotNow, JobFailed, ValueError) as error:
             self._error = error
 
@@ -170,6 +179,22 @@ class _Run(NamedTuple):
     require_seen: Callable[[], None]
     """Asks all machines for the archives and the model."""
     watch: _Watch
+
+
+def _label_and_publish(config: SegmentConfig, plan: Plan, network: _Network, listing: Listing, run: _Run) -> _Published:
+    """Labels what is not done and publishes it, with what other jobs add to the output meanwhile."""
+    while True:
+        frames_per_s = _label(config, plan, network, listing, run)
+        figures = {"frames_per_s": round(frames_per_s, 1)}
+        try:
+            is_news = bool(frames_per_s) or publish.finished_summary(plan) is None
+            summary = publish.publish(
+                plan, max_rejected=config.max_rejected, figures=figures, map_shards=map_on_cluster
+            )
+            return _Published(plan, summary, frames_per_s, is_news)
+        except plans.Grown as grown:
+            say(f"another job has added {count(grown.plan.n_frames - plan.n_frames, 'frame')} to this output")
+            plan = run.watch.plan = grown.plan
 
 
 def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listing, run: _Run) -> float:
@@ -315,6 +340,7 @@ def _plan(
     )
     for path in plan.mended:
         say(f"{path} was damaged or gone, and is written again")
+    salvage.take_back_notes(plan)
     if config.retry_rejected is not None:
         say(f"rejected frames that are tried again: {rejected.retry_rejected(plan, config.retry_rejected):,}")
     return plan

@@ -64,18 +64,25 @@ def work(
     with meters.gauges, progress:
         blocks = share_tasks(chunks, frames_together(TASK_FRAMES, plan.frame_pixels), job.allocation.actors[1])
         _label(job, blocks, progress, tally, meters, require_ours, carefully=False)
-        left = ledger.pending(plan)
+        left = _left_of(chunks, plan)
         if left:
             say(f"{count(len(left), 'chunk')} without a record; once more, each frame in a process of its own")
             tally.troubles.clear()  # all that is left is tried again
             _label(job, [[chunk] for chunk in left], progress, tally, meters, require_ours, carefully=True)
-            left = ledger.pending(plan)
+            left = _left_of(chunks, plan)
     progress.finish(tally.note())
     if left and tally.troubles:
         raise tally.trouble_error(f"{count(len(left), 'chunk')} not done")
     if left:
         raise JobFailed(f"{count(len(left), 'chunk')} crashed every process, the first is {left[0].chunk_id}")
     return todo / (time.monotonic() - started_s)
+
+
+def _left_of(chunks: Sequence[Chunk], plan: Plan) -> list[Chunk]:
+    """Which of some chunks are not done. Others may be pending by now, as of a file that was found to be damaged: what
+    such a file still holds is kept before its chunks are labelled, at the next run."""
+    keys = {chunk.key for chunk in chunks}
+    return [chunk for chunk in ledger.pending(plan) if chunk.key in keys]
 
 
 def _label(

@@ -115,13 +115,15 @@ def refuse_doubled(out: str, new: pa.Table) -> None:
             )
 
 
-_PLACE = ("uri", "offset_bytes", "row", "version")
-"""Without the version, an archive that was written anew under its name would pass for the old one."""
+_PLACE = ("uri", "kind", "offset_bytes", "row", "version")
 
 
 def _places(table: pa.Table) -> pa.ChunkedArray:
-    texts = [pc.fill_null(table[name].cast(pa.string()), "") for name in _PLACE]
-    return pc.binary_join_element_wise(*texts, "\n")
+    """Where each frame lies: a file by its path; without the version, an archive that was written anew under its name
+    would pass for the old one."""
+    offset, row, version = (pc.fill_null(table[name].cast(pa.string()), "") for name in _PLACE[2:])
+    version = pc.if_else(pc.equal(table["kind"], "file"), "", version)
+    return pc.binary_join_element_wise(table["uri"], offset, row, version, "\n")
 
 
 _MARK = re.compile(r"_g(\d{3,})\.json")
@@ -252,8 +254,7 @@ def mend(out: str, listed: pa.Table, cutting: Cutting, lineage_digest: str) -> l
             continue
         if any(paths and other != number for other, paths in enumerate(broken)):
             break  # what else is damaged decides which frames are missing here
-        known = read_known(out, [mark for other, mark in enumerate(marks) if other != number])
-        rows = listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
+        rows = _rows_of(out, listed, marks, number)
         if len(rows) != sum(file["rows"] for file in marks[number]["files"]):
             continue
         roots = [uri for uri, _ in marks[number].get("roots", ())]
@@ -265,6 +266,19 @@ def mend(out: str, listed: pa.Table, cutting: Cutting, lineage_digest: str) -> l
                 storage.write_whole(storage.join(out, path), data)
                 mended.append(path)
     return mended
+
+
+def _rows_of(out: str, listed: pa.Table, marks: Sequence[Mapping[str, Any]], number: int) -> pa.Table:
+    """The listed rows of a generation: those that its published files have, else all that no other generation has."""
+    shards = range(_next_shard(marks[:number]), marks[number]["last_shard"] + 1)
+    try:
+        uris = [storage.join(out, "frames", f"part-{shard:05d}.parquet") for shard in shards]
+        ids = [read_parquet(storage.read_bytes(uri), ["frame_id"])["frame_id"] for uri in uris]
+        published = pa.concat_tables([pa.table({"frame_id": column}) for column in ids])["frame_id"]
+        return listed.filter(pc.is_in(listed["frame_id"], value_set=published))
+    except (FileNotFoundError, ValueError, KeyError, pa.ArrowException):
+        known = read_known(out, [mark for other, mark in enumerate(marks) if other != number])
+        return listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
 
 
 def _is_whole(out: str, file: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +103,13 @@ def _are_below(frame_ids: pa.ChunkedArray, label: str) -> pa.ChunkedArray:
 
 
 def compare(
-    out: str, listing: Listing, known: pa.Table, recorded: Mapping[str, str], *, add_root: bool, keep_gone: bool
+    out: str,
+    listing: Listing,
+    known: pa.Table,
+    marks: Sequence[Mapping[str, Any]],
+    *,
+    add_root: bool,
+    keep_gone: bool,
 ) -> Comparison:
     """Compares what was planned with what is there now.
 
@@ -110,20 +117,23 @@ def compare(
         out: the output.
         listing: what is there now.
         known: id, version and URI of the planned frames.
-        recorded: the roots that the output knows, label by URI.
+        marks: of the generations that they were planned in.
         add_root: roots that the output does not know are added.
         keep_gone: more than half may have gone from the roots that are listed.
 
     Raises:
         ValueError: the listing is of another archive, or too much has gone from it.
     """
-    unknown = [root for root in listing.roots if root.uri not in recorded and not _holds(known, root)]
+    recorded, is_old = manifest.recorded_roots(marks), _some_say_no_root(marks)
+    unknown = [root for root in listing.roots if root.uri not in recorded and not (is_old and _holds(known, root))]
     place = pc.index_in(known["frame_id"], listing.table["frame_id"])
     gone = pc.is_null(place)
     changed = pc.fill_null(pc.not_equal(known["version"], listing.table["version"].take(place)), False)
     if unknown and not add_root and 2 * (_sum(gone) + _sum(changed)) > len(known):
-        held = first_few([shown_path(uri) for uri in recorded or [_common(known)]])
-        raise ValueError(f"{shown_path(out)} holds {held}; give another --out, or --add-root")
+        roots = first_few([shown_path(uri) for uri in recorded or [_common(known)]])
+        raise ValueError(f"{shown_path(out)} holds {roots}; give another --out, or --add-root")
+    _refuse_overlaps(out, unknown, recorded)
+    _refuse_taken_ids(out, listing, known, place, recorded)
     asked = _are_of_listed(known["frame_id"], listing.roots, recorded) if not unknown or add_root else None
     if asked is not None:
         gone, changed = pc.and_(gone, asked), pc.and_(changed, asked)
@@ -135,6 +145,39 @@ def compare(
                 "what is labelled of them, or another --out"
             )
     return Comparison(n_changed=_sum(changed), n_gone=_sum(gone), moved=_moved(known, listing, place, changed))
+
+
+def _refuse_overlaps(out: str, unknown: Sequence[Root], recorded: Mapping[str, str]) -> None:
+    """Raises ValueError where a new root lies in one that the output holds, or around it: ids would be others there."""
+    for root in unknown:
+        for uri in recorded:
+            if storage.join(root.uri, "").startswith(storage.join(uri, "")) or uri.startswith(
+                storage.join(root.uri, "")
+            ):
+                raise ValueError(
+                    f"{shown_path(out)} holds {shown_path(uri)}, and {shown_path(root.uri)} lies in it or around it; "
+                    f"give {shown_path(uri)} as before, or another --out"
+                )
+
+
+def _refuse_taken_ids(
+    out: str, listing: Listing, known: pa.Table, place: pa.ChunkedArray, recorded: Mapping[str, str]
+) -> None:
+    """Raises ValueError where a listed frame has the id of one of another root that the output holds."""
+    now = listing.table["uri"].take(place)
+    elsewhere = pc.fill_null(pc.not_equal(known["uri"], now), False)
+    pairs = zip(known["uri"].filter(elsewhere).to_pylist(), now.filter(elsewhere).to_pylist(), strict=True)
+    for before, after in pairs if len(recorded) > 1 else ():
+        # An archive that has moved has its label at both places.
+        labels = [
+            {label for root, label in recorded.items() if uri == root or uri.startswith(storage.join(root, ""))}
+            for uri in (before, after)
+        ]
+        if all(labels) and not labels[0] & labels[1]:
+            raise ValueError(
+                f"{shown_path(after)} has the id of {shown_path(before)}, which {shown_path(out)} holds; rename it, or "
+                "give another --out"
+            )
 
 
 def _sum(which: pa.ChunkedArray) -> int:
@@ -216,8 +259,24 @@ def are_own(rows: pa.Table, listing: Listing) -> pa.ChunkedArray:
     own = pc.equal(uris, listing.table["uri"].take(pc.index_in(rows["frame_id"], listing.table["frame_id"])))
     own = pc.fill_null(own, False)
     for root in listing.roots:
-        own = pc.or_(own, _are_at(uris, root.uri))
+        if not is_glob(root.uri):
+            own = pc.or_(own, _are_at(uris, root.uri))
+    globs = [root.uri for root in listing.roots if is_glob(root.uri)]
+    if globs:
+        own = pc.or_(own, pc.is_in(uris, value_set=pa.array(_matched(pc.unique(uris).to_pylist(), globs), pa.string())))
     return pc.and_not(own, pc.match_substring(uris, "/../"))
+
+
+def _matched(uris: Sequence[str], globs: Sequence[str]) -> list[str]:
+    """Those URIs that a glob matches, or a folder of theirs."""
+    matched = []
+    for glob in globs:
+        folder, pattern = storage.split_pattern(glob)
+        for uri in uris:
+            parts = uri.removeprefix(f"{folder}/").split("/") if uri.startswith(f"{folder}/") else []
+            if any(storage.matches(pattern, "/".join(parts[: n + 1])) for n in range(len(parts))):
+                matched.append(uri)
+    return matched
 
 
 def require_own_frames(rows: pa.Table, listing: Listing) -> None:

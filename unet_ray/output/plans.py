@@ -159,23 +159,39 @@ def plan(
     _delete_strange_generations(out, lineage.digest)
     known, new, mended = _known_and_new(out, listing, lineage, cutting)
     n_new = len(new)
-    origin = origins.Comparison()
-    if len(known):
-        if n_new:
-            manifest.refuse_doubled(out, new)
-            _refuse_other_columns(carried_schema(listing.table.schema), _read_plan(out, run).carried)
-        roots = manifest.recorded_roots(manifest.read_generations(out))
-        origin = origins.compare(out, listing, known, roots, add_root=add_root, keep_gone=keep_gone)
-    while len(new):  # again only where another job's generation came first
+    while True:  # again where another job's generation came first, which may be of another archive
+        origin = _compared(out, run, listing, known, new, add_root=add_root, keep_gone=keep_gone)
+        if not len(new):
+            break
         manifest.append_generation(out, new, lineage.digest, cutting, listing.ignored, listing.roots)
         if read_run(out)["lineage"] != lineage.to_dict():
             raise overwritten(out)
         _delete_strange_generations(out, lineage.digest)
-        _, new = manifest.known_and_new(out, listing.table)
+        known, new = manifest.known_and_new(out, listing.table)
     manifest.delete_unmarked(out)
     return dataclasses.replace(
         _read_plan(out, run), ignored=listing.ignored, n_new=n_new, origin=origin, mended=tuple(mended)
     )
+
+
+def _compared(
+    out: str,
+    run: Mapping[str, Any],
+    listing: Listing,
+    known: pa.Table,
+    new: pa.Table,
+    *,
+    add_root: bool,
+    keep_gone: bool,
+) -> origins.Comparison:
+    """What became of the frames that are planned; refuses a listing that does not belong to them."""
+    if not len(known):
+        return origins.Comparison()
+    if len(new):
+        manifest.refuse_doubled(out, new)
+        _refuse_other_columns(carried_schema(listing.table.schema), _read_plan(out, run).carried)
+    marks = manifest.read_generations(out)
+    return origins.compare(out, listing, known, marks, add_root=add_root, keep_gone=keep_gone)
 
 
 def _known_and_new(

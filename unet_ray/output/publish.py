@@ -237,20 +237,22 @@ def _shard_bytes(task: ShardTask) -> tuple[bytes, Counter[str]]:
     """Returns a file of `frames/`, and the number of its rejected rows by reason."""
     lineage, rejected = task.plan.lineage, Counter[str]()
     schema = results.frames_schema(lineage.class_set, task.plan.carried).with_metadata(_footer(lineage))
-    buffer = io.BytesIO()
+    buffer, is_png = io.BytesIO(), lineage.options.get("mask_encoding") == "png"
     statistics = [name for name in schema.names if name not in _WITHOUT_STATISTICS]
     with pq.ParquetWriter(
         buffer,
         schema,
-        compression="zstd",
+        # A PNG is packed already; on its own, a changed bit costs one mask and not all that share a page.
+        compression={name: "none" if name == "mask" and is_png else "zstd" for name in schema.names},
+        use_dictionary=[name for name in schema.names if name != "mask"],  # type: ignore[arg-type]
         write_statistics=statistics,  # type: ignore[arg-type]
         write_batch_size=_PAGE_ROWS,
         write_page_checksum=True,
     ) as writer:
-        digests: list[dict[str, str]] = []
+        digests, unproved = [], results.unproved_columns(lineage.class_set)
         for rows in _in_groups(_with_new_rows(task)):
             rejected.update(pc.drop_null(rows["reason"]).to_pylist())
-            digests.append(results.confidence_digests(rows, lineage.class_set))
+            digests.append(results.column_digests(rows, unproved))
             writer.write_table(rows.cast(schema), row_group_size=_GROUP_ROWS)
         writer.add_key_value_metadata({results.DIGESTS_KEY: json.dumps(digests)})
     return buffer.getvalue(), rejected

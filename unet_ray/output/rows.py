@@ -210,14 +210,19 @@ def _checked(labels: ChunkLabels, n_frames: int, n_classes: int) -> np.ndarray:
     return np.array([reason is None for reason in labels.reason], bool)
 
 
-DIGESTS_KEY = "unet_ray.confidence_digests"
-"""In a published file's footer: `confidence_digests` of each row group, as JSON (earlier versions wrote none)."""
+DIGESTS_KEY = "unet_ray.column_digests"
+"""In a published file's footer: `column_digests` of each row group, as JSON (earlier versions wrote none)."""
 
 
-def confidence_digests(rows: pa.Table, class_set: ClassSet) -> dict[str, str]:
-    """Returns a digest of each column whose values nothing else in a row proves, by its name."""
-    names = ["confidence", "low_margin_share", *(f"confidence_{name}" for name in class_set.names)]
-    columns = {name: rows[name].to_numpy(zero_copy_only=False).astype("<f4") for name in names}  # null: NaN
+def unproved_columns(class_set: ClassSet) -> list[str]:
+    """Returns the columns of a label whose values nothing else in a row proves."""
+    confidences = (f"confidence_{name}" for name in class_set.names)
+    return ["height_px", "width_px", "confidence", "low_margin_share", *confidences]
+
+
+def column_digests(rows: pa.Table, names: Iterable[str]) -> dict[str, str]:
+    """Returns a digest of the values of each of some columns of numbers, by its name."""
+    columns = {name: rows[name].to_numpy(zero_copy_only=False).astype("<f8") for name in names}  # null: NaN
     return {name: storage.sha256(np.nan_to_num(column, nan=-1).tobytes())[:16] for name, column in columns.items()}
 
 
