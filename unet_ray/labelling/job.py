@@ -34,7 +34,7 @@ from unet_ray.messages import count
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
 from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected, salvage
-from unet_ray.output.labels import read_columns
+from unet_ray.output.labels import damaged, read_columns
 from unet_ray.output.manifest import Chunk, Cutting, known_and_new, read_rows
 from unet_ray.output.plans import Lineage, Plan
 from unet_ray.output.rows import RESULT_VERSION
@@ -450,6 +450,8 @@ def _result(plan: Plan, summary: Mapping[str, Any], frames_per_s: float) -> Segm
     statistics = pa.Table.from_batches(read_columns(plan.out, ledger.STATISTICS, schema.names), schema)
     pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
     for name, n_pixels in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
+        if name not in pixels or n_pixels is None:
+            raise damaged(plan.out, ledger.STATISTICS)
         pixels[name] += n_pixels
     return SegmentResult(
         out=plan.out,

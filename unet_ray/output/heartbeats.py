@@ -28,6 +28,8 @@ INTERVAL_S = 15.0
 END_S = 5.0
 """For which a job waits until its sign of life is gone: a store that does not answer must not hold up its end."""
 
+_MAX_INTERVAL_S = 60.0  # believed of a sign
+
 _LOOK_S = 0.5  # how often a sign is read that is watched
 
 
@@ -99,7 +101,7 @@ def refuse_living(out: str) -> None:
             raise _working(out, job)
         if lives is None:
             watched[job] = sign
-    until_s = time.monotonic() + 2 * max((sign.get("interval_s", INTERVAL_S) for sign in watched.values()), default=0)
+    until_s = time.monotonic() + 2 * max(map(_interval_s, watched.values()), default=0)
     while watched and time.monotonic() < until_s:
         time.sleep(_LOOK_S)
         now = _signs(out)
@@ -107,6 +109,12 @@ def refuse_living(out: str) -> None:
             if job in now and now[job] != sign:
                 raise _working(out, job)
         watched = {job: sign for job, sign in watched.items() if job in now}
+
+
+def _interval_s(sign: Mapping[str, Any]) -> float:
+    """Between two signs of a job by what it says; what it says may be anything."""
+    value = sign.get("interval_s")
+    return min(value, _MAX_INTERVAL_S) if type(value) in (int, float) and value > 0 else INTERVAL_S
 
 
 def _working(out: str, job: str) -> NotNow:
@@ -131,7 +139,8 @@ def _lives(sign: Mapping[str, Any]) -> bool | None:
     process, here = sign.get("process"), _this_process()
     if not isinstance(process, dict) or {**process, "pid": 0, "started": 0} != {**here, "pid": 0, "started": 0}:
         return None
-    return _start_of(process["pid"]) == process["started"]
+    pid, started = process.get("pid"), process.get("started")
+    return _start_of(pid) == started if type(pid) is int and isinstance(started, str) else None
 
 
 @cache
@@ -162,5 +171,5 @@ def _start_of(pid: object) -> str | None:
         # The name in the second field, in brackets, may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
+    except (OSError, ValueError, IndexError):
         return None

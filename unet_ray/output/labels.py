@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from unet_ray.errors import JobFailed
 from unet_ray.output import ledger, manifest
 from unet_ray.output.ledger import Receipt
 from unet_ray.output.plans import Plan
+from unet_ray.output.rows import FRAME_COLUMNS, statistics_schema
 
 _PARTS_AT_ONCE = 16
 """Parts that are read at once: 0.6 to 9 MB each (96 masks of 480x640, PNG or raw with zstd), so well below a shard."""
@@ -68,7 +69,11 @@ def read_published(out: str, file: Mapping[str, Any], n_rows: Sequence[int]) -> 
     data = storage.read_bytes(uri)
     if storage.sha256(data) != file["sha256"]:
         raise damaged(out, file["path"])
-    rows, start = manifest.read_parquet(data).replace_schema_metadata(), 0
+    try:
+        rows, start = manifest.read_parquet(data).replace_schema_metadata(), 0
+        manifest.require_columns(rows.schema, FRAME_COLUMNS)
+    except manifest.UNREADABLE as error:
+        raise damaged(out, file["path"]) from error
     for number in n_rows:
         yield rows.slice(start, number)
         start += number
@@ -107,16 +112,28 @@ def read_columns(out: str, path: str, columns: Sequence[str]) -> Iterator[pa.Rec
     """Yields columns of a published file. Raises StorageError where it is damaged, which Arrow says without a name."""
     try:
         with storage.open_read(storage.join(out, path)) as source:
-            yield from pq.ParquetFile(source, page_checksum_verification=True).iter_batches(columns=list(columns))
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            manifest.require_columns(file.schema_arrow, _fields(path, columns))
+            yield from file.iter_batches(columns=list(columns))
     except (storage.StorageError, PermissionError):
         raise
-    except (OSError, ValueError) as error:
+    except manifest.UNREADABLE as error:
         raise damaged(out, path) from error
+
+
+def _fields(path: str, columns: Iterable[str]) -> list[pa.Field]:
+    """Returns columns of a published file with the types that they have."""
+    known = statistics_schema() if path == ledger.STATISTICS else FRAME_COLUMNS
+    of_classes = {"pixels": pa.int64(), "confidence": pa.float32()}
+    return [
+        known.field(name) if name in known.names else pa.field(name, of_classes[name.partition("_")[0]])
+        for name in columns
+    ]
 
 
 @contextlib.contextmanager
 def opened(uri: str, **options: Any) -> Iterator[pq.ParquetFile]:
-    """Opens a published file for reading, with options of `pq.ParquetFile`.
+    """Opens a file of `frames/` for reading, with options of `pq.ParquetFile`.
 
     Raises:
         JobFailed: it is damaged, also where that shows within the block; what Arrow says names no file.
@@ -126,9 +143,10 @@ def opened(uri: str, **options: Any) -> Iterator[pq.ParquetFile]:
             storage.open_read(uri) as source,
             pq.ParquetFile(source, page_checksum_verification=True, **options) as file,
         ):
+            manifest.require_columns(file.schema_arrow, FRAME_COLUMNS)
             yield file
     except (storage.StorageError, PermissionError):
         raise
-    except (OSError, ValueError) as error:
-        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({str(error).splitlines()[0]})"
+    except manifest.UNREADABLE as error:
+        what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({manifest.first_line(error)})"
         raise JobFailed(f"{uri} is {what}; unet-ray verify names all that is, then segment makes it again") from error

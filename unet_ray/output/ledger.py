@@ -228,10 +228,13 @@ def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
 
 def _checked_receipt(record: Mapping[str, Any], key: str) -> Receipt:
     receipt = Receipt(**record)
+    numbers = (receipt.size_bytes, receipt.n_rows, receipt.ok)
+    if not manifest.is_digest(receipt.sha256) or not all(map(manifest.is_count, numbers)):
+        raise ValueError("it has no digest or no counts")
     match = _PART.fullmatch(receipt.part)
     if receipt.key != key or not match or match[1] != key or not receipt.sha256.startswith(match[2]):
         raise ValueError("it names a part that is not its own")
-    if not set(receipt.rejected) <= set(REASONS):
+    if not manifest.are_counts(receipt.rejected) or not set(receipt.rejected) <= set(REASONS):
         raise ValueError("it counts frames by reasons that there are not")
     return receipt
 
@@ -328,7 +331,7 @@ def _files_of_statistics(plan: Plan) -> list[dict[str, Any]]:
         files = _checked_files(unsealed(metadata.get(FILES_KEY.encode(), b"")))
     except storage.StorageError:
         raise
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged, for which Arrow has either
+    except (*manifest.UNREADABLE, KeyError, TypeError):  # there is none, or it is damaged
         return []
     return [file for file in files if "key" in file or _has_lineage(plan, file["path"])]
 
@@ -340,7 +343,7 @@ def lineage_of(out: str, path: str) -> bytes | None:
             return (pq.read_schema(file).metadata or {}).get(b"unet_ray.lineage")
     except storage.StorageError:
         raise
-    except (OSError, ValueError):
+    except manifest.UNREADABLE:
         return None
 
 
@@ -360,9 +363,11 @@ def read_notes(plan: Plan) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 note = unsealed(content)
                 (entry,) = _checked_files({"files": [note["file"]]})
+                n_retries = note.get("n_retries", 0)
                 is_ours = "key" in entry or _has_lineage(plan, entry["path"])
-                if is_ours and file.path == f"{storage.name(entry['path'])}.json":
-                    notes.append({"file": entry, "n_retries": int(note.get("n_retries", 0))})
+                is_named = file.path == f"{storage.name(entry['path'])}.json"
+                if is_ours and is_named and manifest.is_count(n_retries):
+                    notes.append({"file": entry, "n_retries": n_retries})
     return notes
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +31,9 @@ CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()),
 
 MAX_PIXELS = 200_000_000
 """Decoded pixels that a process holds at once (600 MB), by the frames' first sizes."""
+
+UNREADABLE = (OSError, ValueError, pa.ArrowException, MemoryError)
+"""What Arrow raises for a damaged Parquet file; storage's own trouble is among it and is to be let through before."""
 
 _FILE_ROWS, _GROUP_ROWS = 50_000, 1_024
 # A chunk's rows lie in one row group or two of a file whose footer is small.
@@ -160,26 +163,57 @@ def read_generations(out: str) -> list[dict[str, Any]]:
 
 def _checked_mark(mark: dict[str, Any], number: int) -> dict[str, Any]:
     """Returns a mark that names only files that this generation may have; raises ValueError for another."""
-    for index, file in enumerate(mark.get("files") or [{}]):
+    files = mark.get("files")
+    if not isinstance(files, list) or not files:
+        raise ValueError("it names no files")
+    for index, file in enumerate(files):
         match = _FILE.fullmatch(require_entry(file)["path"])
         if not match or (int(match[1]), int(match[2])) != (number, index) or not file["sha256"].startswith(match[3]):
             raise ValueError(f"it names {file['path']!r}, which is no file of this generation")
-    if not isinstance(mark.get("last_shard"), int):
+        if not is_count(file.get("rows")):
+            raise ValueError(f"it has no counts of {file['path']!r}")
+    if not is_count(mark.get("last_shard"), below=_SHARDS):
         raise ValueError("its last shard is no number")
+    if not is_count(mark.get("frame_pixels", 0)) or not are_counts(mark.get("ignored", {})):
+        raise ValueError("what it counts are no numbers")
+    if not _are_roots(mark.get("roots", [])):
+        raise ValueError("its roots are no pairs of texts")
     return mark
+
+
+_SHARDS = 2**30  # the column is int32, and later generations have higher numbers
+
+
+def is_count(value: object, *, below: int = 2**63) -> bool:
+    """Whether a value of a JSON file is a whole number from 0 on; `true` and 4.0 are none, though they equal one."""
+    return type(value) is int and 0 <= value < below
+
+
+def are_counts(value: object) -> bool:
+    """Whether a value of a JSON file holds a count for each of its names."""
+    return isinstance(value, dict) and all(map(is_count, value.values()))
+
+
+def _are_roots(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(root, list) and len(root) == 2 and all(isinstance(text, str) for text in root) for root in value
+    )
 
 
 def require_entry(file: Any) -> dict[str, Any]:
     """Returns what a small JSON file says of another file, if it has path, size and digest; else raises ValueError."""
-    if not isinstance(file, dict) or not isinstance(file.get("path"), str) or not isinstance(file.get("bytes"), int):
+    if not isinstance(file, dict) or not isinstance(file.get("path"), str) or not is_count(file.get("bytes")):
         raise ValueError("it says nothing of a file")
-    if not re.fullmatch("[0-9a-f]{64}", str(file.get("sha256"))):
+    if not is_digest(file.get("sha256")):
         raise ValueError(f"it has no digest of {file['path']!r}")
-    if file["path"].startswith("frames/") and not (
-        isinstance(file.get("rows"), int) and isinstance(file.get("rejected"), dict)
-    ):
+    if file["path"].startswith("frames/") and not (is_count(file.get("rows")) and are_counts(file.get("rejected"))):
         raise ValueError(f"it has no counts of {file['path']!r}")
     return file
+
+
+def is_digest(value: object) -> bool:
+    """Whether a value of a JSON file is a SHA-256 in hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def recorded_roots(marks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -190,7 +224,12 @@ def recorded_roots(marks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def lost(uri: str, error: Exception, remedy: str = "restore it, or start anew with --overwrite") -> JobFailed:
     """Returns the error that says of a file of the plan that it is missing or damaged, and what to do."""
     missing = isinstance(error, FileNotFoundError)
-    return JobFailed(f"{uri}: {'missing' if missing else f'damaged ({str(error).splitlines()[0]})'}; {remedy}")
+    return JobFailed(f"{uri}: {'missing' if missing else f'damaged ({first_line(error)})'}; {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def append_generation(
@@ -351,7 +390,7 @@ def _with_chunks(
 
 def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
     """Yields the chunks of one file of the manifest, in order. Raises JobFailed where it is damaged."""
-    table = _read_table(manifest_uri, CHUNK_SCHEMA.names)
+    table = _read_table(manifest_uri, _NEVER_NULL)
     ids = pc.run_end_encode(table["chunk_id"].combine_chunks())
     start = 0
     for end in ids.run_ends.to_pylist():
@@ -368,6 +407,8 @@ def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
         yield chunk
         start = end
 
+
+_NEVER_NULL = (*CHUNK_SCHEMA.names, "frame_id", "uri", "version", "kind")
 
 KEY = re.compile("[0-9a-f]{32}")
 """A chunk's key; it becomes a part of file names, so nothing else is taken from a file for one."""
@@ -405,7 +446,7 @@ def _named(uri: str) -> Iterator[None]:
         yield
     except (storage.StorageError, PermissionError):
         raise
-    except (OSError, ValueError) as error:  # Arrow's errors are either
+    except UNREADABLE as error:
         raise lost(uri, error) from error
 
 
@@ -426,11 +467,19 @@ def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
         if storage.sha256(data)[:16] not in storage.name(uri):
             raise ValueError("its content is not what was planned")
         table = read_parquet(data, columns)
-        schema = pq.read_schema(io.BytesIO(data))
-        for field in (*MANIFEST_SCHEMA, *CHUNK_SCHEMA):
-            if field.name not in schema.names or schema.field(field.name).type != field.type:
-                raise ValueError(f"it has no column {field.name} of type {field.type}")
+        require_columns(pq.read_schema(io.BytesIO(data)), (*MANIFEST_SCHEMA, *CHUNK_SCHEMA))
+        for name in columns:
+            if name in _NEVER_NULL and table[name].null_count:
+                raise ValueError(f"its column {name} has nulls")
         return table
+
+
+def require_columns(schema: pa.Schema, fields: Iterable[pa.Field]) -> None:
+    """Raises ValueError where a file's schema lacks one of the fields, has it twice, or with another type."""
+    for field in fields:
+        place = schema.get_field_index(field.name)  # -1 also where it is there twice
+        if place < 0 or schema.field(place).type != field.type:
+            raise ValueError(f"it has no column {field.name} of type {field.type}")
 
 
 def list_folder(folder: str) -> list[storage.FileInfo]:
@@ -463,10 +512,13 @@ def sealed(value: Mapping[str, Any]) -> bytes:
 
 def unsealed(data: bytes) -> dict[str, Any]:
     """Returns the value that `sealed` was given. Raises ValueError where these are not its bytes any more."""
-    value = json.loads(data)
-    seal = value.pop("seal", None) if isinstance(value, dict) else None
-    if seal is None or seal != _seal(value):
-        raise ValueError("its content is not what was written")
+    try:
+        value = json.loads(data)
+        seal = value.pop("seal", None) if isinstance(value, dict) else None
+        if seal is None or seal != _seal(value):
+            raise ValueError("its content is not what was written")
+    except RecursionError as error:
+        raise ValueError("its brackets are too many, one in the other") from error
     return value
 
 
@@ -474,7 +526,7 @@ def same_json(data: bytes, value: Mapping[str, Any]) -> bool:
     """Whether JSON says a value."""
     try:
         return json.loads(data) == value
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

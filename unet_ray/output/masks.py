@@ -120,7 +120,7 @@ def _select(uris: Sequence[str], sequences: tuple[str, ...]) -> _Selection:
         groups.append((uri, chosen))
     for sequence in sequences:
         if sequence not in rows_of:
-            there = ", ".join(list(rows_of)[:10]) + (", …" if len(rows_of) > 10 else "")
+            there = ", ".join(str(name) for name in list(rows_of)[:10]) + (", …" if len(rows_of) > 10 else "")
             raise ValueError(f"--sequence is {sequence!r}; the output's drives are {there}")
     return _Selection(groups=groups, n_rows=sum(rows_of[name] for name in set(sequences)), sequences=sequences)
 
@@ -131,7 +131,16 @@ def _batches(selection: _Selection, columns: Sequence[str]) -> Iterator[pa.Recor
     for uri, groups in selection.groups:
         with labels.opened(uri, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=["sequence", *columns]):
+                require_values(batch, columns)
                 yield batch.filter(pc.is_in(batch["sequence"], value_set=chosen)) if selection.sequences else batch
+
+
+def require_values(batch: pa.RecordBatch, columns: Sequence[str]) -> None:
+    """Raises ValueError where a labelled frame has no id or no mask."""
+    is_ok = pc.equal(batch["status"], "ok")
+    for name in columns:
+        if pc.any(pc.and_(is_ok, pc.is_null(batch[name]))).as_py():
+            raise ValueError(f"a labelled frame has no {name}")
 
 
 def _labelled(batch: pa.RecordBatch) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -243,6 +244,8 @@ def read_run(out: str) -> dict[str, Any]:
     try:
         run = unsealed(storage.read_bytes(uri))
         _lineage_of(run)
+        if not manifest.is_count(run.get("format_version")) or not isinstance(run.get("recorded"), dict):
+            raise ValueError("it does not say what wrote it")
         return run
     except (FileNotFoundError, ValueError) as error:
         if manifest.read_generations(out):
@@ -256,8 +259,13 @@ def read_run(out: str) -> dict[str, Any]:
 def _lineage_of(run: Mapping[str, Any]) -> Lineage:
     try:
         stored = dict(run["lineage"])
-        return Lineage(**{**stored, "class_set": ClassSet.from_dict(stored["class_set"])})
-    except (KeyError, TypeError) as error:
+        lineage = Lineage(**{**stored, "class_set": ClassSet.from_dict(stored["class_set"])})
+        # Bytes, since 4.0 and true equal whole numbers and give another digest.
+        is_ours = isinstance(lineage.bundle_digest, str) and manifest.is_count(lineage.result_version)
+        if not is_ours or json_bytes(lineage.to_dict()) != json_bytes(stored):
+            raise ValueError("its lineage is none that segment writes")
+        return lineage
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError("it says nothing of a lineage") from error
 
 
@@ -265,12 +273,13 @@ def read_summary(out: str) -> dict[str, Any] | None:
     """Returns summary.json, None where there is none or it is damaged."""
     try:
         summary = unsealed(storage.read_bytes(storage.join(out, "summary.json")))
+        if not isinstance(summary["files"], list) or not manifest.are_counts(summary["rejected"]):
+            return None
         for file in summary["files"]:
             if not _PUBLISHED.fullmatch(manifest.require_entry(file)["path"]):
                 return None
-        counts = (summary["listed"], summary["ok"], *summary["rejected"].values())
-        return summary if all(isinstance(count, int) for count in counts) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return summary if manifest.is_count(summary["listed"]) and manifest.is_count(summary["ok"]) else None
+    except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
@@ -331,14 +340,14 @@ def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: b
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     names = {"bundle_digest": "model", "class_set": "class set", "result_version": "result version"}
     for key, name in names.items():
-        if there[key] != here[key]:
+        if json_bytes(there[key]) != json_bytes(here[key]):
             values = [lineage[key] for lineage in (there, here)]
             if key == "class_set":
                 values = [value["name"] for value in values]
             yield f"{name} is {str(values[0])[:12]} there and {str(values[1])[:12]} here"
     for option in sorted({*there["options"], *here["options"]}):
         before, now = there["options"].get(option), here["options"].get(option)
-        if before != now:
+        if json_bytes(before) != json_bytes(now):
             yield f"--{option.replace('_', '-')} is {before} there and {now} here"
 
 
@@ -375,18 +384,23 @@ def has_grown(plan: Plan) -> bool:
     Raises:
         NotNow: the output is another one now: a job was told to overwrite it.
     """
-    if read_run(plan.out)["lineage"] != plan.lineage.to_dict():
+    digest = plan.lineage.digest
+    if _lineage_of(read_run(plan.out)).digest != digest:
         raise overwritten(plan.out)
-    files = tuple(file for mark in manifest.read_generations(plan.out) for file in mark["files"])
+    # What a job planned whose output was overwritten is none of it, nor what lies behind.
+    marks = takewhile(lambda mark: mark.get("lineage", digest) == digest, manifest.read_generations(plan.out))
+    files = tuple(file for mark in marks for file in mark["files"])
     if files[: len(plan.manifest_files)] != plan.manifest_files:
         raise overwritten(plan.out)
     return files != plan.manifest_files
 
 
 def require_whole(plan: Plan) -> None:
-    """Raises Grown where `has_grown`."""
+    """Raises Grown where `has_grown`, JobFailed where nothing is to be done for that: it would be so for ever."""
     if has_grown(plan):
         newer = _read_plan(plan.out, read_run(plan.out))
+        if len(newer.chunks) <= len(plan.chunks):
+            raise JobFailed(f"{plan.out}/manifest: it has grown by files without frames; start anew with --overwrite")
         raise Grown(dataclasses.replace(newer, n_new=plan.n_new, origin=plan.origin))
 
 

@@ -52,11 +52,18 @@ def read(plan: Plan) -> list[Retry]:
 
 def _checked(content: Mapping[str, Any], number: int, plan: Plan) -> Retry:
     sizes = {chunk.chunk_id: chunk.n_rows for chunk in plan.chunks}
-    rows = {chunk_id: tuple(map(int, rows)) for chunk_id, rows in content["rows"].items()}
+    rows, rejected = content.get("rows"), content.get("rejected")
+    if not isinstance(rows, dict) or not isinstance(rejected, dict):
+        raise ValueError("it has no rows, or no reasons of theirs")
     for chunk_id, places in rows.items():
-        if not 0 <= min(places) <= max(places) < sizes[chunk_id] or sorted(set(places)) != list(places):
+        size = sizes.get(chunk_id, 0)
+        if not isinstance(places, list) or not all(manifest.is_count(place, below=size) for place in places):
             raise ValueError(f"it has rows that chunk {chunk_id} does not have")
-    return Retry(number=number, rows=rows, rejected=content["rejected"])
+        if not places or sorted(set(places)) != places:
+            raise ValueError(f"its rows of chunk {chunk_id} are not in order")
+        if not manifest.are_counts(rejected.get(chunk_id)):
+            raise ValueError(f"it does not say why rows of chunk {chunk_id} were rejected")
+    return Retry(number=number, rows={chunk_id: tuple(places) for chunk_id, places in rows.items()}, rejected=rejected)
 
 
 def _files(out: str) -> list[storage.FileInfo]:

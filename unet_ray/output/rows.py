@@ -121,6 +121,9 @@ _OF_FRAME = (
     ("low_margin_share", pa.float32()),
 )
 
+FRAME_COLUMNS = pa.schema([*_FROM_MANIFEST, *_OF_FRAME])
+"""Of `frames/`, whatever its classes."""
+
 
 def frames_schema(class_set: ClassSet, carried: pa.Schema | None = None) -> pa.Schema:
     """Returns the schema of `frames/`, with a catalogue's own columns at the end.
@@ -130,7 +133,7 @@ def frames_schema(class_set: ClassSet, carried: pa.Schema | None = None) -> pa.S
     """
     pixels = [(f"pixels_{name}", pa.int64()) for name in class_set.names]
     confidences = [(f"confidence_{name}", pa.float32()) for name in class_set.names]
-    ours = pa.schema([*_FROM_MANIFEST, *_OF_FRAME, *pixels, *confidences])
+    ours = pa.schema([*FRAME_COLUMNS, *pixels, *confidences])
     names = {name.lower() for name in ours.names}
     for column in carried or ():
         if column.name.lower() in names:
@@ -296,6 +299,6 @@ def _statistics_rows(drive: tuple[str, str], sums: _Sums, class_set: ClassSet) -
             "frames": sums.frames,
             "frames_with_class": int(sums.frames_with_class_K[k]),
             "pixels": pixels,
-            "share": pixels / n_pixels,
+            "share": pixels / n_pixels if n_pixels else 0.0,
             "confidence": float(sums.confidence_K[k]) / pixels if pixels else None,
         }

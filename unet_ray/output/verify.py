@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.messages import count, first_few
 from unet_ray.output import labels, ledger, manifest, plans, publish
+from unet_ray.output import rows as results
 from unet_ray.output.ledger import shard_name
 from unet_ray.output.manifest import Chunk
+from unet_ray.output.masks import MASK_COLUMNS, require_values
 from unet_ray.output.plans import Plan
+
+_MASKS_AT_ONCE = 64
 
 
 def verify(out: str) -> list[str]:
@@ -45,6 +51,8 @@ def verify(out: str) -> list[str]:
         path = f"frames/{shard_name(shard)}"
         if path in files and not any(problem.startswith((path, "manifest/")) for problem in damage):
             damage += _verify_rows(plan, files[path], chunks)
+    if ledger.STATISTICS in files and not any(problem.startswith(ledger.STATISTICS) for problem in damage):
+        damage += _verify_statistics(out)
     problems = [_noted(out, problem) for problem in damage]
     problems += [f"{path}: of a job whose output was overwritten; run segment again" for path in _strange(plan)]
     problems += _unlisted(plan, files)
@@ -158,7 +166,14 @@ def _verify_rows(plan: Plan, file: Mapping[str, Any], chunks: Sequence[Chunk]) -
     path = file["path"]
     names = [f"pixels_{name}" for name in plan.lineage.class_set.names]
     columns = ["frame_id", "status", "reason", "mask_height_px", "mask_width_px", *names]
-    rows = manifest.read_parquet(storage.read_bytes(storage.join(plan.out, path)), columns)
+    data = storage.read_bytes(storage.join(plan.out, path))
+    try:
+        schema = results.frames_schema(plan.lineage.class_set, plan.carried)
+        manifest.require_columns(pq.read_schema(io.BytesIO(data)), schema)
+        rows = manifest.read_parquet(data, columns)
+        _require_masks(data)
+    except manifest.UNREADABLE as error:
+        return [f"{path}: damaged ({manifest.first_line(error)})"]
     planned = pa.concat_tables([manifest.read_rows(chunk).select(["frame_id"]) for chunk in chunks])
     if not rows["frame_id"].equals(planned["frame_id"]):
         return [f"{path}: its frames are not those of the manifest ({len(rows):,} rows for {len(planned):,} frames)"]
@@ -174,11 +189,28 @@ def _verify_rows(plan: Plan, file: Mapping[str, Any], chunks: Sequence[Chunk]) -
     return _verify_pixels(path, rows.filter(pc.equal(rows["status"], "ok")), names)
 
 
+def _require_masks(data: bytes) -> None:
+    """Raises ValueError where a labelled row of a file of `frames/` has no mask."""
+    for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(_MASKS_AT_ONCE, columns=["status", *MASK_COLUMNS]):
+        require_values(batch, MASK_COLUMNS)
+
+
+def _verify_statistics(out: str) -> list[str]:
+    try:
+        data = storage.read_bytes(storage.join(out, ledger.STATISTICS))
+        manifest.require_columns(manifest.read_parquet(data).schema, results.statistics_schema())
+    except storage.StorageError:
+        raise
+    except manifest.UNREADABLE as error:
+        return [f"{ledger.STATISTICS}: damaged ({manifest.first_line(error)})"]
+    return []
+
+
 def _verify_pixels(path: str, ok: pa.Table, names: Sequence[str]) -> list[str]:
     total = pc.multiply(ok["mask_height_px"].cast(pa.int64()), ok["mask_width_px"].cast(pa.int64()))
     for name in names:
         total = pc.subtract(total, ok[name])
-    wrong = ok.filter(pc.not_equal(total, 0))
+    wrong = ok.filter(pc.fill_null(pc.not_equal(total, 0), True))
     if len(wrong):
         frame = wrong["frame_id"][0].as_py()
         return [f"{path}: the class pixels of {len(wrong):,} masks do not add up to height x width, first {frame}"]
