@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ from labelled import label, make_plan, published, run, write_archive
 
 from unet_ray import cli, storage
 from unet_ray.errors import JobFailed
-from unet_ray.output import ledger, manifest, plans, publish, verify
+from unet_ray.output import heartbeats, labels, ledger, manifest, plans, publish, verify
 
 ENTRY = {"rows": 1, "bytes": 3, "sha256": "0" * 64, "rejected": {}}
 
@@ -263,3 +264,251 @@ def test_an_export_names_a_damaged_file(format_options, root, tmp_path, capsys):
     assert cli.main(["export-masks", str(out), "--out", str(target), *format_options]) == 1
     assert capsys.readouterr().err.startswith(f"unet-ray: error: {path} is damaged (")
     assert not target.is_file()
+
+
+def shown(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and the whole of what a command says."""
+    code = cli.main(list(arguments))
+    told = capsys.readouterr()
+    return code, told.out + told.err
+
+
+JSON_FILES = (
+    *("run.json", "summary.json", "manifest/_g000.json", "_work/shards/part-00000.parquet.json"),
+    *("_work/retries/000.json", "_work/jobs/x.json", f"_work/records/{'0' * 32}.json"),
+)
+
+
+@pytest.mark.parametrize("path", JSON_FILES)
+def test_brackets_without_end_are_damage(path, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    storage.write_whole(str(out / path), b"[" * 200_000 + b"]" * 200_000)
+    code, told = shown(capsys, "verify", str(out))
+    assert code in (0, 1) and len(told) < 2_000
+    heartbeats.refuse_living(str(out))
+    with contextlib.suppress(ValueError, JobFailed):
+        run(root, str(out))
+
+
+MARKS = (
+    *({"roots": None}, {"roots": [[1, "a"]]}, {"roots": [["a"]]}, {"roots": {"a": "b"}}),
+    *({"frame_pixels": "9"}, {"frame_pixels": True}, {"files": 5}, {"files": {}}, {"last_shard": None}),
+    *({"last_shard": 2**31}, {"last_shard": -1}, {"ignored": None}, {"ignored": {"txt": "1"}}),
+)
+
+
+@pytest.mark.parametrize("change", MARKS, ids=str)
+def test_a_mark_of_other_types_is_damaged(change, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    reseal(out / "manifest/_g000.json", lambda mark: mark.update(change))
+    code, told = shown(capsys, "verify", str(out))
+    assert code == 1 and f"{out}/manifest/_g000.json: damaged (" in told
+    with pytest.raises(JobFailed, match=r"_g000.json: damaged \("):
+        run(root, str(out))
+
+
+def _without(*keys: str):
+    def change(value):
+        for key in keys[:-1]:
+            value = value[key]
+        del value[keys[-1]]
+
+    return change
+
+
+RUNS = (
+    *(_without(key) for key in ("format_version", "recorded", "lineage")),
+    *(_without("lineage", key) for key in ("bundle_digest", "class_set", "options", "result_version")),
+    _without("lineage", "class_set", "name"),
+    *(lambda run, v=v: run["lineage"].update(result_version=v) for v in (1.0, True, "1", None)),
+    *(lambda run, v=v: run["lineage"].update(options=v) for v in ([], None, 5)),
+    *(lambda run, v=v: run.update(recorded=v) for v in ([], None, 5)),
+    lambda run: run["lineage"].update(bundle_digest=None),
+    lambda run: run.update(lineage=5),
+)
+
+
+@pytest.mark.parametrize("change", RUNS)
+def test_a_run_of_other_types_is_damaged(change, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(root, str(out))
+    reseal(out / "run.json", change)
+    code, told = shown(capsys, "verify", str(out))
+    assert code == 1 and f"{out}/run.json: damaged (" in told
+    with pytest.raises(JobFailed, match=r"run.json: damaged \("):
+        run(root, str(out))
+
+
+def test_options_in_another_order_are_another_lineage(root, tmp_path):
+    out = tmp_path / "out"
+    run(root, str(out))
+    reseal(out / "run.json", lambda run: run["lineage"].update(options={"window": None, "mask_size": "model"}))
+    with pytest.raises(ValueError, match="its options stand in another order"):
+        run(root, str(out))
+
+
+def test_an_output_does_not_grow_by_files_without_frames(root, tmp_path):
+    out = tmp_path / "out"
+    plan = make_plan(root, str(out))
+    data = manifest.parquet_bytes(pq.read_table(plan.chunks[0].manifest_uri).slice(0, 0))
+    path = f"manifest/g001-00000-{storage.sha256(data)[:16]}.parquet"
+    (out / path).write_bytes(data)
+    mark = manifest.unsealed((out / "manifest/_g000.json").read_bytes())
+    mark["files"] = [{"path": path, "rows": 0, "bytes": len(data), "sha256": storage.sha256(data)}]
+    (out / "manifest/_g001.json").write_bytes(manifest.sealed(mark))
+    with pytest.raises(JobFailed, match="it has grown by files without frames"):
+        plans.require_whole(plan)
+    reseal(out / "manifest/_g001.json", lambda mark: mark.update(lineage="another"))
+    plans.require_whole(plan)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"rows": value} for value in (None, [], {"000-000003": 1}, {"000-000003": [1.0]}, {"000-000003": [True]})),
+        *({"rejected": value} for value in (None, [], {}, {"000-000003": {"truncated": "1"}}, {"000-000003": None})),
+    ],
+    ids=str,
+)
+def test_a_retry_of_other_types_is_none(change, root, tmp_path):
+    out = str(tmp_path / "out")
+    run(root, out, reject=("b/4.png",))
+    plan = make_plan(root, out)
+    content = {
+        "lineage": plan.lineage.digest,
+        "rows": {"000-000003": [1]},
+        "rejected": {"000-000003": {"truncated": 1}},
+    }
+    storage.write_whole(f"{out}/_work/retries/000.json", manifest.sealed({**content, **change}))
+    assert ledger.pending(plan) == [] and ledger.done_so_far(plan)[0] == 13
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sha256": None}, {"rejected": {"truncated": "1"}}, {"rejected": None}, {"ok": None}, {"n_rows": 1.0},
+     {"size_bytes": "1"}, {"part": 5}],
+    ids=str,
+)  # fmt: skip
+def test_a_record_of_other_types_is_damaged(change, root, tmp_path):
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
+    reseal(Path(ledger.record_uri(out, plan.chunks[0].key)), lambda record: record.update(change))
+    with pytest.raises(storage.StorageError, match="is damaged; run the same command again"):
+        ledger.done_so_far(plan)
+
+
+@pytest.mark.parametrize("count", [None, "1", 1.0, True, -1, []], ids=str)
+def test_a_note_and_a_summary_with_other_counts_are_none(count, root, tmp_path):
+    out = tmp_path / "out"
+    summary = run(root, str(out))
+    file = next(file for file in summary["files"] if file["path"].startswith("frames/"))
+
+    def change(value):
+        next(f for f in value["files"] if f["path"] == file["path"])["rejected"]["truncated"] = count
+
+    reseal(out / "summary.json", change)
+    assert plans.read_summary(str(out)) is None
+    plan = plans.read_plan(str(out))
+    ledger.note(str(out), {**file, "rejected": {"truncated": count}}, 0)
+    assert ledger.read_notes(plan) == []
+
+
+@pytest.mark.parametrize("column", ["chunk_id", "chunk_key", "shard", "frame_id", "uri", "version", "kind"])
+def test_a_null_in_the_manifest_is_damage(column, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    make_plan(root, str(out))
+    mark = manifest.unsealed((out / "manifest/_g000.json").read_bytes())
+    (file,) = mark["files"]
+    table = _set(pq.ParquetFile(out / file["path"]).read(), column, None)
+    data = manifest.parquet_bytes(table)
+    path = f"manifest/g000-00000-{storage.sha256(data)[:16]}.parquet"
+    (out / path).write_bytes(data)
+    mark["files"] = [{**file, "path": path, "bytes": len(data), "sha256": storage.sha256(data)}]
+    (out / "manifest/_g000.json").write_bytes(manifest.sealed(mark))
+    assert f"{path}: damaged (its column {column} has nulls)" in shown(capsys, "verify", str(out))[1]
+
+
+def _set(table: pa.Table, column: str, value, dtype: pa.DataType | None = None) -> pa.Table:
+    field = pa.field(column, dtype or table.schema.field(column).type)
+    values = pa.array([value] * len(table), field.type)
+    return table.set_column(table.column_names.index(column), field, values)
+
+
+def prepare(out: Path, path: str, table: pa.Table) -> None:
+    """Puts a table in place of a published file, with the digest that summary.json says."""
+    data = manifest.parquet_bytes(table)
+    (out / path).write_bytes(data)
+    size = {"bytes": len(data), "sha256": storage.sha256(data)}
+    reseal(out / "summary.json", lambda value: next(f for f in value["files"] if f["path"] == path).update(size))
+
+
+PREPARED = (
+    *(("frames/part-00000.parquet", column, None) for column in ("frame_id", "status", "mask", "pixels_sky")),
+    *(("frames/part-00000.parquet", column, pa.list_(pa.string())) for column in ("reason", "mask", "confidence_sky")),
+    ("frames/part-00000.parquet", "mask", pa.binary()),
+    ("frames/part-00000.parquet", "mask_encoding", pa.string()),
+    ("class_statistics.parquet", "pixels", None),
+    ("class_statistics.parquet", "share", pa.string()),
+)
+
+
+@pytest.mark.parametrize(("path", "column", "dtype"), PREPARED, ids=str)
+def test_a_published_file_of_other_columns_is_named(path, column, dtype, root, tmp_path, capsys):
+    """Without a type the column is missing, else it has nulls of that type."""
+    out = tmp_path / "out"
+    run(root, str(out))
+    before = published(str(out))
+    table = pq.ParquetFile(out / path).read()
+    prepare(out, path, table.drop_columns([column]) if dtype is None else _set(table, column, None, dtype))
+    if path.startswith("frames/") and not column.endswith("_sky"):
+        for target in ([str(tmp_path / "masks")], [str(tmp_path / "masks.json"), "--format", "coco"]):
+            code, told = shown(capsys, "export-masks", str(out), "--out", *target)
+            needs = dtype is None or column != "mask_encoding"
+            assert code == 1 or not needs
+            assert told.startswith(f"unet-ray: error: {out / path} is damaged (") and told.count("\n") == 1
+    code, told = shown(capsys, "verify", str(out))
+    assert code == 1 and f"{path}: damaged (" in told
+    run(root, str(out))
+    assert verify.verify(str(out)) == [] and published(str(out)).keys() == before.keys()
+
+
+@pytest.mark.parametrize("columns", [["pixels"], ["class_name"]])
+def test_segment_notes_statistics_that_it_cannot_read(columns, root, tmp_path):
+    out = tmp_path / "out"
+    run(root, str(out))
+    table = pq.ParquetFile(out / "class_statistics.parquet").read()
+    prepare(out, "class_statistics.parquet", _set(table, columns[0], [], pa.list_(pa.string())))
+    with pytest.raises(storage.StorageError, match=r"class_statistics.parquet is damaged"):
+        list(labels.read_columns(str(out), ledger.STATISTICS, columns))
+    run(root, str(out))
+    assert verify.verify(str(out)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [*({"interval_s": value} for value in ("x", None, [], -1, float("nan"), 1e9)), {"time_s": "x"},
+     *({"process": value} for value in (None, [], "x", {}, {"pid": "../x"}))],
+    ids=str,
+)  # fmt: skip
+def test_a_sign_of_life_may_say_anything(change, root, tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(heartbeats.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: next(clock))
+    heartbeats.write(out, "x")
+    path = Path(out, "_work/jobs/x.json")
+    sign = {**manifest.unsealed(path.read_bytes()), "process": None, **change}
+    path.write_bytes(manifest.sealed(sign))
+    heartbeats.refuse_living(out)
+    heartbeats.other_job(out, "y")
+    assert next(clock) <= 2 * 60 + 15
+    here = heartbeats._this_process()
+    for process in (
+        {name: here[name] for name in here if name != "pid"},
+        {**here, "pid": "1\0"},
+        {**here, "started": 1},
+    ):
+        assert heartbeats._lives({"process": process}) is None

@@ -251,7 +251,7 @@ def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, list
             return None
     except (ValueError, JobFailed):
         return None  # the way that all jobs go will say what is wrong
-    precision = options["precision"] if config.precision == "auto" else config.precision
+    precision = options.get("precision", "float32") if config.precision == "auto" else config.precision
     plan = _plan(config, bundle, tiling, precision, config.device, listing)
     if publish.finished_summary(plan) is None or ledger.pending(plan):
         return None
@@ -285,7 +285,7 @@ def _precision(config: SegmentConfig, device: str) -> str:
         return config.precision
     options = None if config.overwrite else plans.options_of(storage.resolve(config.out))
     if options:
-        return options["precision"]
+        return options.get("precision", "float32")
     cluster.wait_for_first_node(device, config.wait_for_resources_s)
     return resolve_precision(config.precision, device)
 

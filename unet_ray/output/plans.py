@@ -349,6 +349,8 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
         before, now = there["options"].get(option), here["options"].get(option)
         if json_bytes(before) != json_bytes(now):
             yield f"--{option.replace('_', '-')} is {before} there and {now} here"
+    if list(there["options"]) != list(here["options"]) and there["options"] == here["options"]:
+        yield "its options stand in another order"  # which gives another digest
 
 
 def _strange_generations(out: str, lineage_digest: str) -> list[int]:
