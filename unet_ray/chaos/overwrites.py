@@ -1,4 +1,4 @@
-"""The labelling job beside one that overwrites its output with another model's labels; scenarios as in `chaos`."""
+"""The labelling job beside one that overwrites its output with another model's labels; scenarios as in `scenarios`."""
 
 from __future__ import annotations
 
