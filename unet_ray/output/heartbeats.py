@@ -114,7 +114,7 @@ def refuse_living(out: str) -> None:
 def _interval_s(sign: Mapping[str, Any]) -> float:
     """Between two signs of a job by what it says; what it says may be anything."""
     value = sign.get("interval_s")
-    return min(value, _MAX_INTERVAL_S) if type(value) in (int, float) and value > 0 else INTERVAL_S
+    return min(value, _MAX_INTERVAL_S) if isinstance(value, (int, float)) and value > 0 else INTERVAL_S
 
 
 def _working(out: str, job: str) -> NotNow:
