@@ -172,7 +172,9 @@ def test_a_labelling_costs_a_request_a_frame_four_a_chunk_and_a_number_that_does
     store, methods = labelled
     n_frames, n_chunks = DRIVES * FRAMES, DRIVES * FRAMES // 4
     print(f"{n_frames} frames, {n_chunks} chunks: {dict(methods)}")
-    assert methods.total() <= n_frames + 4 * n_chunks + 180  # test_weather has the exact costs of frames and chunks
+    # test_weather has the exact costs of frames and chunks. The rest was 194 where the job took a minute: four are for
+    # each sign of life, every 15 s, so a slow machine has more of them.
+    assert methods.total() <= n_frames + 4 * n_chunks + 400
     code, said = store.run("verify", "S3/labels")
     assert (code, said) == (0, f"{store.bucket}/labels: whole: every file and row agrees with its record\n")
     assert storage.read_bytes(f"{store.bucket}/labels/preview.png")[1:4] == b"PNG"
