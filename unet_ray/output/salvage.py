@@ -100,7 +100,7 @@ def _readable(plan: Plan, path: str, frame_ids: Sequence[str]) -> Iterator[pa.Ta
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except storage.StorageError:
         raise
-    except _UNREADABLE:  # gone, or no footer any more
+    except manifest.UNREADABLE:  # gone, or no footer any more
         return
     if sum(sizes) != len(frame_ids) or not _is_of(plan, data, metadata):
         return
@@ -121,10 +121,6 @@ def _readable(plan: Plan, path: str, frame_ids: Sequence[str]) -> Iterator[pa.Ta
             }
         )
         start += size
-
-
-_UNREADABLE = (OSError, ValueError, pa.ArrowException, MemoryError)
-"""What Arrow raises for a file that is not as it was written."""
 
 
 def _digests(metadata: Mapping[bytes, bytes]) -> list[dict[str, str]]:
@@ -166,7 +162,7 @@ def _column(file: pq.ParquetFile, group: int, name: str, size: int) -> Sequence[
     try:
         for batch in file.iter_batches(_READ_ROWS, row_groups=[group], columns=[name]):
             values += batch.column(0).to_pylist()
-    except (*_UNREADABLE, IndexError):
+    except (*manifest.UNREADABLE, IndexError):
         pass
     return [*values[:size], *[None] * (size - len(values))]
 
