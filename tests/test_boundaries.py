@@ -32,18 +32,6 @@ ORDER = (
 """A folder, or a file beside the folders, imports only from earlier lines and from itself. Files of one line that are
 no folders may import each other; `training` and `labelling` never do."""
 
-NOT_YET: dict[tuple[str, str], str] = {
-    ("frames", "archives.catalogues"): "direction: what lists goes to archives/listing.py",
-    ("frames", "archives.doubles"): "direction: what lists goes to archives/listing.py",
-    ("frames", "archives.members"): "direction: what lists goes to archives/listing.py",
-    ("frames", "storage"): "direction: what lists goes to archives/listing.py",
-    ("frames", "storage.listings"): "direction: what lists goes to archives/listing.py",
-    ("frames", "storage.overlaps"): "direction: what lists goes to archives/listing.py",
-    ("model.bundle", "config"): "direction: ModelConfig goes to model/architecture.py",
-    ("model.unet", "config"): "direction: ModelConfig goes to model/architecture.py",
-}
-"""Imports against the order, and what takes each away."""
-
 MAY_KNOW = {
     "fsspec": ("storage.",),
     "matplotlib": ("pictures",),
@@ -114,7 +102,7 @@ def test_a_folder_imports_only_from_earlier_ones():
 
     modules = (*MODULES, *FOLDERS, "__init__")
     against = {(module, other) for module in modules for other in ours(module) if not is_fine(module, other)}
-    assert against == NOT_YET.keys()
+    assert against == set()
 
 
 def test_no_module_imports_one_that_imports_it():

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from unet_ray import config, config_files
-from unet_ray.config import ModelConfig, SegmentConfig, TrainConfig
+from unet_ray.config import SegmentConfig, TrainConfig
+from unet_ray.model.architecture import ModelConfig
 
 TRAIN = {"images": "i", "masks": "m", "classes": "camvid", "out": "o"}
 SEGMENT = {"model": "m", "frames": ("f",), "out": "o"}

@@ -23,9 +23,9 @@ import small_output
 
 import unet_ray
 from unet_ray import cli, errors, images
+from unet_ray.archives.listing import list_archives
 from unet_ray.bench import contests
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.frames import list_archives
 from unet_ray.labelling import work as labelling
 from unet_ray.output import rows as results
 from unet_ray.pairs.pairs import find_pairs, require_complete

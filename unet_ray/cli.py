@@ -25,7 +25,7 @@ import tyro
 import unet_ray
 from unet_ray import config, storage
 from unet_ray import config_files as options
-from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, NotNow
+from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
 
 END_WITHIN_S = 10.0
 """What a command that was told to stop has to do so in order; Ray's processes end with it either way."""
@@ -150,7 +150,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         return _fail(str(error), EXIT_USAGE)
     except JobFailed as error:
         return _fail(str(error), EXIT_FAILED)
-    except (storage.StorageError, NotNow) as error:
+    except (storage.StorageError, TryAgain) as error:
         return _fail(str(error), EXIT_TRY_AGAIN)
     except OSError as error:
         return _fail(str(error), EXIT_FAILED)

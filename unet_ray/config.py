@@ -15,6 +15,8 @@ from tyro.conf import Positional
 from unet_ray import storage
 from unet_ray.classes import PRESETS, ClassSet
 from unet_ray.config_files import MAPPING_TEXT, read_mapping, read_yaml
+from unet_ray.errors import require
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.storage import filesystems, overlaps
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -22,47 +24,11 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MaskFormat = Literal["auto", "channel-max", "ids", "colors"]
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
 def _require_at_least(config: Any, minimum: float, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         option = "--" + field.replace("_", "-")
-        _require(value >= minimum, f"{option} is {value}; it must be at least {minimum}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of a U-Net: all that is needed to build it, and all that a bundle says of it."""
-
-    image_height_px: int = 96
-    """Height of the network's input, in pixels; a multiple of 2^(depth-1)."""
-    image_width_px: int = 128
-    """Width of the network's input, in pixels; a multiple of 2^(depth-1)."""
-    n_classes: int = 23
-    """Output channels."""
-    n_filters: int = 32
-    """Filters of the first block; each deeper block has twice as many."""
-    depth: int = 5
-    """Encoder blocks; between two of them the image is halved."""
-    dropout: float = 0.3
-    """Share of activations dropped in the last two encoder blocks while training."""
-
-    def __post_init__(self) -> None:
-        _require(2 <= self.depth <= 8, f"--depth is {self.depth}; it must be 2 to 8")
-        _require(1 <= self.n_filters <= 1024, f"--n-filters is {self.n_filters}; it must be 1 to 1024")
-        _require(1 <= self.n_classes <= 254, f"{self.n_classes} classes; a mask of 8 bits holds 1 to 254")
-        _require(0 <= self.dropout < 1, f"--dropout is {self.dropout}; it must be in [0, 1)")
-        step = 2 ** (self.depth - 1)
-        for axis, size in (("height", self.image_height_px), ("width", self.image_width_px)):
-            _require(
-                0 < size <= 8192 and size % step == 0,
-                f"image {axis} is {size}; a network of depth {self.depth} halves it {self.depth - 1} times, so it must "
-                f"be a multiple of {step} up to 8192: try {max(step, round(size / step) * step)}",
-            )
+        require(value >= minimum, f"{option} is {value}; it must be at least {minimum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,26 +191,26 @@ class TrainConfig(ClusterConfig, PairsConfig):
         )
         _require_at_least(self, 0, "brightness", "contrast", "saturation", "max_failures")
         _, most_workers = self.worker_range()
-        _require(
+        require(
             self.batch_size >= most_workers,
             f"--batch-size is {self.batch_size} for {most_workers} workers; it is the batch of all of them together, "
             f"so give at least {most_workers}",
         )
-        _require(0 <= self.val_fraction < 1, f"--val-fraction is {self.val_fraction}; it must be in [0, 1)")
-        _require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}; it must be above 0")
-        _require(
+        require(0 <= self.val_fraction < 1, f"--val-fraction is {self.val_fraction}; it must be in [0, 1)")
+        require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}; it must be above 0")
+        require(
             self.collective_timeout_s > 0, f"--collective-timeout-s is {self.collective_timeout_s}; it must be above 0"
         )
-        _require(
+        require(
             self.cpus_per_worker is None or self.cpus_per_worker >= 1,
             f"--cpus-per-worker is {self.cpus_per_worker}; it must be at least 1",
         )
-        _require(
+        require(
             (self.val_images is None) == (self.val_masks is None),
             "only one of --val-images and --val-masks was given; give both or neither",
         )
         low, high = self.scale
-        _require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
+        require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
         check_path_pattern(self.path_pattern)
         self.model_config(n_classes=1)
         validation = (("--val-images", self.val_images), ("--val-masks", self.val_masks))
@@ -359,10 +325,10 @@ class SegmentConfig(ClusterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_at_least(self, 1, "batch_size", "chunk_frames", "shard_rows")
-        _require(len(self.frames) > 0, "--frames is empty; give at least one folder, tar file or glob")
-        _require(0 <= self.max_rejected <= 1, f"--max-rejected is {self.max_rejected}; it is a share, 0 to 1")
-        _require(self.max_frame_megapixels > 0, "--max-frame-megapixels must be above 0")
-        _require(self.frame_timeout_s > 0, "--frame-timeout-s must be above 0")
+        require(len(self.frames) > 0, "--frames is empty; give at least one folder, tar file or glob")
+        require(0 <= self.max_rejected <= 1, f"--max-rejected is {self.max_rejected}; it is a share, 0 to 1")
+        require(self.max_frame_megapixels > 0, "--max-frame-megapixels must be above 0")
+        require(self.frame_timeout_s > 0, "--frame-timeout-s must be above 0")
         self.actor_range()
         check_path_pattern(self.path_pattern)
         overlaps.require_apart(self.out, [("--frames", uri) for uri in self.frames], both_ways=True)
@@ -445,7 +411,7 @@ class ExportMasksConfig(StorageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         overlaps.require_apart(self.out, [("the output", self.labels)])
-        _require(
+        require(
             self.format != "coco" or storage.resolve(self.out).endswith(".json"),
             f"--out is {self.out}; the format coco is one file, give a name that ends in .json",
         )
@@ -474,7 +440,7 @@ class DemoConfig:
 def _read_range(text: str, option: str, allowed: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    _require(1 <= low <= high, f"{option} is {text!r}; give {allowed}")
+    require(1 <= low <= high, f"{option} is {text!r}; give {allowed}")
     return low, high
 
 
@@ -488,7 +454,7 @@ def check_path_pattern(pattern: str | None) -> None:
         raise ValueError(f"--path-pattern is not a regular expression: {error}") from error
     allowed = ("sequence", "camera", "frame_index", "timestamp_ns")
     unknown = sorted(groups - set(allowed))
-    _require(
+    require(
         bool(groups) and not unknown,
         f"--path-pattern has the named groups {sorted(groups)}; use some of {', '.join(allowed)}: (?P<sequence>…)",
     )

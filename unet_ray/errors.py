@@ -16,5 +16,11 @@ class JobFailed(RuntimeError):
     """The job ran and its result cannot stand: data or verification failed."""
 
 
-class NotNow(RuntimeError):
+class TryAgain(RuntimeError):
     """What the job runs on is not there, and may be when the same command is tried again."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises ValueError with the message where something does not hold that the user can mend."""
+    if not holds:
+        raise ValueError(message)

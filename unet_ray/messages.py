@@ -21,3 +21,8 @@ def shown_path(uri: str) -> str:
     """`drives/a` for a path below the current folder, as a person gave it; any other URI as it is."""
     here = os.path.join(os.getcwd(), "")
     return uri.removeprefix(here) or uri
+
+
+def say(line: str) -> None:
+    """Prints one line for the user at once, also when the output is a file or a job's log."""
+    print(line, flush=True)

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from unet_ray.frames import list_archives
+from unet_ray.archives.listing import list_archives
 
 
 def tar_of(*names: str, content: bytes = b"x" * 700) -> bytes:

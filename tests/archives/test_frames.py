@@ -16,8 +16,9 @@ import pytest
 
 from unet_ray import frames, storage
 from unet_ray.archives import members as archives
+from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import FrameGone, read_frames
-from unet_ray.frames import PathFields, list_archives, natural_key, parse_path
+from unet_ray.frames import PathFields, natural_key, parse_path
 from unet_ray.output import manifest, plans
 from unet_ray.storage import files as storage_files
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unet_ray.frames import list_archives
+from unet_ray.archives.listing import list_archives
 
 MB = 2**20
 

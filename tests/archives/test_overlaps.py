@@ -16,9 +16,9 @@ import small_output
 from test_frames import write_folder, write_tar
 
 from unet_ray import cli, storage
-from unet_ray.archives.members import IMAGE_EXTENSIONS
+from unet_ray.archives.listing import find_roots, list_archives
 from unet_ray.config import ExportMasksConfig, SegmentConfig, VerifyConfig
-from unet_ray.frames import find_roots, list_archives
+from unet_ray.frames import IMAGE_EXTENSIONS
 from unet_ray.storage import overlaps
 
 TWICE = "its frames would be labelled twice; give each place once"

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet_ray.archives import parquet_pages
+from unet_ray.archives.listing import list_archives
 from unet_ray.archives.parquet_pages import TooMuch
 from unet_ray.archives.reading import FrameGone, read_frames
-from unet_ray.frames import list_archives
 
 TABLE = pa.table(
     {

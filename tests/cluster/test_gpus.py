@@ -28,10 +28,10 @@ from unet_ray.chaos import faults
 from unet_ray.chaos.trials import wait_until
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster import connection as cluster
-from unet_ray.config import ModelConfig
 from unet_ray.errors import JobFailed
 from unet_ray.labelling import work as labelling
 from unet_ray.model import devices
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import write_bundle
 from unet_ray.model.unet import weight_shapes
 from unet_ray.output import verify

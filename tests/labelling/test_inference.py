@@ -12,10 +12,10 @@ import pytest
 import tensorflow as tf
 
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.config import ModelConfig
 from unet_ray.labelling import inference
 from unet_ray.labelling.inference import Labeler, Labels
 from unet_ray.labelling.tiling import Tiling, choose_tiling
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import Bundle
 from unet_ray.model.unet import build_unet, named_weights
 

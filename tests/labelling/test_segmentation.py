@@ -23,17 +23,18 @@ import small_output
 from PIL import Image
 
 from unet_ray import cli, images
+from unet_ray.archives.listing import list_archives
 from unet_ray.chaos import faults
 from unet_ray.chaos.trials import wait_until
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster.connection import Gauges, connect
-from unet_ray.config import ModelConfig, SegmentConfig
+from unet_ray.config import SegmentConfig
 from unet_ray.errors import JobFailed
-from unet_ray.frames import list_archives
 from unet_ray.labelling import allocation, waves
 from unet_ray.labelling import job as segmentation
 from unet_ray.labelling import work as labelling
 from unet_ray.labelling.job import SegmentResult, segment
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
 from unet_ray.output import ledger, manifest, plans, verify
 from unet_ray.progress import Progress

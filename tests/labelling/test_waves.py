@@ -17,7 +17,7 @@ from unet_ray import storage
 from unet_ray.chaos import trials
 from unet_ray.classes import PRESETS
 from unet_ray.cluster import connection as cluster
-from unet_ray.errors import JobFailed, NotNow
+from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA
 from unet_ray.labelling import inference, stages, waves
 from unet_ray.labelling import work as labelling
@@ -150,7 +150,7 @@ def test_what_ray_gives_up_may_be_tried_again():
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         with pytest.raises(
-            NotNow, match=r"^Ray gave up work that it had begun \(WorkerCrashedError: .*; the same comman"
+            TryAgain, match=r"^Ray gave up work that it had begun \(WorkerCrashedError: .*; the same comman"
         ):
             list(cluster.map_on_cluster(die, [1]))
     finally:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 
 from unet_ray.classes import ClassSet
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import read_bundle, save_bundle, write_bundle
 from unet_ray.model.export import export_model
 from unet_ray.model.unet import build_unet, named_weights

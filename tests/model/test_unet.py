@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.unet import build_unet, check_weight_shapes, named_weights, set_named_weights, weight_shapes
 
 TINY = ModelConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=3, dropout=0.3)

@@ -13,7 +13,7 @@ import pytest
 from labelled import label, make_plan, run, write_archive
 
 from unet_ray import images, storage
-from unet_ray.frames import find_roots, list_archives
+from unet_ray.archives.listing import find_roots, list_archives
 from unet_ray.output import ledger, manifest, origins, plans, publish, salvage, verify
 
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 from labelled import DRIVES, make_plan, run, write_archive
 from PIL import Image
 
-from unet_ray.frames import list_archives
+from unet_ray.archives.listing import list_archives
 from unet_ray.labelling import job as segmentation
 from unet_ray.reports import preview
 from unet_ray.reports.preview import choose_rows

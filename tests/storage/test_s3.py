@@ -21,8 +21,8 @@ import pytest
 from s3_server import ask, make_bucket, reach, run_server
 
 from unet_ray import storage
+from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import FrameGone, read_frames
-from unet_ray.frames import list_archives
 
 
 @pytest.fixture(scope="module")

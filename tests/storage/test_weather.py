@@ -11,8 +11,8 @@ from s3_server import make_bucket, reach, run_server
 from small_output import contents, segment
 
 from unet_ray import storage
+from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import read_frames
-from unet_ray.frames import list_archives
 from unet_ray.output import verify
 from unet_ray.pairs.pairs import find_pairs, read_pairs
 from unet_ray.storage import filesystems, listings

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from unet_ray import storage
+from unet_ray.archives.listing import list_archives
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.frames import list_archives
 from unet_ray.output import ledger, manifest, plans, publish, salvage
 from unet_ray.output import rows as results
 

@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 from small_training import HeldFrames, assert_same_end, final_weights, held_up, make_config, write_data
 
-from unet_ray.errors import NotNow
+from unet_ray.errors import TryAgain
 from unet_ray.training import checkpoints
 from unet_ray.training import job as training
 
@@ -66,7 +66,7 @@ def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, t
             time.sleep(0.05)
         cluster.remove_node(nodes[1], allow_graceful=False)
         with pytest.raises(
-            NotNow, match="a node was lost, and 2 workers had no room for 5 s .*; the same command goes"
+            TryAgain, match="a node was lost, and 2 workers had no room for 5 s .*; the same command goes"
         ):
             run.result()
     said = capsys.readouterr().out

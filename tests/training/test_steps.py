@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from unet_ray.classes import IGNORED_ID
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.unet import build_unet
 from unet_ray.training import steps
 

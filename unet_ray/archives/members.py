@@ -26,9 +26,7 @@ import pyarrow as pa
 
 from unet_ray import storage
 from unet_ray.archives.parquet_files import Allowance, ParquetRows, TooMuch, is_plain, open_parquet
-
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""What is a frame, in a folder and in an archive, without regard to case; every other file is ignored and counted."""
+from unet_ray.frames import extension, is_frame
 
 ARCHIVE_EXTENSIONS = (".tar", ".zip", ".parquet")
 """What is looked into, in a folder too."""
@@ -94,17 +92,6 @@ class BadMember(ValueError):
 
 class _Broken(ValueError):
     """An archive whose listing cannot go on; the message says where."""
-
-
-def extension(path: str) -> str:
-    """Returns a file's extension in lower case with its dot, `""` where it has none."""
-    stem, dot, end = posixpath.basename(path).rpartition(".")
-    return f".{end.lower()}" if dot and stem else ""
-
-
-def is_frame(path: str) -> bool:
-    """Whether a file counts as a frame by its name."""
-    return extension(path) in IMAGE_EXTENSIONS
 
 
 def is_archive(path: str) -> bool:

@@ -32,9 +32,9 @@ from unet_ray.bench.watchers import Watcher
 from unet_ray.chaos import faults
 from unet_ray.classes import PRESETS
 from unet_ray.cluster.processes import KEEP_MEMORY
-from unet_ray.config import ModelConfig
 from unet_ray.demo import synthetic
 from unet_ray.model import devices
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
 
 JPEG_QUALITY = 90

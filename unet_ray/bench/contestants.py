@@ -81,8 +81,8 @@ def list_and_plan(*, frames: str, out: str, chunk_frames: int) -> dict[str, floa
     """
     import resource
 
+    from unet_ray.archives.listing import list_archives
     from unet_ray.classes import PRESETS
-    from unet_ray.frames import list_archives
     from unet_ray.output import manifest, plans
 
     started = time.monotonic()

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unet_ray.bench.peers import MaskFile, list_frames
 from unet_ray.bench.training_peers import WARM_UP_STEPS, digest_of, some_pairs
-from unet_ray.config import ModelConfig
 from unet_ray.images import decode_mask, resize_nearest
 from unet_ray.labelling.decoding import DecodeOptions, decode
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import Bundle, read_bundle
 
 _PADDED = "same"

@@ -155,7 +155,8 @@ def keras_fit(
     configure_tensorflow("cpu", threads, op_threads=threads)
     import keras
 
-    from unet_ray.config import ModelConfig, load_class_set
+    from unet_ray.config import load_class_set
+    from unet_ray.model.architecture import ModelConfig
     from unet_ray.model.bundle import save_bundle
     from unet_ray.model.unet import build_unet
 

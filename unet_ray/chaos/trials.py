@@ -31,7 +31,7 @@ from PIL import Image
 from unet_ray import storage
 from unet_ray.chaos import faults
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import write_bundle
 from unet_ray.output import manifest, plans, verify
 

@@ -24,7 +24,8 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Gauge
 
 from unet_ray.cluster.processes import KEEP_MEMORY, descendants
-from unet_ray.errors import EXIT_TRY_AGAIN, NotNow
+from unet_ray.errors import EXIT_TRY_AGAIN, TryAgain
+from unet_ray.messages import say
 from unet_ray.storage import filesystems
 
 WORKER_ENVIRONMENT = {
@@ -58,7 +59,7 @@ def connect() -> None:
 
     Raises:
         ValueError: `RAY_ADDRESS` names a cluster that does not answer, or Ray runs already with other storage options.
-        NotNow: Ray did not start.
+        TryAgain: Ray did not start.
     """
     global _handed
     storage_variables = filesystems.worker_environment(inherited=is_local())
@@ -148,7 +149,7 @@ def _start_ray(arguments: Mapping[str, Any]) -> None:
     except Exception as error:
         ray.shutdown()
         cause = " ".join(str(error).split()).rstrip(".")
-        raise NotNow(
+        raise TryAgain(
             f"Ray did not start on this machine: {cause}; is it very busy? Try the same command again"
         ) from error
 
@@ -206,11 +207,6 @@ def _knock(address: str) -> None:
 def is_local() -> bool:
     """Whether the job runs on a Ray of its own, which nothing can add nodes to."""
     return "RAY_ADDRESS" not in os.environ
-
-
-def say(line: str) -> None:
-    """Prints one line for the user at once, also when the output is a file or a job's log."""
-    print(line, flush=True)
 
 
 def resolve_device(device: str) -> str:
@@ -313,7 +309,7 @@ class Room:
         """Says it where room is missing; to be called often.
 
         Raises:
-            NotNow: it has been missing for longer than `wait_s`.
+            TryAgain: it has been missing for longer than `wait_s`.
         """
         now_s = time.monotonic()
         if now_s - self._looked_s < ROOM_EVERY_S:
@@ -325,7 +321,7 @@ class Room:
             self._missing_since_s = now_s
             say(f"warning: a node was lost, and {self._what} lack room; waiting up to {self._wait_s:g} s for another")
         elif now_s - self._missing_since_s > self._wait_s:
-            raise NotNow(
+            raise TryAgain(
                 f"a node was lost, and {self._what} had no room for {self._wait_s:g} s (--wait-for-resources-s); "
                 "the same command goes on from the last checkpoint"
             )
@@ -364,7 +360,7 @@ def outcome(reference: Any, others: Sequence[Any] = ()) -> Any:
     """Returns what a task returned, or raises its error as it was raised; `others` are then waited for.
 
     Raises:
-        NotNow: Ray has given the task up.
+        TryAgain: Ray has given the task up.
     """
     try:
         return ray.get(reference)
@@ -377,11 +373,11 @@ def outcome(reference: Any, others: Sequence[Any] = ()) -> Any:
         raise given_up(error) from error
 
 
-def given_up(error: BaseException) -> NotNow:
+def given_up(error: BaseException) -> TryAgain:
     """What Ray says of work that it does not try any more: the death of a process or of a node, above all."""
     said = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
     what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-    return NotNow(f"Ray gave up work that it had begun ({what}); the same command goes on where this one stopped")
+    return TryAgain(f"Ray gave up work that it had begun ({what}); the same command goes on where this one stopped")
 
 
 class Gauges:

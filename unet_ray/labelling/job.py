@@ -18,19 +18,19 @@ import ray
 
 from unet_ray import storage
 from unet_ray.archives import doubles
-from unet_ray.archives.members import IMAGE_EXTENSIONS
+from unet_ray.archives.listing import FoundRoots, find_roots, list_archives
 from unet_ray.archives.reading import read_frames
 from unet_ray.cluster import connection as cluster
-from unet_ray.cluster.connection import TASK_RETRIES, map_on_cluster, say
+from unet_ray.cluster.connection import TASK_RETRIES, map_on_cluster
 from unet_ray.cluster.shared_paths import require_seen_by_all
 from unet_ray.config import SegmentConfig
 from unet_ray.config_files import to_yaml
-from unet_ray.errors import JobFailed, NotNow
-from unet_ray.frames import FoundRoots, Listing, find_roots, list_archives
+from unet_ray.errors import JobFailed, TryAgain
+from unet_ray.frames import IMAGE_EXTENSIONS, Listing
 from unet_ray.labelling.allocation import Allocation, allocate
 from unet_ray.labelling.decoding import DecodeOptions, count_pixels
 from unet_ray.labelling.tiling import Tiling, choose_tiling
-from unet_ray.messages import count
+from unet_ray.messages import count, say
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
 from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected, salvage
@@ -162,11 +162,11 @@ class _Watch:
         try:
             if self.plan is not None:
                 plans.has_grown(self.plan)
-        except (NotNow, JobFailed, ValueError) as error:
+        except (TryAgain, JobFailed, ValueError) as error:
             self._error = error
 
     def require_ours(self) -> None:
-        """Raises NotNow where the output was overwritten when it was last looked at, JobFailed for damage."""
+        """Raises TryAgain where the output was overwritten when it was last looked at, JobFailed for damage."""
         if self._error is not None:
             raise self._error
 

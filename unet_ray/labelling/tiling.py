@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

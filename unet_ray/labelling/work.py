@@ -15,11 +15,10 @@ from ray.util import metrics
 
 from unet_ray import storage
 from unet_ray.cluster import connection as cluster
-from unet_ray.cluster.connection import say
 from unet_ray.errors import JobFailed
 from unet_ray.labelling.allocation import TASK_FRAMES, share_tasks
 from unet_ray.labelling.waves import WAVE_TASKS, WaveJob, run_wave
-from unet_ray.messages import count
+from unet_ray.messages import count, say
 from unet_ray.output import ledger
 from unet_ray.output.manifest import Chunk, frames_together
 from unet_ray.output.plans import Plan

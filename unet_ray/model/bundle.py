@@ -32,7 +32,7 @@ from safetensors import numpy as safetensors_numpy
 
 from unet_ray import storage
 from unet_ray.classes import ClassSet
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 
 if TYPE_CHECKING:
     import keras

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 
 Shape = tuple[int, ...]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_ray import storage
-from unet_ray.errors import NotNow
+from unet_ray.errors import TryAgain
 from unet_ray.messages import shown_path
 from unet_ray.output import manifest
 from unet_ray.output.manifest import sealed, unsealed
@@ -93,7 +93,7 @@ def other_job(out: str, job: str, *, within_s: float = 60.0) -> str | None:
 
 
 def refuse_living(out: str) -> None:
-    """Raises NotNow where another job works on an output: what it writes would lie among what is written anew."""
+    """Raises TryAgain where another job works on an output: what it writes would lie among what is written anew."""
     watched = {}
     for job, sign in _signs(out).items():
         lives = _lives(sign)
@@ -117,8 +117,8 @@ def _interval_s(sign: Mapping[str, Any]) -> float:
     return min(value, _MAX_INTERVAL_S) if type(value) in (int, float) and value > 0 else INTERVAL_S
 
 
-def _working(out: str, job: str) -> NotNow:
-    return NotNow(
+def _working(out: str, job: str) -> TryAgain:
+    return TryAgain(
         f"job {job} works on {shown_path(out)}; stop it before --overwrite, wait for its end, or give another --out"
     )
 

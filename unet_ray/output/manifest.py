@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray import storage
+from unet_ray.archives.listing import with_roots
 from unet_ray.errors import JobFailed
-from unet_ray.frames import MANIFEST_SCHEMA, Root, with_roots
+from unet_ray.frames import MANIFEST_SCHEMA, Root
 
 CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()), ("shard", pa.int32())])
 """Columns of the manifest beside a frame's own."""

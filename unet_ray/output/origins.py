@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_ray import storage
-from unet_ray.frames import Listing, Root, folder_of, is_glob, read_roots, roots_metadata, tail
+from unet_ray.archives.listing import folder_of, is_glob, tail
+from unet_ray.frames import Listing, Root, read_roots, roots_metadata
 from unet_ray.messages import count, first_few, shown_path
 from unet_ray.output import manifest
 

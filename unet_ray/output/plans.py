@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from unet_ray import storage
 from unet_ray.classes import ClassSet
-from unet_ray.errors import JobFailed, NotNow
+from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA, Listing, carried_schema
 from unet_ray.messages import shown_path
 from unet_ray.output import manifest, origins
@@ -149,7 +149,7 @@ def plan(
         ValueError: the folder holds something else, an output of another lineage or of another archive; the message
             shows the difference.
         JobFailed: what is planned is damaged or gone; the message names the file.
-        NotNow: another job has overwritten the output meanwhile.
+        TryAgain: another job has overwritten the output meanwhile.
         StorageError: trying again may help.
     """
     frames_schema(lineage.class_set, carried_schema(listing.table.schema))  # a catalogue's column may have a taken name
@@ -384,7 +384,7 @@ def has_grown(plan: Plan) -> bool:
     """Whether other jobs have planned more frames since the plan was read.
 
     Raises:
-        NotNow: the output is another one now: a job was told to overwrite it.
+        TryAgain: the output is another one now: a job was told to overwrite it.
     """
     digest = plan.lineage.digest
     if _lineage_of(read_run(plan.out)).digest != digest:
@@ -406,9 +406,9 @@ def require_whole(plan: Plan) -> None:
         raise Grown(dataclasses.replace(newer, n_new=plan.n_new, origin=plan.origin))
 
 
-def overwritten(out: str) -> NotNow:
+def overwritten(out: str) -> TryAgain:
     """Returns the error of a job whose output is no longer its own."""
-    return NotNow(
+    return TryAgain(
         f"{shown_path(out)} was overwritten by another job while this one worked on it, and is that job's now; "
         "to have these labels too, run the same command with another --out"
     )

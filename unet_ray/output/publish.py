@@ -97,7 +97,7 @@ def publish(
     Raises:
         JobFailed: too many frames are rejected, or the counts do not add up.
         Grown: another job has planned more frames, which are to be done first.
-        NotNow: another job has overwritten the output.
+        TryAgain: another job has overwritten the output.
         StorageError: a part is damaged, or the store did not answer; the same command goes on.
     """
     plans.require_whole(plan)
@@ -208,7 +208,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     """Writes one file of `frames/` from its parts, lets these go, and returns what summary.json says of it.
 
     Raises:
-        NotNow: another job has overwritten the output.
+        TryAgain: another job has overwritten the output.
         StorageError: a part is missing or damaged; its record is taken back, so that it is done again.
     """
     plan = task.plan

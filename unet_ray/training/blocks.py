@@ -37,10 +37,10 @@ import ray.data
 from ray.data import DataContext
 
 from unet_ray.classes import IGNORED_ID, ClassSet
-from unet_ray.cluster.connection import say, without_ray_warnings
+from unet_ray.cluster.connection import without_ray_warnings
 from unet_ray.errors import JobFailed
 from unet_ray.images import ImageRefused, count_values, frame_size, resize_nearest
-from unet_ray.messages import count
+from unet_ray.messages import count, say
 from unet_ray.pairs.pairs import ImagePair, PairContent, PairProblem, load_pair, read_pairs
 from unet_ray.pairs.splits import difference_hash
 from unet_ray.storage import read_many

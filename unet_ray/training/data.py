@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from unet_ray.classes import ClassSet
-from unet_ray.cluster.connection import say
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.config_files import read_yaml
-from unet_ray.messages import count
+from unet_ray.messages import count, say
 from unet_ray.pairs.pairs import ImagePair, detect_mask_format, find_pairs, require_complete
 from unet_ray.pairs.splits import Split, split_pairs
 from unet_ray.training import evaluator

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unet_ray.config import ModelConfig
+from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.metrics import boundary_counts, confusion_matrix, summarize
 from unet_ray.training.blocks import FrameReader, gather
 

@@ -34,7 +34,6 @@ from unet_ray.cluster.connection import (
     connect,
     default_cpus,
     resolve_device,
-    say,
     wait_for_first_node,
     wait_for_resources,
     worker_resources,
@@ -42,7 +41,7 @@ from unet_ray.cluster.connection import (
 from unet_ray.cluster.shared_paths import require_seen_by_all, require_usable_gpu
 from unet_ray.config import EvaluateConfig, TrainConfig
 from unet_ray.errors import JobFailed
-from unet_ray.messages import count
+from unet_ray.messages import count, say
 from unet_ray.model import bundle, metrics
 from unet_ray.model.devices import UnusableGpu
 from unet_ray.pairs.pairs import ImagePair, load_pair
@@ -93,7 +92,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: something that the user can mend: files, options, the output's folder.
         JobFailed: the loss became infinite, or workers were lost again and again.
-        NotNow: nodes were lost, and none came in their place.
+        TryAgain: nodes were lost, and none came in their place.
         StorageError: trouble with storage that may be over when one tries again.
     """
     config.configure_storage()

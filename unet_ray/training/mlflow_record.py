@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 from unet_ray import storage
-from unet_ray.cluster.connection import say
 from unet_ray.config import TrainConfig
 from unet_ray.config_files import to_plain
+from unet_ray.messages import say
 
 MLFLOW_FILE = "mlflow.json"
 """In a run's folder: the id of its MLflow run."""

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from unet_ray import progress, storage
-from unet_ray.cluster.connection import Gauges, say
+from unet_ray.cluster.connection import Gauges
+from unet_ray.messages import say
 from unet_ray.training.mlflow_record import MlflowRecord
 
 GAUGES = {
