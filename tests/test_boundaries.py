@@ -36,14 +36,28 @@ MAY_KNOW = {
     "fsspec": ("storage.",),
     "matplotlib": ("pictures",),
     "ray": (
-        *("cluster.", "training.blocks", "training.job", "training.monitor", "training.worker"),
+        *(
+            "cluster.",
+            "training.batches",
+            "training.blocks",
+            "training.evaluation",
+            "training.job",
+            "training.launcher",
+        ),
         *("labelling.allocation", "labelling.job", "labelling.waves", "labelling.work"),
         *("chaos.scenarios", "bench.contestants", "bench.peers"),
     ),
 }
 """Modules, or all of a folder, that may import a library anywhere."""
 
-LOAD_TENSORFLOW = {"model.export", "model.losses", "model.unet", "labelling.inference", "training.steps"}
+LOAD_TENSORFLOW = {
+    "model.export",
+    "model.losses",
+    "model.unet",
+    "labelling.inference",
+    "training.steps",
+    "training.worker",
+}
 """What imports TensorFlow or Keras at its top, so that to import it takes seconds."""
 
 MODULES = sorted(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unet_ray.config import EvaluateConfig, SegmentConfig, TrainConfig
     from unet_ray.labelling.job import segment
-    from unet_ray.training.job import evaluate, train
+    from unet_ray.training.evaluation import evaluate
+    from unet_ray.training.job import train
 
 __version__ = "0.1.0"
 PACKAGE = Path(__file__).parent
@@ -19,7 +20,7 @@ _HOMES = {
     "EvaluateConfig": "config",
     "SegmentConfig": "config",
     "TrainConfig": "config",
-    "evaluate": "training.job",
+    "evaluate": "training.evaluation",
     "segment": "labelling.job",
     "train": "training.job",
 }

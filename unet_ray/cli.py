@@ -51,7 +51,7 @@ def _train(told: config.TrainConfig) -> int:
 
 
 def _evaluate(told: config.EvaluateConfig) -> int:
-    from unet_ray.training.job import evaluate
+    from unet_ray.training.evaluation import evaluate
 
     evaluate(told)
     return 0

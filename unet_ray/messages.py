@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def count(number: int, noun: str) -> str:
@@ -26,3 +26,8 @@ def shown_path(uri: str) -> str:
 def say(line: str) -> None:
     """Prints one line for the user at once, also when the output is a file or a job's log."""
     print(line, flush=True)
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """`2 CPUs, 1 GPU`."""
+    return ", ".join(f"{value:g} {key}{'s' * (value != 1)}" for key, value in resources.items())

@@ -18,7 +18,7 @@ from ray_nodes import RayNodes
 
 from unet_ray import cli
 from unet_ray.chaos.trials import wait_until
-from unet_ray.cluster import connection as cluster
+from unet_ray.cluster import connection, resources
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.timeout(300)
 def local():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        cluster.connect()
+        connection.connect()
         yield
         ray.shutdown()
 
 
 def test_the_device_is_what_there_is_and_a_missing_gpu_is_said(local, capsys):
-    assert cluster.resolve_device("auto") == cluster.resolve_device("cpu") == "cpu"
+    assert resources.resolve_device("auto") == resources.resolve_device("cpu") == "cpu"
     assert capsys.readouterr().out == "device: cpu (auto)\ndevice: cpu\n"
     with pytest.raises(ValueError) as caught:
-        cluster.resolve_device("gpu")
+        resources.resolve_device("gpu")
     assert str(caught.value) == (
         "--device is gpu and this machine has no GPU; use --device cpu, or auto to take what there is"
     )
@@ -44,9 +44,9 @@ def test_the_device_is_what_there_is_and_a_missing_gpu_is_said(local, capsys):
 
 def test_more_than_this_machine_has_is_refused_at_once(local):
     n_cpus = int(ray.cluster_resources()["CPU"])
-    cluster.wait_for_resources([{"CPU": 1.0}] * n_cpus, 600, "workers")
+    resources.wait_for_resources([{"CPU": 1.0}] * n_cpus, 600, "workers")
     with pytest.raises(ValueError) as caught:
-        cluster.wait_for_resources([{"CPU": 1.0}] * (n_cpus + 1), 600, f"{n_cpus + 1} training workers")
+        resources.wait_for_resources([{"CPU": 1.0}] * (n_cpus + 1), 600, f"{n_cpus + 1} training workers")
     assert str(caught.value) == (
         f"{n_cpus + 1} training workers want {n_cpus + 1} CPUs (1 CPU each); the cluster has {n_cpus} "
         f"CPU{'s' * (n_cpus != 1)}; ask for fewer, or add nodes"
@@ -56,12 +56,12 @@ def test_more_than_this_machine_has_is_refused_at_once(local):
 def test_a_ray_that_was_started_here_with_other_storage_options_is_refused_and_one_of_the_users_own_is_not(
     local, monkeypatch
 ):
-    cluster.connect()
+    connection.connect()
     monkeypatch.setenv("FSSPEC_S3", '{"anon": true}')
     with pytest.raises(ValueError, match="^Ray runs already, and its workers have other storage options; call ray"):
-        cluster.connect()
-    monkeypatch.setattr(cluster, "_handed", (("a node that", "is gone"), {}))
-    cluster.connect()
+        connection.connect()
+    monkeypatch.setattr(connection, "_handed", (("a node that", "is gone"), {}))
+    connection.connect()
 
 
 def requested() -> object:
@@ -73,7 +73,7 @@ def requested() -> object:
 def test_a_cluster_is_waited_for_and_then_the_reason_is_said(local, monkeypatch, capsys):
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     with pytest.raises(ValueError, match=r"the cluster has \d+ CPUs? after 0\.6 s \(--wait-for-resources-s\); ask for"):
-        cluster.wait_for_resources([{"CPU": 1.0}] * 100, 0.6, "100 model actors")
+        resources.wait_for_resources([{"CPU": 1.0}] * 100, 0.6, "100 model actors")
     said = capsys.readouterr().out
     assert said.startswith("100 model actors want 100 CPUs (1 CPU each); the cluster has ")
     assert said.endswith("; waiting up to 0.6 s for more nodes\n")
@@ -86,8 +86,8 @@ def test_the_autoscaler_is_asked_again_when_another_has_put_its_own_request_ther
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     too_many = [{"CPU": 1.0}] * 100
     is_room = threading.Event()
-    monkeypatch.setattr(cluster, "_fits", lambda bundles: is_room.is_set())
-    waiting = threading.Thread(target=cluster.wait_for_resources, args=[too_many, 3600, "100 model actors"])
+    monkeypatch.setattr(resources, "_fits", lambda bundles: is_room.is_set())
+    waiting = threading.Thread(target=resources.wait_for_resources, args=[too_many, 3600, "100 model actors"])
     waiting.start()
     try:
         for _ in range(2):
@@ -102,9 +102,9 @@ def test_the_autoscaler_is_asked_again_when_another_has_put_its_own_request_ther
 def test_a_bundle_must_fit_on_one_node(monkeypatch):
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 64.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert cluster._fits([{"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}])
-    assert not cluster._fits([{"CPU": 3.0}])
-    assert not cluster._fits([{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
+    assert resources._fits([{"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}])
+    assert not resources._fits([{"CPU": 3.0}])
+    assert not resources._fits([{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_bundle_must_fit_on_one_node(monkeypatch):
 def test_a_worker_gets_its_share_of_the_nodes_that_are_there(workers, nodes, cpus, monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
     device = "gpu" if any("GPU" in node for node in nodes) else "cpu"
-    assert cluster.default_cpus(workers, device) == cpus
+    assert resources.default_cpus(workers, device) == cpus
 
 
 def test_the_cluster_of_ray_address_is_joined(local):
@@ -140,7 +140,7 @@ def test_the_cluster_of_ray_address_is_joined(local):
 
 
 def test_what_is_said_while_ray_starts_comes_through_but_for_its_notice(capfd):
-    with pytest.raises(OSError, match="full"), cluster._without_notice():
+    with pytest.raises(OSError, match="full"), connection._without_notice():
         os.write(2, b"logging.cc: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n")
         print("the disk is almost full", file=sys.stderr)
         raise OSError("full")
@@ -152,7 +152,7 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     ray.shutdown()
     with pytest.raises(ValueError, match=r"^RAY_ADDRESS is 127\.0\.0\.1:1; no cluster lets us in there: ") as caught:
-        cluster.connect()
+        connection.connect()
     assert "\n" not in str(caught.value)
 
 
@@ -164,7 +164,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, capsys):
     ray.shutdown()
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setitem(
-        cli.COMMANDS, "segment", dataclasses.replace(cli.COMMANDS["segment"], run=lambda told: cluster.connect())
+        cli.COMMANDS, "segment", dataclasses.replace(cli.COMMANDS["segment"], run=lambda told: connection.connect())
     )
     assert cli.run_command("segment", ["--model", "m", "--frames", "f", "--out", "o"]) == 75
     assert capsys.readouterr().err == (

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray_nodes import Gates, RayNodes
+from gates import STAGES, Gates
+from ray_nodes import RayNodes
 
 from unet_ray.chaos import trials
 from unet_ray.chaos.trials import wait_until
@@ -29,7 +30,7 @@ which makes the work wait for its actor."""
 
 @pytest.fixture(scope="module")
 def gates(tmp_path_factory: pytest.TempPathFactory) -> Gates:
-    return Gates(tmp_path_factory.mktemp("gates"), MOST_S)
+    return Gates(tmp_path_factory.mktemp("gates"), {STAGES: MOST_S})
 
 
 @pytest.fixture(scope="module")

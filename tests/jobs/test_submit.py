@@ -21,7 +21,8 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec import AbstractFileSystem
-from ray_nodes import Gates, RayNodes
+from gates import CHECKPOINTS, STAGES, Gates
+from ray_nodes import RayNodes
 from s3_server import KEY_ID, SECRET, make_bucket, reach, run_server
 from test_readme import blocks
 
@@ -73,7 +74,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AbstractFileSys
 @pytest.fixture(scope="module")
 def gates(tmp_path_factory: pytest.TempPathFactory) -> Gates:
     """Shut: this little work would be done before the last node has a part in it."""
-    return Gates(tmp_path_factory.mktemp("gates"), {"decode_chunks": math.inf, "label_chunks": math.inf})
+    stages = {"decode_chunks": math.inf, "label_chunks": math.inf}
+    return Gates(tmp_path_factory.mktemp("gates"), {STAGES: stages, CHECKPOINTS: {"write_checkpoint": math.inf}})
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +193,13 @@ def desk(nodes: RayNodes, checkout: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def trained(desk: Desk) -> tuple[str, str]:
-    """What a training said that was stopped, and what the same line said when it was submitted again."""
+def trained(desk: Desk, gates: Gates) -> tuple[str, str]:
+    """What a training said that was stopped in its third epoch, and what the same line said when submitted again."""
     with desk.submitted("train") as submission:
+        gates.open_for("write_checkpoint", 2)
         submission.wait_until(lambda: submission.has_said("epoch  2/12"))
         desk.stop(submission, "ray::RayTrainWorker")
+    gates.open("write_checkpoint")
     return submission.said(), desk.submit("train")
 
 
@@ -203,8 +207,11 @@ def trained(desk: Desk) -> tuple[str, str]:
 def test_a_submitted_training_is_stopped_and_the_same_line_goes_on(trained):
     first, second = trained
     assert "3 workers x 1 CPU; 8 frames in 2 steps of 4 x 12 epochs = 24 steps; 4 frames validate" in first
-    assert "epoch  1/12  loss" in first and "epoch 12/12" not in first
-    assert "epoch  1/12" not in second and "epoch 12/12  loss" in second
+    assert "epoch  1/12  loss" in first
+    assert "epoch  3/12  loss" not in first
+    assert "going on after epoch 2 of 12, from its checkpoint" in second
+    assert "epoch  2/12  loss" not in second
+    assert "epoch 12/12  loss" in second
     assert "model: s3://bucket/runs/first/model" in second
     assert "no authentication" not in first + second
 
@@ -221,7 +228,7 @@ def labelled(trained: tuple[str, str], desk: Desk, bucket: AbstractFileSystem, g
         submission.wait_until(lambda: len(desk.nodes_of(*DECODERS)) == 3)
         gates.open("decode_chunks")
         submission.wait_until(lambda: len(desk.nodes_of(*LABELERS)) == 3)
-        gates.open_once("label_chunks")
+        gates.open_for("label_chunks", 1)
         submission.wait_until(is_recorded)
         desk.stop(submission, "ray::MapWorker")
     gates.open("label_chunks")

@@ -6,7 +6,7 @@ import dataclasses
 
 import ray
 
-from unet_ray.cluster import connection as cluster
+from unet_ray.cluster import resources
 from unet_ray.config import SegmentConfig
 from unet_ray.labelling import allocation
 from unet_ray.output.ledger import Chunk
@@ -39,7 +39,7 @@ def test_actors_leave_room_for_the_tasks_that_feed_them(monkeypatch):
     def on(nodes, device, **options):
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
         shares = allocation.allocate(config(**options), device)
-        return shares, cluster._fits(shares.bundles())
+        return shares, resources._fits(shares.bundles())
 
     two = {"CPU": 2.0}
     for options in ({}, {"cpus_per_actor": 2}, {"actors": "2"}, {"actors": "2", "cpus_per_actor": 1}):

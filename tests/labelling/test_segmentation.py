@@ -27,7 +27,8 @@ from unet_ray.archives.listing import list_archives
 from unet_ray.chaos import faults
 from unet_ray.chaos.trials import wait_until
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.cluster.connection import Gauges, connect
+from unet_ray.cluster.connection import connect
+from unet_ray.cluster.gauges import Gauges
 from unet_ray.config import SegmentConfig
 from unet_ray.errors import JobFailed
 from unet_ray.labelling import allocation, waves

@@ -16,7 +16,7 @@ import ray
 from unet_ray import storage
 from unet_ray.chaos import trials
 from unet_ray.classes import PRESETS
-from unet_ray.cluster import connection as cluster
+from unet_ray.cluster import tasks
 from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA
 from unet_ray.labelling import inference, stages, waves
@@ -152,7 +152,7 @@ def test_what_ray_gives_up_may_be_tried_again():
         with pytest.raises(
             TryAgain, match=r"^Ray gave up work that it had begun \(WorkerCrashedError: .*; the same comman"
         ):
-            list(cluster.map_on_cluster(die, [1]))
+            list(tasks.map_on_cluster(die, [1]))
     finally:
         ray.shutdown()
 

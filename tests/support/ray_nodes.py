@@ -29,68 +29,6 @@ _COMMANDS = (
     *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
 )
 """What Ray's autoscaler wants to find in its configuration, though these nodes need none of it."""
-_GATES = """
-import functools, importlib.util, json, os, sys, time
-folder = os.path.dirname(__file__)
-
-def gated(act, name, most_s):
-    @functools.wraps(act)
-    def act_late(*arguments, **more):
-        end_s = time.monotonic() + most_s
-        while time.monotonic() < end_s and not os.path.exists(os.path.join(folder, name)):
-            try:
-                os.unlink(os.path.join(folder, name + "-once"))
-                break
-            except FileNotFoundError:
-                time.sleep(0.1)
-        return act(*arguments, **more)
-    return act_late
-
-class Stages:
-    def find_spec(self, name, path=None, target=None):
-        if name != "unet_ray.labelling.stages":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-        def run_and_patch(module):
-            run(module)
-            for name, most_s in json.loads(MOST_S).items():
-                setattr(module, name, gated(getattr(module, name), name, most_s))
-        spec.loader.exec_module = run_and_patch
-        return spec
-
-sys.meta_path.insert(0, Stages())
-"""
-
-
-class Gates:
-    """Gates before functions of `unet_ray.labelling.stages`, in every Python process of the nodes: a test opens them
-    once it has seen what must come first, so that it holds on a machine of any speed."""
-
-    def __init__(self, folder: Path, most_s: Mapping[str, float]) -> None:
-        """All are shut.
-
-        Args:
-            folder: an empty one.
-            most_s: by function, the seconds after which a call is let through anyway.
-        """
-        self._folder = folder
-        (folder / "sitecustomize.py").write_text(f"MOST_S = {json.dumps(dict(most_s))!r}\n{_GATES}")
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """Returns the environment variables that the nodes need."""
-        path = os.environ.get("PYTHONPATH")
-        return {"PYTHONPATH": os.pathsep.join([str(self._folder), *([path] if path else [])])}
-
-    def open(self, function: str) -> None:
-        """Lets every call through from now on."""
-        (self._folder / function).touch()
-
-    def open_once(self, function: str) -> None:
-        """Lets one call through, on whatever node."""
-        (self._folder / f"{function}-once").touch()
 
 
 class RayNodes:

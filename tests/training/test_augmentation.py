@@ -7,7 +7,8 @@ from small_training import make_config
 from unet_ray.classes import IGNORED_ID, PRESETS
 from unet_ray.images import resize_nearest
 from unet_ray.training.augmentation import AugmentConfig, augment
-from unet_ray.training.worker import Group, Worker, WorkerTask
+from unet_ray.training.task import Group, WorkerTask
+from unet_ray.training.worker import Worker
 
 HEIGHT, WIDTH = 33, 49
 RGB = np.random.default_rng(7).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)

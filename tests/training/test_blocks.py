@@ -16,8 +16,8 @@ from unet_ray.chaos import faults
 from unet_ray.classes import IGNORED_ID, ClassSet, SegmentationClass
 from unet_ray.errors import JobFailed
 from unet_ray.pairs.pairs import find_pairs
-from unet_ray.training import blocks
-from unet_ray.training.blocks import IngestPlan
+from unet_ray.training import batches, blocks
+from unet_ray.training.batches import IngestPlan
 
 CLASSES = ClassSet(
     name="three",
@@ -81,7 +81,7 @@ def test_the_hash_is_of_the_frame_whatever_is_kept_of_it(data):
 def test_a_reader_copies_no_pixels(cluster):
     rows = [{"index": index, "image": bytes(300_000), "mask": bytes(100_000)} for index in range(40)]
     rows = [row | {"height_px": 100, "width_px": 1000} for row in rows]
-    frames = blocks.BlockFrames(names=("",) * 40, blocks=(ray.put(pa.Table.from_pylist(rows)),))
+    frames = batches.BlockFrames(names=("",) * 40, blocks=(ray.put(pa.Table.from_pylist(rows)),))
     before = pa.total_allocated_bytes()
     reader = frames.open()
     assert reader.read(39)[0].shape == (100, 1000, 3)
@@ -94,9 +94,9 @@ def test_what_training_keeps_counts_for_validation_too(data, cluster, monkeypatc
     kept = blocks.ingest(pairs, PLAN)
     share = 1.5 * kept.kept_bytes / blocks._smallest_store_bytes()
     monkeypatch.setattr(blocks, "STORE_SHARE", share)
-    assert isinstance(blocks.ingest(pairs, PLAN).frames, blocks.BlockFrames)
+    assert isinstance(blocks.ingest(pairs, PLAN).frames, batches.BlockFrames)
     more = blocks.ingest(pairs, PLAN, kept_bytes=kept.kept_bytes)
-    assert isinstance(more.frames, blocks.FileFrames) and more.kept_bytes == 0
+    assert isinstance(more.frames, batches.FileFrames) and more.kept_bytes == 0
 
 
 @pytest.mark.timeout(300)
@@ -112,10 +112,10 @@ def test_a_frame_that_ends_its_process_ends_the_job_with_a_line(data, cluster, t
 def test_blocks_and_files_give_the_same_pixels(data, cluster, capsys, monkeypatch):
     _, pairs, arrays = data
     kept = blocks.ingest(pairs, PLAN)
-    assert isinstance(kept.frames, blocks.BlockFrames)
+    assert isinstance(kept.frames, batches.BlockFrames)
     monkeypatch.setattr(blocks, "STORE_SHARE", 1e-9)
     streamed = blocks.ingest(pairs, PLAN)
-    assert isinstance(streamed.frames, blocks.FileFrames)
+    assert isinstance(streamed.frames, batches.FileFrames)
     assert "are read and decoded again in every epoch" in capsys.readouterr().out
     np.testing.assert_array_equal(kept.pixels_NK, [[np.sum(mask == k) for k in range(3)] for _, mask in arrays])
     np.testing.assert_array_equal(kept.pixels_NK, streamed.pixels_NK)
@@ -168,11 +168,11 @@ def test_nothing_to_ingest():
     ("n_frames", "batch_size", "n_workers"), [(103, 16, 2), (7, 4, 3), (5, 8, 2), (1, 4, 4), (32, 8, 1), (17, 5, 4)]
 )
 def test_an_epoch_holds_every_frame_once(n_frames, batch_size, n_workers):
-    order = blocks.epoch_order(n_frames, 3, 11)
+    order = batches.epoch_order(n_frames, 3, 11)
     seen: list[int] = []
     for batch in range(-(-n_frames // batch_size)):
-        parts = [blocks.batch_slice(order, batch, batch_size, rank, n_workers) for rank in range(n_workers)]
-        assert max(map(len, parts)) <= blocks.rank_batch_size(batch_size, n_workers)
+        parts = [batches.batch_slice(order, batch, batch_size, rank, n_workers) for rank in range(n_workers)]
+        assert max(map(len, parts)) <= batches.rank_batch_size(batch_size, n_workers)
         # Together they are the global batch, whatever the number of workers.
         np.testing.assert_array_equal(np.concatenate(parts), order[batch * batch_size : (batch + 1) * batch_size])
         seen += np.concatenate(parts).tolist()
@@ -180,9 +180,9 @@ def test_an_epoch_holds_every_frame_once(n_frames, batch_size, n_workers):
 
 
 def test_an_epochs_order_is_a_function_of_seed_and_epoch():
-    orders = {blocks.epoch_order(40, seed, epoch).tobytes() for seed in (0, 1) for epoch in (0, 1, 2)}
+    orders = {batches.epoch_order(40, seed, epoch).tobytes() for seed in (0, 1) for epoch in (0, 1, 2)}
     assert len(orders) == 6
-    np.testing.assert_array_equal(blocks.epoch_order(40, 1, 2), blocks.epoch_order(40, 1, 2))
+    np.testing.assert_array_equal(batches.epoch_order(40, 1, 2), batches.epoch_order(40, 1, 2))
 
 
 class Frames:
@@ -193,12 +193,12 @@ class Frames:
 
 
 def test_a_short_batch_is_padded_with_frames_that_count_nothing():
-    image, mask = blocks.gather(Frames(), [5, 1], 4, (24, 32))  # type: ignore[arg-type]
+    image, mask = batches.gather(Frames(), [5, 1], 4, (24, 32))  # type: ignore[arg-type]
     assert image.shape == (4, 24, 32, 3) and image.dtype == np.uint8
     assert [int(frame.max()) for frame in image] == [5, 1, 0, 0]
     assert [set(frame.ravel().tolist()) for frame in mask] == [{2}, {1}, {IGNORED_ID}, {IGNORED_ID}]
 
 
 def test_a_view_is_told_the_frames_index():
-    image, mask = blocks.gather(Frames(), [5, 1], 2, (24, 32), lambda i, m, index: (i + 1, m * 0 + index))  # type: ignore[arg-type]
+    image, mask = batches.gather(Frames(), [5, 1], 2, (24, 32), lambda i, m, index: (i + 1, m * 0 + index))  # type: ignore[arg-type]
     assert image[0, 0, 0, 0] == 6 and mask[1, 0, 0] == 1

@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 from small_training import HeldFrames, assert_same_end, final_weights, held_up, make_config, write_data
 
 from unet_ray.errors import TryAgain
-from unet_ray.training import checkpoints
+from unet_ray.training import checkpoints, launcher
 from unet_ray.training import job as training
 
 
@@ -99,7 +99,7 @@ def test_a_group_shrinks_when_a_node_is_killed_and_grows_when_one_comes(cluster,
     options = {"dropout": 0.0, "epochs": 20, "learning_rate": 1e-3}
     heard: list[str] = []
     training.connect()
-    monkeypatch.setattr(training, "RESIZE_INTERVAL_S", 1.0)
+    monkeypatch.setattr(launcher, "RESIZE_INTERVAL_S", 1.0)
     with ThreadPoolExecutor(1) as pool, held_up(Gated, tmp_path / "gate"):  # Ray starts a node in the main thread only
         run = pool.submit(training.train, make_config(data, tmp_path / "run", workers="1:2", **options))
         wait_for_line("epoch  2/20", run, heard, capsys)

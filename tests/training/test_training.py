@@ -28,10 +28,11 @@ from unet_ray.model.bundle import read_bundle
 from unet_ray.model.metrics import confusion_matrix
 from unet_ray.model.unet import build_unet
 from unet_ray.pairs.pairs import ImagePair
-from unet_ray.training import blocks, checkpoints, run_folder
+from unet_ray.training import batches, checkpoints, run_folder
 from unet_ray.training import data as training_data
 from unet_ray.training import job as training
-from unet_ray.training.job import evaluate, train
+from unet_ray.training.evaluation import evaluate
+from unet_ray.training.job import train
 from unet_ray.training.monitor import Monitor
 
 
@@ -120,8 +121,8 @@ def test_every_frame_is_read_once_an_epoch_in_the_order_of_seed_and_epoch(undist
     told, _ = undisturbed
     for rank in range(2):
         read = [int(line) for line in (Path(told.out).parent / "read" / f"rank{rank}.txt").read_text().split()]
-        orders = [blocks.epoch_order(14, told.seed, epoch) for epoch in range(12)]
-        expected = [blocks.batch_slice(order, batch, 4, rank, 2) for order in orders for batch in range(4)]
+        orders = [batches.epoch_order(14, told.seed, epoch) for epoch in range(12)]
+        expected = [batches.batch_slice(order, batch, 4, rank, 2) for order in orders for batch in range(4)]
         assert read == np.concatenate(expected).tolist()
 
 
@@ -351,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_frames(data, cluster, tmp
     assert step == 2 and message.startswith("the loss is ") and "\n" not in message  # the first after an update
     frames = message.split("the frames of its batch: ")[1].split(";")[0].split(", ")
     trained = training_data.find_data(make_config(data, tmp_path / "run")).split.train
-    assert frames == [trained[index].pair_id for index in blocks.epoch_order(14, 5, 0)[4:8]]
+    assert frames == [trained[index].pair_id for index in batches.epoch_order(14, 5, 0)[4:8]]
 
 
 def test_class_weights_from_a_file(data, tmp_path):

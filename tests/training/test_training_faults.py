@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import ray
 from commands import run_to_end
+from gates import CHECKPOINTS, Gates
 from small_training import HeldFrames, assert_same_end, held_up, make_config, wait_for_epoch, write_data
 
 from unet_ray import config_files
@@ -228,23 +230,30 @@ training.train(TrainConfig(**{{k: tuple(v) if isinstance(v, list) else v for k, 
 """
 
 
-def start_driver(folder: Path, told: TrainConfig) -> tuple[list[str], subprocess.Popen]:
-    """Starts a training in a process of its own; returns the command and the process."""
-    (folder / "told.yaml").write_text(config_files.to_yaml(told))
-    command = [sys.executable, "-c", DRIVER, str(folder / "told.yaml")]
-    return command, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start_driver(folder: Path, config: TrainConfig) -> tuple[list[str], subprocess.Popen, Gates]:
+    """Starts a training in a process of its own, which stands still when it has written four checkpoints.
+
+    Returns the command, the process, and the gate that is in its way.
+    """
+    gates = Gates(folder, {CHECKPOINTS: {"write_checkpoint": math.inf}})
+    gates.open_for("write_checkpoint", 4)
+    (folder / "config.yaml").write_text(config_files.to_yaml(config))
+    command = [sys.executable, "-c", DRIVER, str(folder / "config.yaml")]
+    environment = {**os.environ, **gates.settings}
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    return command, driver, gates
 
 
 @pytest.mark.timeout(8 * STUCK_S)
 def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(undisturbed, data, tmp_path):
     run = tmp_path / "run"
-    command, driver = start_driver(tmp_path, make_config(data, run, augment=True, collective_timeout_s=STUCK_S))
+    command, driver, _ = start_driver(tmp_path, make_config(data, run, augment=True, collective_timeout_s=STUCK_S))
     wait_for_epoch(run, 4)
     # With all that it started: Ray would end them too, some seconds later, when so small a run has finished.
     faults.kill([driver.pid, *faults.descendants(driver.pid)])
     driver.wait()
-    epoch = checkpoints.list_epochs(str(run))[0]
-    assert epoch < 12, "it finished before it was killed"
+    (epoch, *_) = checkpoints.list_epochs(str(run))
+    assert epoch == 4
     if (manifest := run / "checkpoints" / f"epoch-{epoch:06d}" / "manifest.json").exists():
         (state,) = manifest.parent.glob("*.safetensors")
         state.write_bytes(state.read_bytes()[:1000])
@@ -258,12 +267,13 @@ def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(un
 def test_a_driver_killed_alone_goes_on_while_its_workers_still_write(undisturbed, data, tmp_path):
     """They live until Ray misses the driver, 3 s on 2 busy cores (2026-11-24), and finished an epoch meanwhile."""
     run = tmp_path / "run"
-    command, driver = start_driver(tmp_path, make_config(data, run, augment=True, collective_timeout_s=STUCK_S))
+    command, driver, gates = start_driver(tmp_path, make_config(data, run, augment=True, collective_timeout_s=STUCK_S))
     wait_for_epoch(run, 4)
     left = faults.titled_below(driver.pid, "ray::")
     faults.kill([driver.pid])
     driver.wait()
     assert not faults.are_gone(left)
+    gates.open("write_checkpoint")
     epoch = checkpoints.list_epochs(str(run))[0]  # which may not be whole yet
     done = run_to_end(command, 4 * STUCK_S)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -194,7 +194,8 @@ def our_ingest(*, images: str, masks: str, size: Sequence[int], threads: int) ->
     from unet_ray.classes import PRESETS
     from unet_ray.cluster import connection as cluster
     from unet_ray.pairs.pairs import find_pairs
-    from unet_ray.training.blocks import IngestPlan, ingest
+    from unet_ray.training.batches import IngestPlan
+    from unet_ray.training.blocks import ingest
 
     cluster.connect()
     plan = IngestPlan(

@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray import storage
-from unet_ray.cluster.connection import TASK_RETRIES, outcome
+from unet_ray.cluster.tasks import TASK_RETRIES, outcome
 from unet_ray.messages import say
 from unet_ray.model import devices
 

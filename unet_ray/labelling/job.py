@@ -20,9 +20,10 @@ from unet_ray import storage
 from unet_ray.archives import doubles
 from unet_ray.archives.listing import FoundRoots, find_roots, list_archives
 from unet_ray.archives.reading import read_frames
-from unet_ray.cluster import connection as cluster
-from unet_ray.cluster.connection import TASK_RETRIES, map_on_cluster
+from unet_ray.cluster.connection import connect, is_local
+from unet_ray.cluster.resources import resolve_device, wait_for_first_node, wait_for_resources
 from unet_ray.cluster.shared_paths import require_seen_by_all
+from unet_ray.cluster.tasks import TASK_RETRIES, map_on_cluster, outcome
 from unet_ray.config import SegmentConfig
 from unet_ray.config_files import to_yaml
 from unet_ray.errors import JobFailed, TryAgain
@@ -90,7 +91,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
     if config.overwrite:
         heartbeats.refuse_living(out)
-    published = _is_published(config) and cluster.is_local()
+    published = _is_published(config) and is_local()
     listing = _list(config, roots) if published else _list_and_connect(config, roots)
     _refuse_unlistable(listing)
     doubles.require_outside(listing.table["uri"], out)
@@ -98,8 +99,8 @@ def segment(config: SegmentConfig) -> SegmentResult:
     if published:
         if result := _finished(config, bundle, tiling, listing):
             return result
-        cluster.connect()
-    device = cluster.resolve_device(config.device)
+        connect()
+    device = resolve_device(config.device)
     precision = _precision(config, device)
     look = functools.partial(require_seen_by_all, _read_by_workers(config, listing), storage.resolve(config.out))
     look()  # before anything is written
@@ -207,12 +208,12 @@ def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listin
         origins.require_own_frames(origins.relocate(rows, plan.origin.moved), listing)
         if config.retry_rejected is not None:
             _say_still_changed(rows, listing)
-        cluster.wait_for_first_node(network.device, config.wait_for_resources_s)
+        wait_for_first_node(network.device, config.wait_for_resources_s)
     allocation = allocate(config, network.device)
     say(_arithmetic(plan, chunks, config, network.precision, allocation))
     if not chunks:
         return 0.0
-    cluster.wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
+    wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
     run.require_seen()  # on the nodes that have come only now, too
     from unet_ray.labelling.work import work  # see `_list_and_connect`
 
@@ -232,7 +233,7 @@ def _list_and_connect(config: SegmentConfig, roots: FoundRoots) -> Listing:
     with ThreadPoolExecutor(2) as background:
         listing_soon = background.submit(_list, config, roots)
         background.submit(importlib.import_module, "unet_ray.labelling.work")
-        cluster.connect()
+        connect()
         return listing_soon.result()
 
 
@@ -286,7 +287,7 @@ def _precision(config: SegmentConfig, device: str) -> str:
     options = None if config.overwrite else plans.options_of(storage.resolve(config.out))
     if options:
         return options.get("precision", "float32")
-    cluster.wait_for_first_node(device, config.wait_for_resources_s)
+    wait_for_first_node(device, config.wait_for_resources_s)
     return resolve_precision(config.precision, device)
 
 
@@ -302,7 +303,7 @@ def resolve_precision(precision: str, device: str) -> str:
     pinned = [
         look.options(num_cpus=0, label_selector={"ray.io/node-id": node["NodeID"]}).remote(device) for node in nodes
     ]
-    answers = [cluster.outcome(answer, pinned) for answer in pinned]
+    answers = [outcome(answer, pinned) for answer in pinned]
     return "bfloat16" if answers and all(answers) else "float32"
 
 

@@ -20,8 +20,8 @@ from ray.data.block import BlockMetadata
 from ray.data.exceptions import SystemException
 
 from unet_ray.classes import ClassSet
-from unet_ray.cluster.connection import TASK_RETRIES, given_up, without_ray_warnings
 from unet_ray.cluster.processes import without_plots
+from unet_ray.cluster.tasks import TASK_RETRIES, given_up, without_ray_warnings
 from unet_ray.labelling import stages
 from unet_ray.labelling.allocation import WRITE_CPUS, Allocation
 from unet_ray.labelling.decoding import DecodeOptions

@@ -14,7 +14,7 @@ from typing import Any
 from ray.util import metrics
 
 from unet_ray import storage
-from unet_ray.cluster import connection as cluster
+from unet_ray.cluster.gauges import Gauges
 from unet_ray.errors import JobFailed
 from unet_ray.labelling.allocation import TASK_FRAMES, share_tasks
 from unet_ray.labelling.waves import WAVE_TASKS, WaveJob, run_wave
@@ -161,7 +161,7 @@ class _Meters:
 
     def __init__(self, n_frames: int, n_left: int) -> None:
         self._labelled, self._rejected = (metrics.Counter(name, *about) for name, about in COUNTERS.items())
-        self.gauges = cluster.Gauges("unet_ray_segment", GAUGES)
+        self.gauges = Gauges("unet_ray_segment", GAUGES)
         self._n_left = n_left
         self.gauges.set("frames_listed", n_frames)
         self.gauges.set("frames_left", n_left)

@@ -28,6 +28,8 @@ from unet_ray import storage
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
+OWN_SIZE, MODEL_SIZE = "confusion/own_size", "confusion/model_size"
+"""Names of the validation's confusion matrices among a checkpoint's tensors."""
 _EPOCH_FOLDER = re.compile(r"epoch-(\d{6,})")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.metrics import boundary_counts, confusion_matrix, summarize
-from unet_ray.training.blocks import FrameReader, gather
+from unet_ray.training.batches import FrameReader, gather
 
 N_SAMPLES = 6
 """Frames of `samples.png`."""

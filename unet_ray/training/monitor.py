@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unet_ray import progress, storage
-from unet_ray.cluster.connection import Gauges
+from unet_ray.cluster.gauges import Gauges
 from unet_ray.messages import say
 from unet_ray.training.mlflow_record import MlflowRecord
 
@@ -27,22 +27,6 @@ GAUGES = {
     "images_per_s": ("images_per_second", "Training speed of the last epoch, of all workers together"),
 }
 """What the cluster's Prometheus gets of an epoch's row, as `ray_unet_ray_train_…`."""
-
-
-class Mailbox:
-    """Events of the workers, until the driver takes them: a part of an actor, which all of them reach."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Adds one event."""
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Returns the events since the last call."""
-        events, self._events = self._events, []
-        return events
 
 
 class Monitor:

@@ -1,4 +1,4 @@
-"""What each training worker does: join the others, restore, train epoch by epoch, validate, write checkpoints.
+"""The training loop of one worker: join the others, restore, train epoch by epoch, validate, write checkpoints.
 
 Shapes: `B` this worker's part of a batch, `H` height px, `W` width px, `C` colour, `K` classes.
 
@@ -12,67 +12,24 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import keras
 import numpy as np
 
 from unet_ray import storage
-from unet_ray.classes import ClassSet
-from unet_ray.cluster.processes import without_plots
-from unet_ray.config import TrainConfig
 from unet_ray.errors import JobFailed
-from unet_ray.training import blocks, checkpoints, evaluator
+from unet_ray.model import losses, unet
+from unet_ray.training import batches, checkpoints, evaluator, steps
 from unet_ray.training.augmentation import AugmentConfig, augment
-from unet_ray.training.checkpoints import Checkpoint
+from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
+from unet_ray.training.task import Group, WorkerTask
 from unet_ray.training.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from unet_ray.training import steps as steps_module
-
-OWN_SIZE, MODEL_SIZE = "confusion/own_size", "confusion/model_size"
-"""Names of the validation's confusion matrices among a checkpoint's tensors."""
 
 PROGRESS_INTERVAL_S = 0.25
 """Least time between two reports of progress within an epoch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerTask:
-    """What the driver tells every worker."""
-
-    config: TrainConfig
-    class_set: ClassSet
-    class_weights_K: tuple[float, ...] | None
-    """Weights from a file; None where they come from the counts below, or there are none."""
-    pixels_K: np.ndarray
-    """Pixels of each class in the training masks."""
-    image_pixels_K: np.ndarray
-    """Valid pixels of the training masks in which the class occurs."""
-    train: blocks.FrameSource
-    validation: blocks.FrameSource
-    shown: blocks.FrameSource
-    """What `samples.png` will show, all of it."""
-    device: str
-    """`gpu` or `cpu`."""
-    cpus: int
-    """Threads for TensorFlow."""
-    start_timeout_s: float
-    """After which a worker that has not come to its first epoch is given up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """A worker's place among the others."""
-
-    rank: int
-    n_workers: int
-    agree: Callable[[Any], Any]
-    """Returns rank 0's value on every worker; all must call it."""
-    tell: Callable[[dict[str, Any]], None]
-    """Sends an event to the driver."""
 
 
 class Worker:
@@ -103,11 +60,7 @@ class Worker:
 
     def _join(self) -> None:
         """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
-        with without_plots():  # here, so that the driver, which makes the task, does not load TensorFlow (2.6 s)
-            from unet_ray.model import losses, unet
-            from unet_ray.training import steps
-
-        self.steps, task, config = steps, self.task, self.config
+        task, config = self.task, self.config
         _require_shared_storage(config.out)
         steps.configure(task.device, task.cpus)
         strategy = steps.start_strategy(self.n_workers)
@@ -115,7 +68,7 @@ class Worker:
 
         self.train_reader = task.train.open()
         self.n_batches = math.ceil(len(task.train.names) / config.batch_size)
-        self.part = blocks.rank_batch_size(config.batch_size, self.n_workers)
+        self.part = batches.rank_batch_size(config.batch_size, self.n_workers)
         self.model_config = config.model_config(task.class_set.n_classes)
         self.model = unet.build_unet(self.model_config, seed=config.seed, dtype_policy=policy)
         self.optimizer = self._make_optimizer()
@@ -138,8 +91,8 @@ class Worker:
         )
         self._tell(kind="started", policy=policy, n_workers=self.n_workers)
 
-    def _make_optimizer(self) -> steps_module.keras.Optimizer:
-        config, steps = self.config, self.steps
+    def _make_optimizer(self) -> keras.Optimizer:
+        config = self.config
         total = config.epochs * self.n_batches
         schedule = steps.make_schedule(
             config.schedule, config.learning_rate, total, round(config.warmup_epochs * self.n_batches)
@@ -167,7 +120,7 @@ class Worker:
         if epoch == 0:
             return Checkpoint(epoch=0, step=0, tensors={}, history=(), best_epoch=0)
         found = found or checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, epoch))
-        self.steps.restore_state(self.model, self.optimizer, found.tensors)
+        steps.restore_state(self.model, self.optimizer, found.tensors)
         self._tell(kind="restored", epoch=epoch, history=found.history)
         return found
 
@@ -196,7 +149,7 @@ class Worker:
         return done
 
     def _write(self, done: Checkpoint, state: Checkpoint) -> None:
-        state_tensors = self.steps.state_tensors(self.model, self.optimizer)
+        state_tensors = steps.state_tensors(self.model, self.optimizer)
         self._require_equal(state_tensors)
         if self.rank == 0:
             run = self.config.out
@@ -217,11 +170,11 @@ class Worker:
 
     def _train_epoch(self, epoch: int, first_step: int) -> dict[str, Any] | None:
         started = time.time()
-        order = blocks.epoch_order(len(self.task.train.names), self.config.seed, epoch)
+        order = batches.epoch_order(len(self.task.train.names), self.config.seed, epoch)
         results, told_at = [], 0.0
         for batch, (image_BHWC, mask_BHW) in enumerate(self._batches(order, epoch)):
             step = first_step + batch
-            seeds = self.steps.dropout_seeds(self.config.seed, step, self.rank, self.step.n_dropouts)
+            seeds = steps.dropout_seeds(self.config.seed, step, self.rank, self.step.n_dropouts)
             results.append(self.step(image_BHWC, mask_BHW, seeds))
             self.watchdog.beat()
             # One step behind: the device works on this step while the last one's loss comes back.
@@ -249,8 +202,8 @@ class Worker:
         """Yields this worker's part of each batch; the next one is made while the network works on this one."""
 
         def make(batch: int) -> tuple[np.ndarray, np.ndarray]:
-            mine = blocks.batch_slice(order, batch, self.config.batch_size, self.rank, self.n_workers)
-            return blocks.gather(self.train_reader, mine, self.part, self.config.image_size, self._view(epoch))
+            mine = batches.batch_slice(order, batch, self.config.batch_size, self.rank, self.n_workers)
+            return batches.gather(self.train_reader, mine, self.part, self.config.image_size, self._view(epoch))
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(make, 0)
@@ -260,7 +213,7 @@ class Worker:
                     coming = pool.submit(make, batch + 1)
                 yield ready
 
-    def _view(self, epoch: int) -> blocks.View | None:
+    def _view(self, epoch: int) -> batches.View | None:
         if not self.config.augment:
             return None
         config = self.config
@@ -287,7 +240,7 @@ class Worker:
 
     def _stays_finite(self, order: np.ndarray, step: int) -> bool:
         """The same of the weights after an epoch's last step: no loss of that epoch shows what it made of them."""
-        tensors = self.steps.state_tensors(self.model, self.optimizer).values()
+        tensors = steps.state_tensors(self.model, self.optimizer).values()
         if all(np.isfinite(tensor).all() for tensor in tensors if tensor.dtype.kind == "f"):
             return True
         self._tell_failed("weights are not finite after step", self.n_batches - 1, order, step)
@@ -321,10 +274,10 @@ class Worker:
 
     def _finish(self, state: Checkpoint) -> None:
         """Tells the driver what the best network predicts on the frames to show, in the masks' own sizes."""
-        last = dataclasses.replace(state, tensors=self.steps.state_tensors(self.model, self.optimizer))
+        last = dataclasses.replace(state, tensors=steps.state_tensors(self.model, self.optimizer))
         # What is damaged the driver will say, which reads it after this.
         best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
-        self.steps.restore_state(self.model, self.optimizer, best.tensors)
+        steps.restore_state(self.model, self.optimizer, best.tensors)
         shown = evaluator.Evaluator(self.predict, self.task.shown.open(), self.part, self.model_config)
         self._tell(kind="finished", samples=shown.predict_masks(range(len(self.task.shown.names))))
 

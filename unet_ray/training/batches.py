@@ -1,0 +1,187 @@
+"""Pixels by a pair's place in its list, out of blocks or files, and batches of them for each worker."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from unet_ray.classes import IGNORED_ID, ClassSet
+from unet_ray.images import resize_nearest
+from unet_ray.pairs.pairs import ImagePair, load_pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestPlan:
+    """What a block holds of a pair."""
+
+    class_set: ClassSet
+    mask_format: str
+    image_size: tuple[int, int] | None
+    """Height and width to resize to; None keeps a frame's own size (augmentation crops from it)."""
+    keep_full_mask: bool
+    """Whether the mask is wanted in its own size too (validation)."""
+    keep_pixels: bool = True
+    """Whether pixels are kept at all: a block without them says whether the pairs can be used."""
+
+
+class FrameSource(Protocol):
+    """Pixels by a pair's place in its list."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pairs' ids."""
+
+    def open(self) -> FrameReader:
+        """Returns the reader, in the process that reads."""
+
+
+class FrameReader(Protocol):
+    """An opened `FrameSource`."""
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns frame, uint8 [H, W, C], and encoded mask, uint8 [H, W]; views that nobody writes to."""
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """Returns the encoded mask in its own size, uint8."""
+
+
+def at_size(image_HWC: np.ndarray, mask_HW: np.ndarray, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a frame and its mask resized by nearest neighbour to (height, width), or as they are."""
+    return (image_HWC, mask_HW) if size is None else (resize_nearest(image_HWC, *size), resize_nearest(mask_HW, *size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFrames:
+    """Frames in the object store."""
+
+    names: tuple[str, ...]
+    blocks: tuple[ray.ObjectRef, ...]
+
+    def open(self) -> BlockReader:
+        """Fetches the blocks to this node; processes of one node share them."""
+        return BlockReader(ray.get(list(self.blocks)))
+
+
+class BlockReader:
+    """Rows of blocks, by index, without copying."""
+
+    def __init__(self, blocks: Iterable[pa.Table]):
+        self._columns = [
+            {name: _one_chunk(block[name]) for name in block.column_names if name not in ("problem", "pixels")}
+            for block in blocks
+        ]
+        self._place = {
+            index: (block, row)
+            for block, columns in enumerate(self._columns)
+            for row, index in enumerate(columns["index"].to_pylist())
+        }
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `FrameReader`."""
+        block, row = self._place[index]
+        columns = self._columns[block]
+        size = columns["height_px"][row].as_py(), columns["width_px"][row].as_py()
+        return _view(columns["image"][row]).reshape(*size, 3), _view(columns["mask"][row]).reshape(size)
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """See `FrameReader`."""
+        block, row = self._place[index]
+        columns = self._columns[block]
+        size = columns["full_height_px"][row].as_py(), columns["full_width_px"][row].as_py()
+        return np.frombuffer(zlib.decompress(columns["full_mask"][row].as_buffer()), np.uint8).reshape(size)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies one chunk, too
+
+
+def _view(value: pa.Scalar) -> np.ndarray:
+    return np.frombuffer(value.as_buffer(), np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFrames:
+    """Frames that are too many for the object store: read and decoded again whenever they are asked for."""
+
+    names: tuple[str, ...]
+    pairs: tuple[ImagePair, ...]
+    plan: IngestPlan
+
+    def open(self) -> FileReader:
+        """See `FrameSource`."""
+        return FileReader(self.pairs, self.plan)
+
+
+class FileReader:
+    """Pairs by index, from storage."""
+
+    def __init__(self, pairs: Sequence[ImagePair], plan: IngestPlan):
+        self._pairs, self._plan = pairs, plan
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `FrameReader`."""
+        return at_size(*self._load(index), self._plan.image_size)
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """See `FrameReader`."""
+        return self._load(index)[1]
+
+    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return load_pair(self._pairs[index], self._plan.class_set, self._plan.mask_format)
+
+
+View = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""Makes the network's view of a frame and its mask, given the frame's index: augmentation."""
+
+
+def epoch_order(n_frames: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of an epoch's frames, int64: a permutation that is a function of its arguments alone."""
+    return np.random.default_rng([seed, epoch]).permutation(n_frames)
+
+
+def batch_slice(order: np.ndarray, batch: int, batch_size: int, rank: int, n_workers: int) -> np.ndarray:
+    """Returns what one worker takes of global batch number `batch`; in a short last batch that may be nothing.
+
+    The parts of all workers together are `order[batch * batch_size : (batch + 1) * batch_size]`, in this order.
+    """
+    part = rank_batch_size(batch_size, n_workers)
+    whole = order[batch * batch_size : (batch + 1) * batch_size]
+    return whole[rank * part : (rank + 1) * part]
+
+
+def rank_batch_size(batch_size: int, n_workers: int) -> int:
+    """Returns the frames of a worker's part of a batch, padding counted: the static shape of its step."""
+    return math.ceil(batch_size / n_workers)
+
+
+def gather(
+    reader: FrameReader,
+    indices: Sequence[int] | np.ndarray,
+    n_frames: int,
+    size: tuple[int, int],
+    view: View | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns frames, uint8 [n_frames, H, W, C], and masks, uint8 [n_frames, H, W]; missing ones are wholly ignored."""
+    image_BHWC = np.zeros((n_frames, *size, 3), np.uint8)
+    mask_BHW = np.full((n_frames, *size), IGNORED_ID, np.uint8)
+
+    def fill(place: int) -> None:
+        image, mask = reader.read(int(indices[place]))
+        image_BHWC[place], mask_BHW[place] = view(image, mask, int(indices[place])) if view else (image, mask)
+
+    if isinstance(reader, FileReader):  # many requests in flight where the store answers late
+        with ThreadPoolExecutor(min(32, max(1, len(indices)))) as pool:
+            list(pool.map(fill, range(len(indices))))
+    else:
+        for place in range(len(indices)):
+            fill(place)
+    return image_BHWC, mask_BHW

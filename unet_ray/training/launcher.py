@@ -1,0 +1,205 @@
+"""Ray Train at work: an actor that starts the workers and hears them, and the driver that waits for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import types
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from unet_ray.cluster.processes import without_plots
+from unet_ray.cluster.resources import (
+    Room,
+    worker_resources,
+)
+from unet_ray.config import TrainConfig
+from unet_ray.errors import JobFailed
+from unet_ray.messages import count
+from unet_ray.model.devices import UnusableGpu
+from unet_ray.training.mlflow_record import MlflowRecord
+from unet_ray.training.monitor import Monitor
+from unet_ray.training.task import Group, WorkerTask
+
+
+class Mailbox:
+    """Events of the workers, until the driver takes them: a part of an actor, which all of them reach."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Adds one event."""
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Returns the events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+
+HEALTH_CHECK_TIMEOUT_S = 60
+"""After which a worker that does not answer (stopped, or its node gone) is given up; Ray's default is 600."""
+
+RESIZE_INTERVAL_S = 60.0
+"""How often a group of `--workers MIN:MAX` looks whether it may grow: growing starts it again from a checkpoint."""
+POLL_INTERVAL_S = 0.2
+"""How often the driver looks for the workers' events."""
+LAST_WORD_S = 10.0
+"""How long a worker that ends itself waits to be heard."""
+
+
+def _work(told: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker."""
+    with without_plots():  # here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s)
+        from unet_ray.training.worker import Worker
+
+    context, mailbox = ray.train.get_context(), told["mailbox"]
+    group = Group(
+        rank=context.get_world_rank(),
+        n_workers=context.get_world_size(),
+        agree=broadcast_from_rank_zero,
+        tell=lambda event: _tell(mailbox, event),
+    )
+    Worker(told["task"], group).run()
+
+
+def _tell(mailbox: Any, event: dict[str, Any]) -> None:
+    put = mailbox.put.remote(event)
+    if event["kind"] in ("failed", "finished"):  # the last before the worker ends, and what it holds with it
+        ray.get(put)
+    if event["kind"] == "stuck":  # it ends whether it is heard or not
+        ray.wait([put], timeout=LAST_WORD_S)
+
+
+class Launcher(Mailbox):
+    """An actor that runs Ray Train and takes what its workers tell, in one process, started beside the reading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Ray Train's module looks whether TensorFlow is there, and names its types; only workers need it, of which this
+        # is none. 3 to 6 s of a core, while all cores read frames (2 cores, 2026-11-25).
+        sys.modules["tensorflow"] = _StandIn("tensorflow")
+        try:
+            import ray.train.tensorflow
+        finally:
+            del sys.modules["tensorflow"]
+        # Else the controller would import TensorFlow, too, only to learn the name of this class.
+        ray.cloudpickle.register_pickle_by_value(ray.train.tensorflow.config)
+
+    @ray.method(concurrency_group="fit")
+    def fit(self, task: WorkerTask, mailbox: Any, resize_interval_s: float) -> list[Exception]:
+        """Runs the workers to the end; returns nothing, or what they died of the last time."""
+        from ray.train.tensorflow import TensorflowTrainer
+
+        # A process that asks every 5 s whether a node will go, and tells the workers, who do not ask.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_CHECK_TIMEOUT_S))
+        # Of those that wait for a worker before the first epoch; Ray's default is for ever.
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(task.start_timeout_s))
+        fewest, most = task.config.worker_range()
+        with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
+            trainer = TensorflowTrainer(
+                _work,
+                train_loop_config={"task": task, "mailbox": mailbox},
+                scaling_config=ScalingConfig(
+                    num_workers=most if fewest == most else (fewest, most),
+                    elastic_resize_monitor_interval_s=resize_interval_s,
+                    use_gpu=task.device == "gpu",
+                    resources_per_worker=worker_resources(task.cpus, task.device),
+                    # A node's memory and its way to the storage are shared; GPUs of one node talk faster.
+                    placement_strategy="PACK" if task.device == "gpu" else "SPREAD",
+                ),
+                run_config=_run_config(folder, task.config.max_failures),  # type: ignore[arg-type]  # of its version 1
+            )
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                # As text, but for our own: TensorFlow's errors would make the driver load TensorFlow.
+                if isinstance(final := getattr(error, "controller_failure", None), UnusableGpu):
+                    return [final]
+                causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+                return [cause if _is_ours(cause) else RuntimeError(_one_line(cause)) for cause in causes]
+        return []
+
+
+def _run_config(folder: str, max_failures: int) -> RunConfig:
+    """Returns how Ray Train retries, and where its own notes go; checkpoints lie in RUN (see `checkpoints`)."""
+
+    # Another group of workers would see no GPU either. Ray Train (2.60) retries every error of a worker and none of a
+    # callback. This class is local so that it is sent as code, and the controller need not load this module.
+    class FinalFailures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, UnusableGpu):
+                    raise error
+
+    return RunConfig(
+        name="run",
+        storage_path=folder,
+        failure_config=FailureConfig(max_failures=max_failures),
+        callbacks=[FinalFailures()],
+        logging_config=LoggingConfig(log_level="ERROR"),
+    )
+
+
+class _StandIn(types.ModuleType):
+    """A module that has every name, each of them such a module."""
+
+    def __getattr__(self, name: str) -> types.ModuleType:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandIn(f"{self.__name__}.{name}")
+
+
+def start_launcher() -> Any:
+    """Starts it on the driver's node: should another node be lost, it is not the one that holds the run."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote  # its annotations do not know of concurrency groups (Ray 2.60)
+    return remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={"fit": 1})(Launcher).remote()
+
+
+def _is_ours(error: BaseException) -> bool:
+    return isinstance(error, ValueError | JobFailed | OSError) and "\n" not in str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
+
+
+def run_workers(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRecord | None) -> Monitor:
+    """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
+    monitor = Monitor(config.out, config.epochs, record)
+    fitting = launcher.fit.remote(task, launcher, RESIZE_INTERVAL_S)
+    fewest, _ = config.worker_range()
+    room = Room(
+        [worker_resources(task.cpus, task.device)] * fewest, config.wait_for_resources_s, count(fewest, "worker")
+    )
+    done: list[Any] = []
+    with monitor.gauges:
+        while not done:
+            room.look()
+            done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
+            for event in ray.get(launcher.take.remote()):
+                monitor.handle(event)
+    causes = ray.get(fitting)
+    if monitor.error is not None:
+        raise monitor.error
+    for cause in causes:
+        if _is_ours(cause):
+            raise cause
+    if causes:
+        raise JobFailed(
+            f"workers were lost more than {config.max_failures} times (--max-failures), the last time by {causes[0]}; "
+            "the same command goes on from the last checkpoint"
+        )
+    return monitor

@@ -1,0 +1,83 @@
+"""What a training leaves in its folder when it ends: model, history, pictures, metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unet_ray import storage
+from unet_ray.classes import ClassSet
+from unet_ray.config import TrainConfig
+from unet_ray.errors import JobFailed
+from unet_ray.messages import say
+from unet_ray.model import bundle, metrics
+from unet_ray.pairs.pairs import ImagePair, load_pair
+from unet_ray.training import checkpoints, run_folder
+from unet_ray.training import evaluator as evaluation
+from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
+from unet_ray.training.data import TrainingData
+from unet_ray.training.monitor import write_history
+
+
+def write_results(config: TrainConfig, data: TrainingData, samples: Mapping[int, np.ndarray]) -> dict[str, Any]:
+    """Writes the bundle, the pictures and, last, `metrics.json`."""
+    last, best = _last_and_best(config.out)
+    row = last.history[best.epoch - 1]
+    found: dict[str, Any] = {"epochs": last.epoch, "best_epoch": best.epoch}
+    found |= {key: row[key] for key in ("loss", "accuracy", "val/loss") if key in row}
+    own_KK = best.tensors.get(OWN_SIZE)
+    if own_KK is not None:
+        found |= evaluation.metrics_of(own_KK, best.tensors[MODEL_SIZE], data.class_set.names)
+        say(metrics.class_table(own_KK, data.class_set.names))
+    model_config = config.model_config(data.class_set.n_classes)
+    weights = network_weights(best.tensors)
+    bundle.write_bundle(storage.join(config.out, "model"), weights, model_config, data.class_set, found)
+    write_history(config.out, last.history)
+    _draw_curves(config.out, last.history)
+    draw_results(config.out, data.shown, data.class_set, data.mask_format, samples, own_KK)
+    storage.write_whole(storage.join(config.out, run_folder.METRICS_FILE), json.dumps(found, indent=1).encode())
+    return found
+
+
+def _last_and_best(run: str) -> tuple[Checkpoint, Checkpoint]:
+    last = checkpoints.newest_valid(run, on_damaged=lambda line: say(f"warning: {line}"))
+    if last is None:
+        raise JobFailed(f"{run} holds no checkpoint that verifies, though training ended; give the command again")
+    return last, checkpoints.best_or_this(run, last, on_damaged=lambda line: say(f"warning: {line}"))
+
+
+def network_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the network's weights among a checkpoint's tensors, by the names that a bundle has."""
+    named = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    return {name: tensor for name, tensor in named.items() if name.endswith(("/kernel", "/bias"))}
+
+
+def _draw_curves(run: str, history: Sequence[Mapping[str, Any]]) -> None:
+    from unet_ray import pictures  # matplotlib takes a second, which a worker need not spend
+
+    storage.write_whole(storage.join(run, "curves.png"), pictures.draw_curves(history))
+
+
+def draw_results(
+    out: str,
+    pairs: Sequence[ImagePair],
+    class_set: ClassSet,
+    mask_format: str,
+    samples: Mapping[int, np.ndarray],
+    confusion_KK: np.ndarray | None,
+) -> None:
+    """Draws samples (true and predicted masks of some frames) and the confusion matrix, where frames validated."""
+    from unet_ray import pictures
+
+    if confusion_KK is not None:
+        picture = pictures.draw_confusion(confusion_KK, class_set.names)
+        storage.write_whole(storage.join(out, "confusion.png"), picture)
+    if samples:
+        shown = [load_pair(pairs[place], class_set, mask_format) for place in samples]
+        captions = [pairs[place].pair_id for place in samples]
+        frames, true_masks = [frame for frame, _ in shown], [mask for _, mask in shown]
+        picture = pictures.draw_samples(frames, true_masks, list(samples.values()), class_set, captions=captions)
+        storage.write_whole(storage.join(out, "samples.png"), picture)
