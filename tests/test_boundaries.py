@@ -54,7 +54,8 @@ LOAD_TENSORFLOW = {
     "model.export",
     "model.losses",
     "model.unet",
-    "labelling.inference",
+    "model.labeler",
+    "model.labels",
     "training.steps",
     "training.worker",
 }
@@ -171,10 +172,7 @@ def test_a_job_starts_its_ray_before_it_loads_ray_data():
 
 
 def test_tensorflow_is_loaded_without_what_keras_would_draw_with():
-    load = (
-        "from unet_ray.cluster.processes import without_plots\n"
-        "with without_plots(): import unet_ray.labelling.inference"
-    )
+    load = "from unet_ray.cluster.processes import without_plots\nwith without_plots(): import unet_ray.model.labeler"
     assert loaded_of(("keras", "matplotlib"), load) == ["keras"]
     assert loaded_of(("keras", "matplotlib"), f"{load}\nimport unet_ray.pictures") == ["keras", "matplotlib"]
     assert loaded_of(("keras", "matplotlib"), f"import unet_ray.pictures\n{load}") == ["keras", "matplotlib"]

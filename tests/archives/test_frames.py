@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet_ray import frames, storage
-from unet_ray.archives import members as archives
+from unet_ray.archives import members
+from unet_ray.archives import zip as zip_files
 from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import FrameGone, read_frames
 from unet_ray.frames import PathFields, natural_key, parse_path
@@ -205,7 +206,7 @@ def test_compressed_tars_are_refused_with_what_to_do(tmp_path):
 
 
 def test_a_zip_bomb_is_not_inflated(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(zip_files, "MAX_FRAME_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(100_000))
     (gone,) = read_frames(list_archives([str(tmp_path / "bomb.zip")]).table)
@@ -448,7 +449,7 @@ def test_a_damaged_member_of_a_zip_is_a_frame_cut_short(tmp_path):
 
 def test_a_frame_of_too_many_bytes_is_not_read(tmp_path):
     with open(tmp_path / "1.png", "wb") as file:
-        file.truncate(archives.MAX_FRAME_BYTES + 1)
+        file.truncate(members.MAX_FRAME_BYTES + 1)
     assert list(read_frames(list_archives([str(tmp_path)]).table)) == [
         FrameGone("too_large", "the frame has 268,435,457 bytes; at most 268,435,456 are read")
     ]

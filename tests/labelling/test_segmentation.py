@@ -524,13 +524,13 @@ def test_tasks_that_all_fail_end_the_careful_pass_and_only_that(monkeypatch) -> 
     def receipts(job: object, blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
         for block in blocks:
             asked.append(block)
-            yield [{"trouble": "RuntimeError in inference.py:1: OOM", "kind": "failed", "rejected": "{}", "n_rows": 4}]
+            yield [{"trouble": "RuntimeError in labeler.py:1: OOM", "kind": "failed", "rejected": "{}", "n_rows": 4}]
 
     monkeypatch.setattr(labelling, "run_wave", receipts)
     tally = labelling._Tally(4000, 0.0)
     with Progress(4000, "frames") as progress:
         labelling._label(None, range(3000), progress, tally, None, int, carefully=False)
-        with pytest.raises(JobFailed, match="^8 tasks could not be done: RuntimeError in inference.py:1: OOM; for "):
+        with pytest.raises(JobFailed, match="^8 tasks could not be done: RuntimeError in labeler.py:1: OOM; for "):
             labelling._label(None, range(1000), progress, tally, None, int, carefully=True)
     assert asked == [*range(labelling.WAVE_TASKS), *range(8)]
 

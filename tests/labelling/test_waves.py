@@ -19,9 +19,10 @@ from unet_ray.classes import PRESETS
 from unet_ray.cluster import tasks
 from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA
-from unet_ray.labelling import inference, stages, waves
+from unet_ray.labelling import stages, waves
 from unet_ray.labelling import work as labelling
 from unet_ray.labelling.decoding import DecodeOptions
+from unet_ray.model import devices
 from unet_ray.model.bundle import read_bundle
 from unet_ray.output.ledger import Chunk
 
@@ -46,7 +47,7 @@ def test_an_actor_whose_store_is_away_says_so_chunk_by_chunk_and_starts_when_it_
     def away(uri: str) -> None:
         raise storage.StorageError(5, "no answer; trying again may help", uri)
 
-    monkeypatch.setattr(inference, "configure_tensorflow", lambda device, n_threads: None)  # this process has begun
+    monkeypatch.setattr(devices, "configure_tensorflow", lambda *arguments, **options: None)  # this process has begun
     with monkeypatch.context() as patch:
         patch.setattr(waves, "read_bundle", away)
         actor = waves._ModelActor(str(model), digest, LABELER, (24, 32))

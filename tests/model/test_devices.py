@@ -7,7 +7,6 @@ import subprocess
 import pytest
 
 from unet_ray.model import devices
-from unet_ray.training import steps
 
 
 @pytest.mark.parametrize(
@@ -22,7 +21,7 @@ def test_a_processor_has_bfloat16_where_its_flags_say_so(flags, expected, monkey
         builtins, "open", lambda path, *rest, **more: io.StringIO(cpuinfo) if path == "/proc/cpuinfo" else opened(path)
     )
     assert devices.has_bfloat16("cpu") is expected
-    assert steps.choose_policy("auto", "cpu") == ("mixed_bfloat16" if expected else "float32")
+    assert devices.choose_policy("auto", "cpu") == ("mixed_bfloat16" if expected else "float32")
 
 
 @pytest.mark.parametrize(("capabilities", "expected"), [("8.0\n9.0\n", True), ("7.5\n", False), ("9.0\n7.0\n", False)])

@@ -17,7 +17,8 @@ import ray
 
 from unet_ray import cli
 from unet_ray.chaos import trials
-from unet_ray.output import heartbeats, ledger, manifest, plans
+from unet_ray.output import heartbeats, ledger, plans
+from unet_ray.storage.sealed import sealed, unsealed
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -209,9 +210,9 @@ def test_overwriting_waits_for_no_dead_job_and_never_goes_beside_a_living_one(st
     # The same sign for two intervals, and one of a process that is no longer: nobody works there.
     beat_elsewhere(out, pid_namespace="another", time_s=2.0)
     heartbeats.write(str(out), "dead")
-    sign = manifest.unsealed((out / "_work/jobs/dead.json").read_bytes())
+    sign = unsealed((out / "_work/jobs/dead.json").read_bytes())
     sign["process"]["started"] = "0"
-    (out / "_work/jobs/dead.json").write_bytes(manifest.sealed(sign))
+    (out / "_work/jobs/dead.json").write_bytes(sealed(sign))
     assert segment(stage, archive, out, "--overwrite", "--mask-size", "model") == 0
     assert rows_of(out).keys() == before.keys() and rows_of(out) != before
 
@@ -220,9 +221,9 @@ def beat_elsewhere(out: Path, *, pid_namespace: str, time_s: float) -> None:
     """A sign of life of a job in another container."""
     heartbeats.write(str(out), "elsewhere", interval_s=0.5)
     path = out / "_work/jobs/elsewhere.json"
-    sign = manifest.unsealed(path.read_bytes())
+    sign = unsealed(path.read_bytes())
     sign["process"]["pid_namespace"], sign["time_s"] = pid_namespace, time_s
-    path.write_bytes(manifest.sealed(sign))
+    path.write_bytes(sealed(sign))
 
 
 def test_a_job_whose_output_was_overwritten_says_so(stage, archive, tmp_path, capsys, monkeypatch):
@@ -236,7 +237,7 @@ def test_a_job_whose_output_was_overwritten_says_so(stage, archive, tmp_path, ca
             shutil.rmtree(out / "_work" / "jobs", ignore_errors=True)
             run = plans.read_run(str(out))
             run["lineage"]["bundle_digest"] = "cd" * 32
-            (out / "run.json").write_bytes(manifest.sealed(run))
+            (out / "run.json").write_bytes(sealed(run))
             for mark in (out / "manifest").glob("_g*"):
                 mark.unlink()
         return commit(plan)

@@ -28,6 +28,8 @@ from unet_ray.classes import PRESETS
 from unet_ray.errors import JobFailed
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
 from unet_ray.output import heartbeats, ledger, manifest, plans, verify
+from unet_ray.output.chunks import Cutting
+from unet_ray.output.tables import parquet_bytes
 from unet_ray.storage import listings
 
 
@@ -59,7 +61,7 @@ def test_chunks_are_of_one_drive_and_camera_and_shards_of_whole_chunks(out):
 
 
 def test_a_chunk_holds_fewer_frames_where_they_are_large(out):
-    cutting = manifest.Cutting(chunk_frames=3, shard_rows=100, frame_pixels=lambda rows: 90, max_chunk_pixels=200)
+    cutting = Cutting(chunk_frames=3, shard_rows=100, frame_pixels=lambda rows: 90, max_chunk_pixels=200)
     assert [chunk.n_rows for chunk in make_plan(out, cutting=cutting).chunks] == [2, 2, 1, 2, 2, 2]
 
 
@@ -79,7 +81,7 @@ def test_no_frame_is_looked_at_that_is_planned(out):
 
 def test_a_large_manifest_is_read_by_the_rows_of_a_chunk(out):
     archive = listing({("a", ""): 2_500, ("b", ""): 3})
-    plan = make_plan(out, archive, cutting=manifest.Cutting(chunk_frames=700, shard_rows=10_000))
+    plan = make_plan(out, archive, cutting=Cutting(chunk_frames=700, shard_rows=10_000))
     assert [chunk.n_rows for chunk in plan.chunks] == [700, 700, 700, 400, 3]
     assert pa.concat_tables([manifest.read_rows(chunk) for chunk in plan.chunks]).equals(archive.table)
 
@@ -102,7 +104,7 @@ def test_a_chunks_key_depends_on_its_frames_and_on_all_of_the_lineage(tmp_path):
 def test_a_second_plan_is_the_first_and_other_cutting_options_move_nothing(out):
     first = make_plan(out)
     before = contents(out)
-    again = make_plan(out, cutting=manifest.Cutting(chunk_frames=2, shard_rows=1), config_yaml="chunk_frames: 2\n")
+    again = make_plan(out, cutting=Cutting(chunk_frames=2, shard_rows=1), config_yaml="chunk_frames: 2\n")
     assert again.chunks == first.chunks
     assert again.n_new == 0
     assert contents(out) == before
@@ -258,11 +260,11 @@ def test_a_changed_byte_of_the_manifest_plans_no_frame_twice(out):
     """Arrow reads such a file without a word: its pages have no digests."""
     make_plan(out)
     before = contents(out)
-    (file,) = (file for file in manifest.list_folder(storage.join(out, "manifest")) if file.path.endswith("parquet"))
+    (file,) = (file for file in storage.list_folder(storage.join(out, "manifest")) if file.path.endswith("parquet"))
     table = pq.read_table(io.BytesIO(storage.read_bytes(file.uri)))
     ids = table["frame_id"].to_pylist()
     renamed = table.set_column(0, "frame_id", pa.array([ids[0].replace("0", "8"), *ids[1:]]))
-    storage.write_whole(file.uri, manifest.parquet_bytes(renamed))
+    storage.write_whole(file.uri, parquet_bytes(renamed))
     changed = listing(versions={"b/left/1.png": "v9"})
     with pytest.raises(JobFailed, match="its content is not what was planned.*; restore it, or start anew with"):
         make_plan(out, changed)
@@ -384,7 +386,7 @@ def test_files_that_go_while_they_are_listed_are_passed_over(tmp_path, monkeypat
         return original(path, relative)
 
     monkeypatch.setattr(listings, "_local_info", look)
-    assert [file.path for file in manifest.list_folder(str(tmp_path / "_work/records"))] == ["a", "c"]
+    assert [file.path for file in storage.list_folder(str(tmp_path / "_work/records"))] == ["a", "c"]
 
 
 def test_another_jobs_sign_of_life_is_seen_while_it_is_fresh(out):

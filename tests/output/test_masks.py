@@ -19,8 +19,10 @@ from pycocotools.coco import COCO
 
 from unet_ray import cli, storage
 from unet_ray.config import ExportMasksConfig
-from unet_ray.output import manifest, masks, plans
+from unet_ray.output import masks, plans
+from unet_ray.output.chunks import Cutting
 from unet_ray.pairs.pairs import find_pairs
+from unet_ray.storage.sealed import sealed
 
 # pycocotools 2.0.11 hands numpy an array in the way of numpy 1, when a mask is decoded (which only this test does).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -49,7 +51,7 @@ def rename(labels: str, names: dict[str, str]) -> None:
     summary = plans.read_summary(labels)
     for entry in summary["files"]:
         entry["bytes"] = len(storage.read_bytes(storage.join(labels, entry["path"])))
-    storage.write_whole(storage.join(labels, "summary.json"), manifest.sealed(summary))
+    storage.write_whole(storage.join(labels, "summary.json"), sealed(summary))
 
 
 # --- PNG ---
@@ -171,7 +173,7 @@ for labels in sys.argv[1:]:
 def test_six_times_the_frames_take_no_more_memory(tmp_path, monkeypatch):
     noise = np.random.default_rng(3).integers(0, 3, (600, 80, 80), np.uint8)
     monkeypatch.setattr(small_output, "mask_of", lambda frame_id: noise[int(frame_id.split("/")[2][:-4])])
-    cutting = manifest.Cutting(chunk_frames=100, shard_rows=100)
+    cutting = Cutting(chunk_frames=100, shard_rows=100)
     outs = [str(tmp_path / f"{n_frames}") for n_frames in (100, 600)]
     for out in outs:
         listing = small_output.listing({("a", ""): int(Path(out).name)})

@@ -13,6 +13,7 @@ from labelled import CLASSES, DRIVES, LINEAGE, label, make_plan, published, run,
 from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.output import heartbeats, ledger, manifest, plans, publish, rejected, verify
+from unet_ray.output.chunks import Cutting
 from unet_ray.storage import files as storage_files
 
 
@@ -332,7 +333,7 @@ def test_chunks_hold_one_drive_and_keys_say_versions_and_options(root, tmp_path)
 
 @pytest.mark.parametrize(("pixels", "frames"), [(480 * 640, 96), (8_000_000, 25), (900_000_000, 1)])
 def test_large_frames_make_small_chunks(pixels, frames):
-    cutting = manifest.Cutting(chunk_frames=96, shard_rows=1)
+    cutting = Cutting(chunk_frames=96, shard_rows=1)
     assert cutting.most_frames(pixels) == frames
 
 

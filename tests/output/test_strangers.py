@@ -15,7 +15,9 @@ from labelled import label, make_plan, published, run, write_archive
 
 from unet_ray import cli, storage
 from unet_ray.errors import JobFailed
-from unet_ray.output import heartbeats, labels, ledger, manifest, plans, publish, verify
+from unet_ray.output import heartbeats, labels, ledger, plans, publish, verify
+from unet_ray.output.tables import parquet_bytes
+from unet_ray.storage.sealed import sealed, unsealed
 
 ENTRY = {"rows": 1, "bytes": 3, "sha256": "0" * 64, "rejected": {}}
 
@@ -32,9 +34,9 @@ def victim(tmp_path: Path) -> Path:
 
 
 def reseal(path: Path, change) -> None:
-    value = manifest.unsealed(path.read_bytes())
+    value = unsealed(path.read_bytes())
     change(value)
-    path.write_bytes(manifest.sealed(value))
+    path.write_bytes(sealed(value))
 
 
 PATHS = (
@@ -67,10 +69,10 @@ def test_a_note_and_the_statistics_lead_nowhere(path, root, victim, tmp_path):
     named = {**ENTRY, "path": path.format(victim=victim)}
     (out / "summary.json").unlink()
     table = pq.ParquetFile(out / "class_statistics.parquet").read()
-    footer = {ledger.FILES_KEY: manifest.sealed({"files": [named]})}
-    (out / "class_statistics.parquet").write_bytes(manifest.parquet_bytes(table.replace_schema_metadata(footer)))
+    footer = {ledger.FILES_KEY: sealed({"files": [named]})}
+    (out / "class_statistics.parquet").write_bytes(parquet_bytes(table.replace_schema_metadata(footer)))
     (out / "_work/shards").mkdir(parents=True)
-    (out / "_work/shards/mine.parquet.json").write_bytes(manifest.sealed({"file": named, "n_retries": 0}))
+    (out / "_work/shards/mine.parquet.json").write_bytes(sealed({"file": named, "n_retries": 0}))
     assert ledger.published_shards(plans.read_plan(str(out))) == {}
     run(root, str(out))
     assert victim.read_bytes() == b"mine" and verify.verify(str(out)) == []
@@ -84,7 +86,7 @@ def test_a_record_names_no_part_but_its_own(part, root, victim, tmp_path):
     strange = dataclasses.replace(
         receipts[0], part=part.format(victim=victim), sha256=storage.sha256(b"mine"), size_bytes=4
     )
-    storage.write_whole(ledger.record_uri(out, plan.chunks[0].key), manifest.sealed(dataclasses.asdict(strange)))
+    storage.write_whole(ledger.record_uri(out, plan.chunks[0].key), sealed(dataclasses.asdict(strange)))
     with pytest.raises(storage.StorageError, match=f"{plan.chunks[0].key}.json is damaged; run the same command again"):
         publish.publish(plan, max_rejected=1)
     assert victim.read_bytes() == b"mine"
@@ -112,7 +114,7 @@ def test_a_chunk_has_a_name_of_ours(column, value, root, victim, tmp_path):
     """Keys become names of files."""
     out = tmp_path / "out"
     make_plan(root, str(out))
-    mark = manifest.unsealed((out / "manifest/_g000.json").read_bytes())
+    mark = unsealed((out / "manifest/_g000.json").read_bytes())
     (file,) = mark["files"]
     table = pq.ParquetFile(out / file["path"]).read()
     place = table.column_names.index(column)
@@ -121,11 +123,11 @@ def test_a_chunk_has_a_name_of_ours(column, value, root, victim, tmp_path):
     else:
         table = table.set_column(place, table.schema.field(column), pa.array([value] * len(table), table[column].type))
     (out / file["path"]).unlink()
-    data = manifest.parquet_bytes(table)
+    data = parquet_bytes(table)
     path = f"manifest/g000-00000-{storage.sha256(data)[:16]}.parquet"
     (out / path).write_bytes(data)
     mark["files"] = [{**file, "path": path, "bytes": len(data), "sha256": storage.sha256(data)}]
-    (out / "manifest/_g000.json").write_bytes(manifest.sealed(mark))
+    (out / "manifest/_g000.json").write_bytes(sealed(mark))
     with pytest.raises(JobFailed, match=f"{path}: damaged"):
         plans.read_plan(str(out))
 
@@ -158,7 +160,7 @@ def test_a_retry_of_rows_that_there_are_not_is_none(root, tmp_path):
         ({"000-000003": [7]}, {"000-000099": [0]}, {"000-000003": [-1]}, {"000-000003": [1, 0]})
     ):
         content = {"lineage": plan.lineage.digest, "rows": rows, "rejected": {}}
-        storage.write_whole(str(out / f"_work/retries/{number:03d}.json"), manifest.sealed(content))
+        storage.write_whole(str(out / f"_work/retries/{number:03d}.json"), sealed(content))
     assert ledger.pending(plan) == [] and publish.publish(plan, max_rejected=1)["rejected"] == {"truncated": 1}
 
 
@@ -352,12 +354,12 @@ def test_options_in_another_order_are_another_lineage(root, tmp_path):
 def test_an_output_does_not_grow_by_files_without_frames(root, tmp_path):
     out = tmp_path / "out"
     plan = make_plan(root, str(out))
-    data = manifest.parquet_bytes(pq.read_table(plan.chunks[0].manifest_uri).slice(0, 0))
+    data = parquet_bytes(pq.read_table(plan.chunks[0].manifest_uri).slice(0, 0))
     path = f"manifest/g001-00000-{storage.sha256(data)[:16]}.parquet"
     (out / path).write_bytes(data)
-    mark = manifest.unsealed((out / "manifest/_g000.json").read_bytes())
+    mark = unsealed((out / "manifest/_g000.json").read_bytes())
     mark["files"] = [{"path": path, "rows": 0, "bytes": len(data), "sha256": storage.sha256(data)}]
-    (out / "manifest/_g001.json").write_bytes(manifest.sealed(mark))
+    (out / "manifest/_g001.json").write_bytes(sealed(mark))
     with pytest.raises(JobFailed, match="it has grown by files without frames"):
         plans.require_whole(plan)
     reseal(out / "manifest/_g001.json", lambda mark: mark.update(lineage="another"))
@@ -381,7 +383,7 @@ def test_a_retry_of_other_types_is_none(change, root, tmp_path):
         "rows": {"000-000003": [1]},
         "rejected": {"000-000003": {"truncated": 1}},
     }
-    storage.write_whole(f"{out}/_work/retries/000.json", manifest.sealed({**content, **change}))
+    storage.write_whole(f"{out}/_work/retries/000.json", sealed({**content, **change}))
     assert ledger.pending(plan) == [] and ledger.done_so_far(plan)[0] == 13
 
 
@@ -420,14 +422,14 @@ def test_a_note_and_a_summary_with_other_counts_are_none(count, root, tmp_path):
 def test_a_null_in_the_manifest_is_damage(column, root, tmp_path, capsys):
     out = tmp_path / "out"
     make_plan(root, str(out))
-    mark = manifest.unsealed((out / "manifest/_g000.json").read_bytes())
+    mark = unsealed((out / "manifest/_g000.json").read_bytes())
     (file,) = mark["files"]
     table = _set(pq.ParquetFile(out / file["path"]).read(), column, None)
-    data = manifest.parquet_bytes(table)
+    data = parquet_bytes(table)
     path = f"manifest/g000-00000-{storage.sha256(data)[:16]}.parquet"
     (out / path).write_bytes(data)
     mark["files"] = [{**file, "path": path, "bytes": len(data), "sha256": storage.sha256(data)}]
-    (out / "manifest/_g000.json").write_bytes(manifest.sealed(mark))
+    (out / "manifest/_g000.json").write_bytes(sealed(mark))
     assert f"{path}: damaged (its column {column} has nulls)" in shown(capsys, "verify", str(out))[1]
 
 
@@ -439,7 +441,7 @@ def _set(table: pa.Table, column: str, value, dtype: pa.DataType | None = None) 
 
 def prepare(out: Path, path: str, table: pa.Table) -> None:
     """Puts a table in place of a published file, with the digest that summary.json says."""
-    data = manifest.parquet_bytes(table)
+    data = parquet_bytes(table)
     (out / path).write_bytes(data)
     size = {"bytes": len(data), "sha256": storage.sha256(data)}
     reseal(out / "summary.json", lambda value: next(f for f in value["files"] if f["path"] == path).update(size))
@@ -500,8 +502,8 @@ def test_a_sign_of_life_may_say_anything(change, root, tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeats.time, "monotonic", lambda: next(clock))
     heartbeats.write(out, "x")
     path = Path(out, "_work/jobs/x.json")
-    sign = {**manifest.unsealed(path.read_bytes()), "process": None, **change}
-    path.write_bytes(manifest.sealed(sign))
+    sign = {**unsealed(path.read_bytes()), "process": None, **change}
+    path.write_bytes(sealed(sign))
     heartbeats.refuse_living(out)
     heartbeats.other_job(out, "y")
     assert next(clock) <= 2 * 60 + 15

@@ -12,7 +12,9 @@ from labelled import label, make_plan, published, run, write_archive
 from small_output import flipped
 
 from unet_ray import cli, storage
-from unet_ray.output import heartbeats, ledger, manifest, publish, rejected, verify
+from unet_ray.output import heartbeats, ledger, publish, rejected, verify
+from unet_ray.output.chunks import Chunk
+from unet_ray.storage.sealed import json_bytes, sealed
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, 
     assert ", 1 of 6 chunks are to be done (first 000-000003, from frame b/3.png on); run" in capsys.readouterr().out
 
 
-def change_record(out: str, chunk: manifest.Chunk, write) -> None:
+def change_record(out: str, chunk: Chunk, write) -> None:
     """Makes a record tell of frames that were never rejected."""
     (receipt,) = ledger.read_receipts(out, [chunk.key])
     told = dataclasses.replace(receipt, ok=receipt.ok - 2, rejected={"crashed": 2})
@@ -149,7 +151,7 @@ def committed(root, tmp_path):
 def test_a_record_whose_counts_were_changed_is_damaged(root, tmp_path):
     run(root, str(tmp_path / "undisturbed"))
     out, plan = committed(root, tmp_path)
-    change_record(out, plan.chunks[1], manifest.json_bytes)
+    change_record(out, plan.chunks[1], json_bytes)
     with pytest.raises(storage.StorageError, match=f"{plan.chunks[1].key}.json is damaged; run the same command again"):
         publish.publish(plan, max_rejected=1)
     seen: list[str] = []
@@ -161,7 +163,7 @@ def test_counts_that_are_not_those_of_the_rows_are_found_and_mended(root, tmp_pa
     """As a mistake of ours would give them, in a record that is whole."""
     run(root, str(tmp_path / "undisturbed"))
     out, plan = committed(root, tmp_path)
-    change_record(out, plan.chunks[1], manifest.sealed)
+    change_record(out, plan.chunks[1], sealed)
     assert publish.publish(plan, max_rejected=1)["rejected"] == {"crashed": 2}
     assert verify.verify(out) == ["frames/part-00000.parquet: its rows are 5 ok; summary.json says 2 crashed, 3 ok"]
     seen: list[str] = []
@@ -173,7 +175,7 @@ def test_sums_that_are_not_those_of_the_files_are_found(root, tmp_path):
     out = str(tmp_path / "out")
     summary = run(root, out, reject=("b/4.png",))
     wrong = {**summary, "ok": 11, "rejected": {"truncated": 2}}
-    storage.write_whole(storage.join(out, "summary.json"), manifest.sealed(wrong))
+    storage.write_whole(storage.join(out, "summary.json"), sealed(wrong))
     assert verify.verify(out) == [
         "summary.json: 13 frames listed, 11 ok, {'truncated': 2} rejected; the manifest lists 13, and of 13 rows "
         "{'truncated': 1} are rejected"

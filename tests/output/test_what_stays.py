@@ -15,6 +15,7 @@ from labelled import label, make_plan, run, write_archive
 from unet_ray import images, storage
 from unet_ray.archives.listing import find_roots, list_archives
 from unet_ray.output import ledger, manifest, origins, plans, publish, salvage, verify
+from unet_ray.output.chunks import Chunk
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def damaged_and_gone(root: str, out: Path, column: str, at: float = 1.0) -> list
     return ids
 
 
-def label_what_is_there(root: str, chunk: manifest.Chunk) -> pa.Table:
+def label_what_is_there(root: str, chunk: Chunk) -> pa.Table:
     ids = manifest.read_rows(chunk)["frame_id"].to_pylist()
     return label(chunk, reject=tuple(i for i in ids if not os.path.exists(os.path.join(root, i))))
 

@@ -14,6 +14,7 @@ from unet_ray.archives.listing import list_archives
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.output import ledger, manifest, plans, publish, salvage
 from unet_ray.output import rows as results
+from unet_ray.output.chunks import Chunk, Cutting
 
 CLASSES = ClassSet(
     name="two",
@@ -23,7 +24,7 @@ CLASSES = ClassSet(
     ),
 )
 LINEAGE = plans.Lineage(bundle_digest="ab" * 32, class_set=CLASSES, options={"mask_size": "model", "window": None})
-CUTTING = manifest.Cutting(chunk_frames=3, shard_rows=5)
+CUTTING = Cutting(chunk_frames=3, shard_rows=5)
 DRIVES = {"a": 5, "b": 7, "c": 1}
 
 
@@ -37,7 +38,7 @@ def write_archive(root: Path, drives: dict[str, int] = DRIVES) -> str:
     return str(root)
 
 
-def label(chunk: manifest.Chunk, *, reject: tuple[str, ...] = ()) -> pa.Table:
+def label(chunk: Chunk, *, reject: tuple[str, ...] = ()) -> pa.Table:
     """Rows of a chunk: masks of 2 x 3 pixels that follow from the frame's id; frames in `reject` are truncated."""
     rows = manifest.read_rows(chunk)
     ids = rows["frame_id"].to_pylist()

@@ -19,6 +19,7 @@ from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
 from unet_ray.output import ledger, manifest, plans, publish, rejected, salvage
 from unet_ray.output import rows as results
+from unet_ray.output.chunks import Chunk, Cutting
 from unet_ray.storage import files as storage_files
 from unet_ray.storage import local_files
 
@@ -33,7 +34,7 @@ CLASS_SET = ClassSet(
 LINEAGE = plans.Lineage(
     bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "native", "stride": None}, result_version=1
 )
-CUTTING = manifest.Cutting(chunk_frames=3, shard_rows=5)
+CUTTING = Cutting(chunk_frames=3, shard_rows=5)
 
 FIRST_DRIVES = {("a", ""): 5, ("b", "left"): 4, ("b", "right"): 2}
 """Sequence and camera, number of frames: chunks of 3, 2 | 3, 1, 2 frames in two shards."""
@@ -99,7 +100,7 @@ def make_plan(out: str, archive: Listing | None = None, **options: Any) -> plans
 def work(
     plan: plans.Plan,
     *,
-    chunks: Sequence[manifest.Chunk] | None = None,
+    chunks: Sequence[Chunk] | None = None,
     broken: Mapping[str, str] = BROKEN,
     mask_encoding: str = "raw",
 ) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 from unet_ray.classes import IGNORED_ID
+from unet_ray.model import devices
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.unet import build_unet
 from unet_ray.training import steps
@@ -26,10 +27,11 @@ import json, sys
 import keras, numpy as np, tensorflow as tf
 from unet_ray.training import steps
 from unet_ray.config import ModelConfig
+from unet_ray.model import devices
 from unet_ray.model.unet import build_unet
 
 rank, n_workers, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-steps.configure("cpu", 1)
+devices.configure_tensorflow("cpu", 1, op_threads=1)
 strategy = steps.start_strategy(n_workers)
 rng = np.random.default_rng(3)
 images = rng.integers(0, 256, (10, 16, 24, 32, 3), np.uint8)
@@ -130,10 +132,11 @@ from pathlib import Path
 import numpy as np
 from unet_ray.training import steps
 from unet_ray.config import ModelConfig
+from unet_ray.model import devices
 from unet_ray.model.unet import build_unet
 
 rank, n_workers, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-steps.configure("cpu", 1)
+devices.configure_tensorflow("cpu", 1, op_threads=1)
 strategy = steps.start_strategy(n_workers)
 config = ModelConfig(image_height_px=8, image_width_px=8, n_classes=3, n_filters=2, depth=2, dropout=0.0)
 step = steps.TrainStep(build_unet(config, seed=7), steps.make_optimizer("adam", 1e-3, 0.0), strategy, loss="ce")
@@ -314,5 +317,5 @@ def test_a_mask_of_another_size_comes_from_bilinear_logits():
 
 
 def test_policies():
-    assert steps.choose_policy("float32", "cpu") == "float32"
-    assert steps.choose_policy("bfloat16", "cpu") == "mixed_bfloat16"
+    assert devices.choose_policy("float32", "cpu") == "float32"
+    assert devices.choose_policy("bfloat16", "cpu") == "mixed_bfloat16"

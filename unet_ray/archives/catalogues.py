@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from unet_ray import storage
-from unet_ray.archives.members import MAX_NAME_BYTES, find_image_column
+from unet_ray.archives.members import MAX_NAME_BYTES
+from unet_ray.archives.parquet import find_image_column
 from unet_ray.archives.parquet_files import Allowance, TooMuch, is_plain, open_parquet
 from unet_ray.frames import extension
 

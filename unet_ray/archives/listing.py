@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from unet_ray import storage
 from unet_ray.archives import doubles, members
 from unet_ray.archives.catalogues import is_catalogue, read_catalogue
+from unet_ray.archives.kinds import list_members
 from unet_ray.archives.members import Findings
 from unet_ray.frames import (
     IMAGE_EXTENSIONS,
@@ -118,7 +119,7 @@ def list_archive(
     """Lists one tar, zip or Parquet file, given by its path relative to the root and its file."""
     path, file = archive
     rows, findings = _Rows(path_pattern), Findings()
-    for member in members.list_members(file, findings, image_column):
+    for member in list_members(file, findings, image_column):
         rows.add(f"{path}!{member.path}", file, extension(path)[1:], member)
     return rows.table(), findings
 

@@ -16,8 +16,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from unet_ray import storage
-from unet_ray.archives import members as archives
+from unet_ray.archives import members
+from unet_ray.archives.parquet import ParquetImages
 from unet_ray.archives.parquet_files import open_parquet
+from unet_ray.archives.zip import unpack_zip_member, zip_span
 from unet_ray.frames import read_roots
 
 _WINDOW_BYTES = 128 * 2**20
@@ -32,7 +34,7 @@ class FrameGone:
     error: str
 
 
-_Content = bytes | OSError | archives.BadMember
+_Content = bytes | OSError | members.BadMember
 """What a store answers."""
 
 
@@ -126,7 +128,7 @@ class _Reference(NamedTuple):
     @property
     def is_span(self) -> bool:
         """Whether its bytes are read as they lie in the file; of an empty or too large one none are."""
-        return self.row is None and 0 < (self.size_bytes or 0) <= archives.MAX_FRAME_BYTES
+        return self.row is None and 0 < (self.size_bytes or 0) <= members.MAX_FRAME_BYTES
 
 
 def _read_spans(refs: Sequence[_Reference]) -> Sequence[_Content]:
@@ -135,7 +137,7 @@ def _read_spans(refs: Sequence[_Reference]) -> Sequence[_Content]:
     spans: dict[int, tuple[str, int, int]] = {}
     for place, ref in enumerate(refs):
         if ref.is_span and ref.size_bytes:
-            span = archives.zip_span(ref.offset_bytes, ref.size_bytes)
+            span = zip_span(ref.offset_bytes, ref.size_bytes)
             spans[place] = (ref.uri, *(span if ref.kind == "zip" else (ref.offset_bytes, ref.size_bytes)))
     if spans:
         versions = [refs[place].version if refs[place].is_read_by_version else None for place in spans]
@@ -147,7 +149,7 @@ def _read_spans(refs: Sequence[_Reference]) -> Sequence[_Content]:
 def _read_parquet(uri: str, column: str, refs: Sequence[_Reference]) -> Iterator[bytes | FrameGone]:
     with ExitStack() as open_files:
         try:
-            held = archives.ParquetImages(open_files.enter_context(open_parquet(uri)), column)
+            held = ParquetImages(open_files.enter_context(open_parquet(uri)), column)
         except (OSError, pa.ArrowException) as error:
             failed = _parquet_trouble(uri, error)
             yield from _read_windows(refs, lambda ref: 0, lambda window: [failed] * len(window))
@@ -176,19 +178,19 @@ def _checked(ref: _Reference, content: _Content, version_now: str | None) -> byt
         return FrameGone("missing", f"{uri} is gone since it was listed" if ref.version else f"{uri} is not there")
     if version_now != ref.version or isinstance(content, storage.FileChanged):
         return FrameGone("changed", f"{uri} has changed since it was listed")
-    if isinstance(content, archives.BadMember):
+    if isinstance(content, members.BadMember):
         return FrameGone(content.reason, str(content))
     if isinstance(content, OSError):
         raise content
     size = len(content) if size is None else size
-    if size > archives.MAX_FRAME_BYTES:
-        return FrameGone("too_large", f"the frame has {size:,} bytes; at most {archives.MAX_FRAME_BYTES:,} are read")
+    if size > members.MAX_FRAME_BYTES:
+        return FrameGone("too_large", f"the frame has {size:,} bytes; at most {members.MAX_FRAME_BYTES:,} are read")
     if len(content) < size:
         # The file is the listed one, so it was the answer that was cut short.
         raise storage.StorageError(errno.EIO, f"{len(content):,} of {size:,} bytes came; trying again may help", uri)
     if ref.kind != "zip" or not size:
         return content
     try:
-        return archives.unpack_zip_member(uri, content, ref.offset_bytes, size)
-    except archives.BadMember as error:
+        return unpack_zip_member(uri, content, ref.offset_bytes, size)
+    except members.BadMember as error:
         return FrameGone(error.reason, str(error))

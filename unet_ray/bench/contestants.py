@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from unet_ray.output.chunks import Cutting
+
 _TIMELINE_S = 30.0
 
 _CEILING_S = 5.0
@@ -83,13 +85,13 @@ def list_and_plan(*, frames: str, out: str, chunk_frames: int) -> dict[str, floa
 
     from unet_ray.archives.listing import list_archives
     from unet_ray.classes import PRESETS
-    from unet_ray.output import manifest, plans
+    from unet_ray.output import plans
 
     started = time.monotonic()
     listing = list_archives([frames])
     listed = time.monotonic()
     lineage = plans.Lineage(bundle_digest="0" * 64, class_set=PRESETS["carla23"], options={})
-    cutting = manifest.Cutting(chunk_frames=chunk_frames, shard_rows=50_000)
+    cutting = Cutting(chunk_frames=chunk_frames, shard_rows=50_000)
     plan = plans.plan(out, listing, lineage, cutting, config_yaml="")
     return {
         "frames": plan.n_frames,
@@ -104,7 +106,9 @@ def list_and_plan(*, frames: str, out: str, chunk_frames: int) -> dict[str, floa
 
 def matrix_product(*, threads: int, side: int) -> dict[str, float]:
     """GFLOP/s of a product of square matrices, the best of many."""
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    import tensorflow as tf
+
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     told = {}
@@ -180,8 +184,10 @@ def _decode_some_pairs(part: tuple[list[tuple[str, str]], tuple[int, int]]) -> N
 
 
 def _decode_tf(paths: list[str], size: tuple[int, int], threads: int) -> float:
+    import tensorflow as tf
+
     from unet_ray.bench.peers import load_frame
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     dataset = tf.data.Dataset.from_tensor_slices(paths).repeat()
@@ -198,8 +204,10 @@ def network(*, model: str, batch_size: int, threads: int, precision: str, device
     """Frames a second of the network and its argmax alone; on a GPU that TensorFlow does not see, by JAX."""
     if device == "gpu" and not _tensorflow_sees_gpu():
         return {"per_s": _network_jax(model, batch_size, precision), "backend": "jax"}
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    import tensorflow as tf
+
     from unet_ray.model.bundle import read_bundle
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow(device, threads, op_threads=threads)
     net = read_bundle(model).build_model(dtype_policy=precision)

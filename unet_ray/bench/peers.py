@@ -93,7 +93,9 @@ def load_frame(path: Any, size: Sequence[int]) -> Any:
 
 def notebook_loop(*, frames: str, model: str, out: str, batch_size: int, threads: int) -> dict[str, Any]:
     """The notebook's way: map to float32 in [0, 1], one by one; batches; `predict`; argmax."""
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    import tensorflow as tf
+
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     import keras
@@ -116,7 +118,9 @@ def notebook_loop(*, frames: str, model: str, out: str, batch_size: int, threads
 
 def tfdata_loop(*, frames: str, model: str, out: str, batch_size: int, threads: int, precision: str) -> dict[str, Any]:
     """The best loop of TensorFlow alone: parallel map, prefetching, one static function with the argmax inside."""
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    import tensorflow as tf
+
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     from unet_ray.model.bundle import read_bundle
@@ -197,8 +201,9 @@ class _Predictor:
     """The documented callable class: a model, and a batch through it, with Keras' `predict` or our own function."""
 
     def __init__(self, model: str, batch_size: int, threads: int, precision: str, with_predict: bool) -> None:
-        from unet_ray.labelling.inference import Labeler, configure_tensorflow
         from unet_ray.model.bundle import read_bundle
+        from unet_ray.model.devices import configure_tensorflow
+        from unet_ray.model.labeler import Labeler
 
         configure_tensorflow("cpu", threads, op_threads=threads if with_predict else 1)
         bundle = read_bundle(model)

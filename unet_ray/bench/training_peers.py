@@ -53,12 +53,13 @@ def our_step(
 ) -> dict[str, float]:
     """The train step of `unet-ray train` on one worker, or on one of several, which `TF_CONFIG` names."""
     from unet_ray.model.bundle import read_bundle
+    from unet_ray.model.devices import choose_policy, configure_tensorflow
     from unet_ray.training import steps as ours
 
-    ours.configure(device, threads)
+    configure_tensorflow(device, threads, op_threads=threads)
     strategy = ours.start_strategy(n_workers)
     bundle = read_bundle(model)
-    net = bundle.build_model(dtype_policy=ours.choose_policy(precision, device))
+    net = bundle.build_model(dtype_policy=choose_policy(precision, device))
     image_BHWC, mask_BHW = some_pairs(images, masks, batch_size, net.input_shape[1:3], bundle.class_set.name)
     predict = ours.Predictor(net)
     loss = predict.loss(predict(image_BHWC, mask_BHW)[2])
@@ -99,7 +100,9 @@ def _on_core(rank: int, core: int, told: dict[str, Any], addresses: list[str]) -
 
 def keras_step(*, images: str, masks: str, model: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:
     """The notebook's training: `fit` in float32 over a cached data set."""
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    import tensorflow as tf
+
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     from unet_ray.model.bundle import read_bundle
@@ -150,7 +153,9 @@ def keras_fit(
 
     Masks are grey PNG files whose values are the classes' ids. The seed decides weights, order and dropout.
     """
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    import tensorflow as tf
+
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     import keras
@@ -211,7 +216,9 @@ def our_ingest(*, images: str, masks: str, size: Sequence[int], threads: int) ->
 
 def tfdata_ingest(*, images: str, masks: str, size: Sequence[int], batch_size: int, threads: int) -> dict[str, Any]:
     """The same by `tf.data`, parallel as it sees fit."""
-    from unet_ray.labelling.inference import configure_tensorflow, tf
+    import tensorflow as tf
+
+    from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
     paths = (list_frames(images), list_frames(masks))

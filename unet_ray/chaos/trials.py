@@ -34,6 +34,7 @@ from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import write_bundle
 from unet_ray.output import manifest, plans, verify
+from unet_ray.output.tables import read_parquet
 
 JOB_TIMEOUT_S = 900.0
 """A job that has not ended after this hangs, and is killed."""
@@ -393,7 +394,7 @@ class Trial:
                 if path.endswith(".json"):
                     json.loads(data)
                 elif path.endswith(".parquet"):
-                    manifest.read_parquet(data)
+                    read_parquet(data)
             except (ValueError, pa.ArrowException) as error:
                 self.problems.append(f"{path} is torn: {error}")
             if path.startswith("_work/parts/") and storage.sha256(data)[:16] not in name:
@@ -419,7 +420,7 @@ def contents(out: Path, *, with_work: bool = False) -> dict[str, bytes]:
 def rows_of(out: Path) -> pa.Table:
     """Returns all rows of an output."""
     files = sorted((out / "frames").glob("*.parquet"))
-    return pa.concat_tables(manifest.read_parquet(file.read_bytes()) for file in files)
+    return pa.concat_tables(read_parquet(file.read_bytes()) for file in files)
 
 
 def wait_until(happened: Callable[[], object], *jobs: subprocess.Popen[bytes], timeout_s: float = 300.0) -> bool:

@@ -18,7 +18,7 @@ from unet_ray.classes import PRESETS, ClassSet
 from unet_ray.config import DemoConfig, SegmentConfig, TrainConfig
 from unet_ray.demo import synthetic
 from unet_ray.model import metrics
-from unet_ray.output.manifest import read_parquet
+from unet_ray.output.tables import read_parquet
 
 HEIGHT_PX, WIDTH_PX = 240, 320
 TRAINING_DRIVES, TRAINING_FRAMES = 12, 24

@@ -30,13 +30,14 @@ from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import IMAGE_EXTENSIONS, Listing
 from unet_ray.labelling.allocation import Allocation, allocate
 from unet_ray.labelling.decoding import DecodeOptions, count_pixels
-from unet_ray.labelling.tiling import Tiling, choose_tiling
 from unet_ray.messages import count, say
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
+from unet_ray.model.tiling import Tiling, choose_tiling
 from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected, salvage
+from unet_ray.output.chunks import Chunk, Cutting
 from unet_ray.output.labels import damaged, read_columns
-from unet_ray.output.manifest import Chunk, Cutting, known_and_new, read_rows
+from unet_ray.output.manifest import known_and_new, read_rows
 from unet_ray.output.plans import Lineage, Plan
 from unet_ray.output.rows import RESULT_VERSION
 from unet_ray.storage import overlaps

@@ -41,12 +41,13 @@ from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions
 from unet_ray.model.devices import UnusableGpu
 from unet_ray.output import ledger
 from unet_ray.output import rows as results
-from unet_ray.output.manifest import Chunk, read_rows
+from unet_ray.output.chunks import Chunk
+from unet_ray.output.manifest import read_rows
 from unet_ray.output.origins import relocate
 from unet_ray.storage import StorageError, is_local
 
 if TYPE_CHECKING:
-    from unet_ray.labelling.inference import Labeler
+    from unet_ray.model.labeler import Labeler
 
 STORAGE_WAITS_S = (1.0, 5.0)
 """Pauses before a disk of this machine is asked again; a store was asked until `--storage-retry-s` were over."""

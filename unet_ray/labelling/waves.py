@@ -26,11 +26,11 @@ from unet_ray.labelling import stages
 from unet_ray.labelling.allocation import WRITE_CPUS, Allocation
 from unet_ray.labelling.decoding import DecodeOptions
 from unet_ray.model.bundle import read_bundle
-from unet_ray.output.manifest import Chunk
+from unet_ray.output.chunks import Chunk
 from unet_ray.storage import StorageError
 
 if TYPE_CHECKING:
-    from unet_ray.labelling.inference import Labeler
+    from unet_ray.model.labeler import Labeler
 
 WAVE_TASKS = 2000
 """Tasks that Ray Data gets at once. 16,000 read tasks delay the first block by 18 s, 500 by 4 s (Ray 2.60)."""
@@ -52,7 +52,7 @@ class WaveJob:
     model_digest: str
     """Of the bundle that the plan was made with."""
     labeler: Mapping[str, Any]
-    """Arguments of `inference.Labeler`."""
+    """Arguments of `model.labeler.Labeler`."""
     decode: DecodeOptions
     mask_encoding: str
     writer: str
@@ -196,15 +196,13 @@ class _ModelActor:
 
 def _load_labeler(model: str, model_digest: str, labeler: Mapping[str, Any]) -> Labeler:
     with without_plots():
-        from unet_ray.labelling.inference import (  # loads TensorFlow: in actors and nowhere else
-            Labeler,
-            configure_tensorflow,
-        )
+        from unet_ray.model.devices import configure_tensorflow
+        from unet_ray.model.labeler import Labeler
 
     bundle = read_bundle(model)
     if bundle.digest != model_digest:
         raise StorageError(errno.ESTALE, "the model has changed since this job began; trying again may help", model)
-    configure_tensorflow(labeler["device"], labeler["n_threads"])
+    configure_tensorflow(labeler["device"], labeler["n_threads"], op_threads=1, reproducible=True)
     loaded = Labeler(bundle, **labeler)
     loaded.warm_up()
     return loaded

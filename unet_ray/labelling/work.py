@@ -20,7 +20,7 @@ from unet_ray.labelling.allocation import TASK_FRAMES, share_tasks
 from unet_ray.labelling.waves import WAVE_TASKS, WaveJob, run_wave
 from unet_ray.messages import count, say
 from unet_ray.output import ledger
-from unet_ray.output.manifest import Chunk, frames_together
+from unet_ray.output.chunks import Chunk, frames_together
 from unet_ray.output.plans import Plan
 from unet_ray.output.rejected import require_share
 from unet_ray.progress import Progress

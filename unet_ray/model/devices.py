@@ -1,4 +1,4 @@
-"""What the processor or GPU of this machine can compute in, and whether TensorFlow sees the GPU that Ray gives."""
+"""Which device TensorFlow computes on, with how many threads and in which precision; light until it is asked."""
 
 from __future__ import annotations
 
@@ -35,6 +35,43 @@ def require_gpu() -> None:
     """Raises UnusableGpu where TensorFlow sees none: it would compute on the CPU without a word."""
     if not visible_gpus():
         raise _unusable("TensorFlow sees none there")
+
+
+def configure_tensorflow(device: str, n_threads: int, *, op_threads: int, reproducible: bool = False) -> None:
+    """Sets the device and the threads of this process; must come before TensorFlow computes anything.
+
+    Ray sets OMP_NUM_THREADS to an actor's CPUs and TensorFlow looks at all cores of the machine: neither is meant.
+
+    Args:
+        device: `gpu` or `cpu`.
+        n_threads: threads that may run TensorFlow's operations.
+        op_threads: threads of one operation. More than one, and some of its sums come out in an order that depends on
+            how many: a frame's last bits would too. A `Labeler` spreads frames over its threads instead.
+        reproducible: whether a GPU gives the same bits in every run, with float32 in full. It costs speed; a CPU does.
+
+    Raises:
+        UnusableGpu: the device is `gpu` and TensorFlow sees none.
+    """
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(op_threads)
+    tf.config.threading.set_inter_op_parallelism_threads(n_threads)
+    if device == "cpu":
+        tf.config.set_visible_devices([], "GPU")
+        return
+    require_gpu()
+    for gpu in tf.config.get_visible_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if reproducible:
+        tf.config.experimental.enable_op_determinism()  # autotuning would choose another convolution in another run
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+def choose_policy(precision: str, device: str) -> str:
+    """Returns the Keras policy for `--precision`; `auto` is bfloat16 where this machine's `device` has it."""
+    if precision == "auto":
+        precision = "bfloat16" if has_bfloat16(device) else "float32"
+    return precision if precision == "float32" else f"mixed_{precision}"
 
 
 def has_bfloat16(device: str) -> bool:

@@ -19,8 +19,7 @@ from typing import Any
 from unet_ray import storage
 from unet_ray.errors import TryAgain
 from unet_ray.messages import shown_path
-from unet_ray.output import manifest
-from unet_ray.output.manifest import sealed, unsealed
+from unet_ray.storage.sealed import sealed, unsealed
 
 INTERVAL_S = 15.0
 """Between two signs."""
@@ -126,7 +125,7 @@ def _working(out: str, job: str) -> TryAgain:
 def _signs(out: str) -> dict[str, dict[str, Any]]:
     """The last sign of each job by its name; what is no sign is passed over."""
     signs = {}
-    for file in manifest.list_folder(storage.join(out, "_work", "jobs")):
+    for file in storage.list_folder(storage.join(out, "_work", "jobs")):
         with contextlib.suppress(FileNotFoundError, ValueError):
             sign = unsealed(storage.read_bytes(file.uri))
             if isinstance(sign.get("time_s"), float):

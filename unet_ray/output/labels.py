@@ -17,6 +17,7 @@ from unet_ray.output import ledger, manifest
 from unet_ray.output.ledger import Receipt
 from unet_ray.output.plans import Plan
 from unet_ray.output.rows import FRAME_COLUMNS, statistics_schema
+from unet_ray.output.tables import UNREADABLE, read_parquet, require_columns
 
 _PARTS_AT_ONCE = 16
 """Parts that are read at once: 0.6 to 9 MB each (96 masks of 480x640, PNG or raw with zstd), so well below a shard."""
@@ -70,9 +71,9 @@ def read_published(out: str, file: Mapping[str, Any], n_rows: Sequence[int]) -> 
     if storage.sha256(data) != file["sha256"]:
         raise damaged(out, file["path"])
     try:
-        rows, start = manifest.read_parquet(data).replace_schema_metadata(), 0
-        manifest.require_columns(rows.schema, FRAME_COLUMNS)
-    except manifest.UNREADABLE as error:
+        rows, start = read_parquet(data).replace_schema_metadata(), 0
+        require_columns(rows.schema, FRAME_COLUMNS)
+    except UNREADABLE as error:
         raise damaged(out, file["path"]) from error
     for number in n_rows:
         yield rows.slice(start, number)
@@ -105,7 +106,7 @@ def read_parts(out: str, receipts: Sequence[Receipt]) -> Iterator[pa.Table]:
                 if isinstance(content, OSError):
                     raise content
                 raise storage.StorageError(f"{uri} is damaged; run the same command again: its frames are done anew")
-            yield manifest.read_parquet(content)
+            yield read_parquet(content)
 
 
 def read_columns(out: str, path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -113,11 +114,11 @@ def read_columns(out: str, path: str, columns: Sequence[str]) -> Iterator[pa.Rec
     try:
         with storage.open_read(storage.join(out, path)) as source:
             file = pq.ParquetFile(source, page_checksum_verification=True)
-            manifest.require_columns(file.schema_arrow, _fields(path, columns))
+            require_columns(file.schema_arrow, _fields(path, columns))
             yield from file.iter_batches(columns=list(columns))
     except (storage.StorageError, PermissionError):
         raise
-    except manifest.UNREADABLE as error:
+    except UNREADABLE as error:
         raise damaged(out, path) from error
 
 
@@ -143,10 +144,10 @@ def opened(uri: str, **options: Any) -> Iterator[pq.ParquetFile]:
             storage.open_read(uri) as source,
             pq.ParquetFile(source, page_checksum_verification=True, **options) as file,
         ):
-            manifest.require_columns(file.schema_arrow, FRAME_COLUMNS)
+            require_columns(file.schema_arrow, FRAME_COLUMNS)
             yield file
     except (storage.StorageError, PermissionError):
         raise
-    except manifest.UNREADABLE as error:
+    except UNREADABLE as error:
         what = "gone" if isinstance(error, FileNotFoundError) else f"damaged ({manifest.first_line(error)})"
         raise JobFailed(f"{uri} is {what}; unet-ray verify names all that is, then segment makes it again") from error

@@ -34,10 +34,12 @@ import pyarrow.parquet as pq
 
 from unet_ray import storage
 from unet_ray.output import manifest, retries
-from unet_ray.output.manifest import Chunk, parquet_bytes, sealed, unsealed
+from unet_ray.output.chunks import Chunk
 from unet_ray.output.plans import Plan, read_summary
 from unet_ray.output.retries import Retry
 from unet_ray.output.rows import REASONS
+from unet_ray.output.tables import UNREADABLE, parquet_bytes, read_parquet
+from unet_ray.storage.sealed import are_counts, is_count, is_digest, same_json, sealed, unsealed
 
 FILES_KEY = "unet_ray.files"
 """In the footer of class_statistics.parquet: what summary.json says of the files of `frames/`."""
@@ -122,7 +124,7 @@ def committed_keys(out: str) -> set[str]:
 
 def list_work(out: str, folder: str) -> list[storage.FileInfo]:
     """Returns the files of a folder below `_work/`."""
-    return manifest.list_folder(storage.join(out, "_work", folder))
+    return storage.list_folder(storage.join(out, "_work", folder))
 
 
 def record_uri(out: str, key: str) -> str:
@@ -189,7 +191,7 @@ def _with_kept(out: str, name: str, table: pa.Table) -> pa.Table:
         return table  # another job has published the file that they were kept for
     if not name.endswith(f"-{storage.sha256(data)[:16]}.parquet"):
         return table
-    kept = manifest.read_parquet(data)
+    kept = read_parquet(data)
     rows = {place: index for index, place in enumerate(kept["place"].to_pylist())}
     source = pa.array(
         [rows.get(n) if reason else None for n, reason in enumerate(table["reason"].to_pylist())], pa.int64()
@@ -229,12 +231,12 @@ def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
 def _checked_receipt(record: Mapping[str, Any], key: str) -> Receipt:
     receipt = Receipt(**record)
     numbers = (receipt.size_bytes, receipt.n_rows, receipt.ok)
-    if not manifest.is_digest(receipt.sha256) or not all(map(manifest.is_count, numbers)):
+    if not is_digest(receipt.sha256) or not all(map(is_count, numbers)):
         raise ValueError("it has no digest or no counts")
     match = _PART.fullmatch(receipt.part)
     if receipt.key != key or not match or match[1] != key or not receipt.sha256.startswith(match[2]):
         raise ValueError("it names a part that is not its own")
-    if not manifest.are_counts(receipt.rejected) or not set(receipt.rejected) <= set(REASONS):
+    if not are_counts(receipt.rejected) or not set(receipt.rejected) <= set(REASONS):
         raise ValueError("it counts frames by reasons that there are not")
     return receipt
 
@@ -254,7 +256,7 @@ def published_shards(plan: Plan) -> dict[int, dict[str, Any]]:
     """
     # Notes before summary.json: they go after it was written. The files after both, which are written after the files.
     expected = expected_files(plan)
-    there = {file.path: file.size_bytes for file in manifest.list_folder(storage.join(plan.out, "frames"))}
+    there = {file.path: file.size_bytes for file in storage.list_folder(storage.join(plan.out, "frames"))}
     damaged = {file.path for file in list_work(plan.out, "damaged")}
     shards: dict[int, dict[str, Any]] = {}
     for shard, files in expected.items():
@@ -331,7 +333,7 @@ def _files_of_statistics(plan: Plan) -> list[dict[str, Any]]:
         files = _checked_files(unsealed(metadata.get(FILES_KEY.encode(), b"")))
     except storage.StorageError:
         raise
-    except (*manifest.UNREADABLE, KeyError, TypeError):  # there is none, or it is damaged
+    except (*UNREADABLE, KeyError, TypeError):  # there is none, or it is damaged
         return []
     return [file for file in files if "key" in file or _has_lineage(plan, file["path"])]
 
@@ -343,7 +345,7 @@ def lineage_of(out: str, path: str) -> bytes | None:
             return (pq.read_schema(file).metadata or {}).get(b"unet_ray.lineage")
     except storage.StorageError:
         raise
-    except manifest.UNREADABLE:
+    except UNREADABLE:
         return None
 
 
@@ -366,7 +368,7 @@ def read_notes(plan: Plan) -> list[dict[str, Any]]:
                 n_retries = note.get("n_retries", 0)
                 is_ours = "key" in entry or _has_lineage(plan, entry["path"])
                 is_named = file.path == f"{storage.name(entry['path'])}.json"
-                if is_ours and is_named and manifest.is_count(n_retries):
+                if is_ours and is_named and is_count(n_retries):
                     notes.append({"file": entry, "n_retries": n_retries})
     return notes
 
@@ -374,7 +376,7 @@ def read_notes(plan: Plan) -> list[dict[str, Any]]:
 def _has_lineage(plan: Plan, path: str) -> bool:
     """Whether a published file is of a plan's lineage by its footer: notes of old versions do not say it."""
     stored = lineage_of(plan.out, path)
-    return stored is not None and manifest.same_json(stored, plan.lineage.to_dict())
+    return stored is not None and same_json(stored, plan.lineage.to_dict())
 
 
 def note(out: str, file: Mapping[str, Any], n_retries: int) -> None:

@@ -9,11 +9,9 @@ What is planned never moves: frames that are found later are a new generation wi
 from __future__ import annotations
 
 import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -26,63 +24,20 @@ from unet_ray import storage
 from unet_ray.archives.listing import with_roots
 from unet_ray.errors import JobFailed
 from unet_ray.frames import MANIFEST_SCHEMA, Root
-
-CHUNK_SCHEMA = pa.schema([("chunk_id", pa.string()), ("chunk_key", pa.string()), ("shard", pa.int32())])
-"""Columns of the manifest beside a frame's own."""
-
-MAX_PIXELS = 200_000_000
-"""Decoded pixels that a process holds at once (600 MB), by the frames' first sizes."""
-
-UNREADABLE = (OSError, ValueError, pa.ArrowException, MemoryError)
-"""What Arrow raises for a damaged Parquet file; storage's own trouble is among it and is to be let through before."""
-
-_FILE_ROWS, _GROUP_ROWS = 50_000, 1_024
-# A chunk's rows lie in one row group or two of a file whose footer is small.
-
-_SMALL_BYTES = 2**20  # of a Parquet file whose columns are not worth a thread each
-
-
-def frames_together(n_frames: int, frame_pixels: int, max_pixels: int = MAX_PIXELS) -> int:
-    """Returns how many frames a process may hold decoded, at least 1 and at most `n_frames`; 0 pixels: unknown."""
-    return max(1, min(n_frames, max_pixels // frame_pixels if frame_pixels else n_frames))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cutting:
-    """How new frames are cut into chunks and shards; frames that are planned already stay as they were cut."""
-
-    chunk_frames: int
-    """Most frames of a chunk."""
-    shard_rows: int
-    """Rows from which on a published file is full."""
-    frame_pixels: Callable[[pa.Table], int] = lambda rows: 0
-    """Finds out the pixels of a frame among new rows of the manifest, 0 where unknown."""
-    max_chunk_pixels: int = MAX_PIXELS
-    """Bound on the decoded pixels of a chunk."""
-
-    def most_frames(self, frame_pixels: int) -> int:
-        """Returns the most frames of a chunk, by both bounds, of frames with so many pixels (0: unknown)."""
-        return frames_together(self.chunk_frames, frame_pixels, self.max_chunk_pixels)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Frames of one sequence and camera that follow each other in the manifest: the unit of work and of commit."""
-
-    chunk_id: str
-    """Generation and place, `000-000012`."""
-    key: str
-    """Digest of its frames with their versions and of the lineage."""
-    manifest_uri: str
-    row_start: int
-    n_rows: int
-    shard: int
-    """Number of the published file."""
-    rows: tuple[int, ...] | None = None
-    """Places within the chunk of the frames that are tried again, in order; None: all are to be done."""
-    kept: str | None = None
-    """Name of the file in `_work/kept/` with labels that a damaged file still had; see `salvage`."""
-
+from unet_ray.output.chunks import (
+    CHUNK_ID,
+    CHUNK_SCHEMA,
+    GROUP_ROWS,
+    KEY,
+    Chunk,
+    Cutting,
+    _fill,
+    chunk_starts,
+    file_spans,
+    with_chunks,
+)
+from unet_ray.output.tables import UNREADABLE, parquet_bytes, read_parquet, require_columns
+from unet_ray.storage.sealed import are_counts, is_count, is_digest, sealed, unsealed
 
 _KNOWN = pa.schema([(name, pa.string()) for name in ("frame_id", "version", "uri")])
 
@@ -150,7 +105,7 @@ def read_generations(out: str) -> list[dict[str, Any]]:
     Raises:
         JobFailed: a mark is damaged, or one before it is missing.
     """
-    matches = (_MARK.fullmatch(file.path) for file in list_folder(storage.join(out, "manifest")))
+    matches = (_MARK.fullmatch(file.path) for file in storage.list_folder(storage.join(out, "manifest")))
     n_generations = max((int(match[1]) + 1 for match in matches if match), default=0)
     marks = []
     for number in range(n_generations):
@@ -185,16 +140,6 @@ def _checked_mark(mark: dict[str, Any], number: int) -> dict[str, Any]:
 _SHARDS = 2**30  # the column is int32, and later generations have higher numbers
 
 
-def is_count(value: object, *, below: int = 2**63) -> bool:
-    """Whether a value of a JSON file is a whole number from 0 on; `true` and 4.0 are none, though they equal one."""
-    return type(value) is int and 0 <= value < below
-
-
-def are_counts(value: object) -> bool:
-    """Whether a value of a JSON file holds a count for each of its names."""
-    return isinstance(value, dict) and all(map(is_count, value.values()))
-
-
 def _are_roots(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(root, list) and len(root) == 2 and all(isinstance(text, str) for text in root) for root in value
@@ -210,11 +155,6 @@ def require_entry(file: Any) -> dict[str, Any]:
     if file["path"].startswith("frames/") and not (is_count(file.get("rows")) and are_counts(file.get("rejected"))):
         raise ValueError(f"it has no counts of {file['path']!r}")
     return file
-
-
-def is_digest(value: object) -> bool:
-    """Whether a value of a JSON file is a SHA-256 in hexadecimal digits."""
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def recorded_roots(marks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -269,13 +209,13 @@ def _generation(
     rows: pa.Table, number: int, first_shard: int, frame_pixels: int, cutting: Cutting, lineage_digest: str
 ) -> tuple[list[tuple[str, bytes, int]], int]:
     """Returns path, content and rows of each file of a generation, and its last shard."""
-    starts = _chunk_starts(rows, cutting.most_frames(frame_pixels))
+    starts = chunk_starts(rows, cutting.most_frames(frame_pixels))
     sizes = np.diff([*starts, len(rows)])
     shards = first_shard + _fill(sizes, cutting.shard_rows)
-    planned = _with_chunks(rows, starts, sizes, shards, number, lineage_digest)
+    planned = with_chunks(rows, starts, sizes, shards, number, lineage_digest)
     files = []
-    for index, (start, length) in enumerate(_file_spans(starts, sizes)):
-        data = parquet_bytes(planned.slice(start, length), row_group_size=_GROUP_ROWS)
+    for index, (start, length) in enumerate(file_spans(starts, sizes)):
+        data = parquet_bytes(planned.slice(start, length), row_group_size=GROUP_ROWS)
         files.append((f"manifest/g{number:03d}-{index:05d}-{storage.sha256(data)[:16]}.parquet", data, length))
     return files, int(shards[-1])
 
@@ -335,58 +275,10 @@ def delete_unmarked(out: str) -> None:
     """
     marks = read_generations(out)
     named = {file["path"] for mark in marks for file in mark["files"]}
-    for file in list_folder(storage.join(out, "manifest")):
+    for file in storage.list_folder(storage.join(out, "manifest")):
         generation = re.match(r"g(\d{3,})-", file.path)
         if generation and int(generation[1]) < len(marks) and f"manifest/{file.path}" not in named:
             storage.delete(file.uri)
-
-
-def _chunk_starts(rows: pa.Table, n_frames: int) -> np.ndarray:
-    """Returns the first row of each chunk: where the drive or camera changes, and every `n_frames` from there."""
-    drive_starts = np.zeros(len(rows), bool)
-    drive_starts[0] = True
-    for name in ("sequence", "camera"):
-        codes = pc.dictionary_encode(rows[name].combine_chunks(), null_encoding="encode").indices.to_numpy()
-        drive_starts[1:] |= codes[1:] != codes[:-1]
-    place = np.arange(len(rows))
-    within = place - np.maximum.accumulate(np.where(drive_starts, place, 0))
-    return np.flatnonzero(within % n_frames == 0)
-
-
-def _fill(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns the number of the shard of each chunk: a shard takes whole chunks until it has `capacity` rows."""
-    shards, shard, filled = np.zeros(len(sizes), np.int64), 0, 0
-    for place, size in enumerate(sizes):
-        if filled >= capacity:
-            shard, filled = shard + 1, 0
-        shards[place], filled = shard, filled + size
-    return shards
-
-
-def _file_spans(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields first row and number of rows of each manifest file; no chunk lies in two."""
-    files = _fill(sizes, _FILE_ROWS)
-    for number in range(files[-1] + 1):
-        chunks = np.flatnonzero(files == number)
-        yield int(starts[chunks[0]]), int(sizes[chunks].sum())
-
-
-def _with_chunks(
-    rows: pa.Table, starts: np.ndarray, sizes: np.ndarray, shards: np.ndarray, generation: int, lineage_digest: str
-) -> pa.Table:
-    keyed = [rows[name].to_pylist() for name in MANIFEST_SCHEMA.names if name not in ("sequence", "camera")]
-    lines = [repr(row) for row in zip(*keyed, strict=True)]
-    bounds = zip(starts, starts + sizes, strict=True)
-    keys = [storage.sha256("\n".join([lineage_digest, *lines[a:b]]).encode())[:32] for a, b in bounds]
-    ids = [f"{generation:03d}-{number:06d}" for number in range(len(starts))]
-    columns: list[Sequence[Any] | np.ndarray] = [
-        np.repeat(ids, sizes),
-        np.repeat(keys, sizes),
-        np.repeat(shards, sizes),
-    ]
-    for field, column in zip(CHUNK_SCHEMA, columns, strict=True):
-        rows = rows.append_column(field, pa.array(column, field.type))
-    return rows
 
 
 def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
@@ -403,7 +295,7 @@ def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
             n_rows=end - start,
             shard=table["shard"][start].as_py(),
         )
-        if not _CHUNK_ID.fullmatch(chunk.chunk_id) or not KEY.fullmatch(chunk.key) or chunk.shard < 0:
+        if not CHUNK_ID.fullmatch(chunk.chunk_id) or not KEY.fullmatch(chunk.key) or chunk.shard < 0:
             raise lost(manifest_uri, ValueError(f"it has no chunk {chunk.chunk_id!r} of ours"))
         yield chunk
         start = end
@@ -411,18 +303,13 @@ def read_chunks(manifest_uri: str) -> Iterator[Chunk]:
 
 _NEVER_NULL = (*CHUNK_SCHEMA.names, "frame_id", "uri", "version", "kind")
 
-KEY = re.compile("[0-9a-f]{32}")
-"""A chunk's key; it becomes a part of file names, so nothing else is taken from a file for one."""
-
-_CHUNK_ID = re.compile(r"\d{3,}-\d{6,}")
-
 
 def read_rows(chunk: Chunk) -> pa.Table:
     """Returns the manifest's rows of a chunk: `frames.MANIFEST_SCHEMA` and the catalogue's own columns."""
     n_rows = chunk.n_rows if chunk.rows is None else chunk.rows[-1] + 1
-    first, last = chunk.row_start // _GROUP_ROWS, (chunk.row_start + n_rows - 1) // _GROUP_ROWS
+    first, last = chunk.row_start // GROUP_ROWS, (chunk.row_start + n_rows - 1) // GROUP_ROWS
     rows = pa.concat_tables([_read_group(chunk.manifest_uri, group) for group in range(first, last + 1)])
-    rows = rows.slice(chunk.row_start - first * _GROUP_ROWS, n_rows).drop_columns(CHUNK_SCHEMA.names)
+    rows = rows.slice(chunk.row_start - first * GROUP_ROWS, n_rows).drop_columns(CHUNK_SCHEMA.names)
     return rows if chunk.rows is None else rows.take(pa.array(chunk.rows))
 
 
@@ -451,17 +338,6 @@ def _named(uri: str) -> Iterator[None]:
         raise lost(uri, error) from error
 
 
-def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """Returns the rows of a Parquet file that lies in memory.
-
-    `pq.read_table` may still hold `data` in a thread when it has returned, and a process that ends then is aborted: one
-    of 20 (Arrow 26 with other work beside it, 2026-11-24; github.com/apache/arrow/issues/34314).
-    """
-    names = None if columns is None else list(columns)
-    # Of a frame's part threads cost 2.0 ms instead of 1.4, `pq.read_table` 3.5 (70 columns, 2 cores, 2026-11-24).
-    return pq.ParquetFile(io.BytesIO(data)).read(columns=names, use_threads=len(data) > _SMALL_BYTES)
-
-
 def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
     with _named(uri):
         data = storage.read_bytes(uri)
@@ -473,65 +349,3 @@ def _read_table(uri: str, columns: Sequence[str]) -> pa.Table:
             if name in _NEVER_NULL and table[name].null_count:
                 raise ValueError(f"its column {name} has nulls")
         return table
-
-
-def require_columns(schema: pa.Schema, fields: Iterable[pa.Field]) -> None:
-    """Raises ValueError where a file's schema lacks one of the fields, has it twice, or with another type."""
-    for field in fields:
-        place = schema.get_field_index(field.name)  # -1 also where it is there twice
-        if place < 0 or schema.field(place).type != field.type:
-            raise ValueError(f"it has no column {field.name} of type {field.type}")
-
-
-def list_folder(folder: str) -> list[storage.FileInfo]:
-    """Returns the files below a folder but those that are not yet whole, or go just now; none where it is not there."""
-
-    def unless_gone(uri: str, error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    files = storage.list_files(folder, must_exist=False, on_unreadable=unless_gone)
-    return [file for file in files if not storage.name(file.path).startswith(storage.TEMPORARY_PREFIX)]
-
-
-def parquet_bytes(table: pa.Table, *, row_group_size: int | None = None) -> bytes:
-    """Returns a table as a Parquet file; the same table gives the same bytes."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=row_group_size)
-    return buffer.getvalue()
-
-
-def json_bytes(value: Any) -> bytes:
-    """Returns a value as the JSON that the output holds."""
-    return json.dumps(value, indent=1, ensure_ascii=False).encode()
-
-
-def sealed(value: Mapping[str, Any]) -> bytes:
-    """Returns a value as JSON with the digest of all that it says, by which damage is noticed when it is read."""
-    return json_bytes({**value, "seal": _seal(value)})
-
-
-def unsealed(data: bytes) -> dict[str, Any]:
-    """Returns the value that `sealed` was given. Raises ValueError where these are not its bytes any more."""
-    try:
-        value = json.loads(data)
-        seal = value.pop("seal", None) if isinstance(value, dict) else None
-        if seal is None or seal != _seal(value):
-            raise ValueError("its content is not what was written")
-    except RecursionError as error:
-        raise ValueError("its brackets are too many, one in the other") from error
-    return value
-
-
-def same_json(data: bytes, value: Mapping[str, Any]) -> bool:
-    """Whether JSON says a value."""
-    try:
-        return json.loads(data) == value
-    except (ValueError, RecursionError):
-        return False
-
-
-def _seal(value: Mapping[str, Any]) -> str:
-    # Outputs of two runs are the same but for the figures of summary.json: so they have the same seal.
-    told = {name: told for name, told in value.items() if name != "figures"}
-    return storage.sha256(json.dumps(told).encode())  # without indent, a third of the time; jobs have many records

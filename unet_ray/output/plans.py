@@ -1,7 +1,7 @@
 """What is to be done for an output: its lineage, its frames in chunks, and the jobs that may work on it.
 
     OUT/run.json                   the lineage: model, classes and options that every label of this output comes from;
-                                   sealed by its own digest (`manifest.sealed`), as is every JSON file of an output
+                                   sealed by its own digest (`sealed`), as is every JSON file of an output
     OUT/config.yaml                the resolved configuration of the first run
     OUT/manifest/*.parquet         the plan: a row a frame, with the chunk and the shard that it belongs to
     OUT/manifest/_g000.json        a generation of the plan is whole; frames found later are a new generation
@@ -33,8 +33,9 @@ from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA, Listing, carried_schema
 from unet_ray.messages import shown_path
 from unet_ray.output import manifest, origins
-from unet_ray.output.manifest import CHUNK_SCHEMA, Chunk, Cutting, json_bytes, sealed, unsealed
+from unet_ray.output.chunks import CHUNK_SCHEMA, Chunk, Cutting
 from unet_ray.output.rows import FORMAT_VERSION, frames_schema
+from unet_ray.storage.sealed import are_counts, is_count, json_bytes, sealed, unsealed
 
 _OURS = re.compile(
     r"frames/part-\d+\.parquet|manifest/(g\d+-.*\.parquet|_g\d+\.json)|_work/.*"
@@ -210,7 +211,7 @@ def _known_and_new(
 
 def _refuse_lost_marks(out: str) -> None:
     """Raises JobFailed where a generation that was published has no mark any more: its frames would be planned anew."""
-    there = {f"manifest/{file.path}" for file in manifest.list_folder(storage.join(out, "manifest"))}
+    there = {f"manifest/{file.path}" for file in storage.list_folder(storage.join(out, "manifest"))}
     for file in (read_summary(out) or {"files": ()})["files"]:
         if file["path"].startswith("manifest/_g") and file["path"] not in there:
             raise manifest.lost(storage.join(out, file["path"]), FileNotFoundError())
@@ -244,7 +245,7 @@ def read_run(out: str) -> dict[str, Any]:
     try:
         run = unsealed(storage.read_bytes(uri))
         _lineage_of(run)
-        if not manifest.is_count(run.get("format_version")) or not isinstance(run.get("recorded"), dict):
+        if not is_count(run.get("format_version")) or not isinstance(run.get("recorded"), dict):
             raise ValueError("it does not say what wrote it")
         return run
     except (FileNotFoundError, ValueError) as error:
@@ -261,7 +262,7 @@ def _lineage_of(run: Mapping[str, Any]) -> Lineage:
         stored = dict(run["lineage"])
         lineage = Lineage(**{**stored, "class_set": ClassSet.from_dict(stored["class_set"])})
         # Bytes, since 4.0 and true equal whole numbers and give another digest.
-        is_ours = isinstance(lineage.bundle_digest, str) and manifest.is_count(lineage.result_version)
+        is_ours = isinstance(lineage.bundle_digest, str) and is_count(lineage.result_version)
         if not is_ours or json_bytes(lineage.to_dict()) != json_bytes(stored):
             raise ValueError("its lineage is none that segment writes")
         return lineage
@@ -273,12 +274,12 @@ def read_summary(out: str) -> dict[str, Any] | None:
     """Returns summary.json, None where there is none or it is damaged."""
     try:
         summary = unsealed(storage.read_bytes(storage.join(out, "summary.json")))
-        if not isinstance(summary["files"], list) or not manifest.are_counts(summary["rejected"]):
+        if not isinstance(summary["files"], list) or not are_counts(summary["rejected"]):
             return None
         for file in summary["files"]:
             if not _PUBLISHED.fullmatch(manifest.require_entry(file)["path"]):
                 return None
-        return summary if manifest.is_count(summary["listed"]) and manifest.is_count(summary["ok"]) else None
+        return summary if is_count(summary["listed"]) and is_count(summary["ok"]) else None
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
@@ -301,7 +302,7 @@ def _refuse_links(out: str) -> None:
 
 def _strangers(out: str) -> Iterator[str]:
     """Yields files that neither a job that was killed early nor one that starts beside this one leaves."""
-    for file in manifest.list_folder(out):
+    for file in storage.list_folder(out):
         if not file.path.startswith("_work/"):
             yield file.path
 
@@ -320,7 +321,7 @@ def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: b
     run = read_run(out)
     if overwrite:
         # What proves the output goes before what it proves.
-        for file in sorted(manifest.list_folder(out), key=lambda file: "/" in file.path):
+        for file in sorted(storage.list_folder(out), key=lambda file: "/" in file.path):
             if _OURS.fullmatch(file.path):
                 storage.delete(file.uri)
         storage.write_whole(uri, sealed(ours))  # last: until then the folder is an output of ours

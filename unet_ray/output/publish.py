@@ -32,11 +32,12 @@ from unet_ray.output import labels, ledger, manifest, plans, retries
 from unet_ray.output import rows as results
 from unet_ray.output.labels import NewRows
 from unet_ray.output.ledger import Receipt, shard_name
-from unet_ray.output.manifest import parquet_bytes, sealed
 from unet_ray.output.plans import Lineage, Plan
 from unet_ray.output.rejected import require_share
+from unet_ray.output.tables import parquet_bytes
+from unet_ray.storage.sealed import sealed
 
-_GROUP_ROWS = 2_048
+GROUP_ROWS = 2_048
 """Rows of a row group of a published file: 12 MB of masks of 480x640, small enough to skip by statistics."""
 
 _PAGE_ROWS = 64
@@ -140,7 +141,7 @@ def _clear_up(plan: Plan) -> None:
 
 def _delete_strange_shards(out: str) -> None:
     """Deletes files of `frames/` that a job wrote whose output had been overwritten; its rows would count twice."""
-    files = manifest.list_folder(storage.join(out, "frames"))
+    files = storage.list_folder(storage.join(out, "frames"))
     shards = {shard_name(shard) for shard in plans.read_plan(out).of_shard}  # after the files: others may add shards
     for file in files:
         if file.path not in shards and ledger.lineage_of(out, f"frames/{file.path}") is not None:
@@ -253,7 +254,7 @@ def _shard_bytes(task: ShardTask) -> tuple[bytes, Counter[str]]:
         for rows in _in_groups(_with_new_rows(task)):
             rejected.update(pc.drop_null(rows["reason"]).to_pylist())
             digests.append(results.column_digests(rows, unproved))
-            writer.write_table(rows.cast(schema), row_group_size=_GROUP_ROWS)
+            writer.write_table(rows.cast(schema), row_group_size=GROUP_ROWS)
         writer.add_key_value_metadata({results.DIGESTS_KEY: json.dumps(digests)})
     return buffer.getvalue(), rejected
 
@@ -272,16 +273,16 @@ def _with_new_rows(task: ShardTask) -> Iterator[pa.Table]:
 
 
 def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Joins small tables into ones of `_GROUP_ROWS` rows; what they are cut into depends on the rows alone."""
+    """Joins small tables into ones of `GROUP_ROWS` rows; what they are cut into depends on the rows alone."""
     waiting: list[pa.Table] = []
     n_rows = 0
     for table in tables:
         waiting.append(table)
         n_rows += len(table)
-        while n_rows >= _GROUP_ROWS:
+        while n_rows >= GROUP_ROWS:
             joined = pa.concat_tables(waiting)
-            yield joined.slice(0, _GROUP_ROWS)
-            waiting, n_rows = [joined.slice(_GROUP_ROWS)], n_rows - _GROUP_ROWS
+            yield joined.slice(0, GROUP_ROWS)
+            waiting, n_rows = [joined.slice(GROUP_ROWS)], n_rows - GROUP_ROWS
     if n_rows:
         yield pa.concat_tables(waiting)
 

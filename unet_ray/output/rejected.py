@@ -10,8 +10,8 @@ import pyarrow as pa
 from unet_ray.errors import JobFailed
 from unet_ray.output import labels, ledger, retries
 from unet_ray.output import rows as results
+from unet_ray.output.chunks import Chunk
 from unet_ray.output.ledger import shard_name
-from unet_ray.output.manifest import Chunk
 from unet_ray.output.plans import Plan
 
 

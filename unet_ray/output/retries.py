@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from unet_ray import storage
-from unet_ray.output import manifest
-from unet_ray.output.manifest import Chunk, sealed, unsealed
+from unet_ray.output.chunks import Chunk
 from unet_ray.output.plans import Plan
+from unet_ray.storage.sealed import are_counts, is_count, sealed, unsealed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +57,17 @@ def _checked(content: Mapping[str, Any], number: int, plan: Plan) -> Retry:
         raise ValueError("it has no rows, or no reasons of theirs")
     for chunk_id, places in rows.items():
         size = sizes.get(chunk_id, 0)
-        if not isinstance(places, list) or not all(manifest.is_count(place, below=size) for place in places):
+        if not isinstance(places, list) or not all(is_count(place, below=size) for place in places):
             raise ValueError(f"it has rows that chunk {chunk_id} does not have")
         if not places or sorted(set(places)) != places:
             raise ValueError(f"its rows of chunk {chunk_id} are not in order")
-        if not manifest.are_counts(rejected.get(chunk_id)):
+        if not are_counts(rejected.get(chunk_id)):
             raise ValueError(f"it does not say why rows of chunk {chunk_id} were rejected")
     return Retry(number=number, rows={chunk_id: tuple(places) for chunk_id, places in rows.items()}, rejected=rejected)
 
 
 def _files(out: str) -> list[storage.FileInfo]:
-    return manifest.list_folder(storage.join(out, "_work", "retries"))
+    return storage.list_folder(storage.join(out, "_work", "retries"))
 
 
 def write(

@@ -29,10 +29,10 @@ from unet_ray import images, storage
 from unet_ray.messages import count
 from unet_ray.output import ledger, manifest
 from unet_ray.output.ledger import content_name, kept_uri, shard_name
-from unet_ray.output.manifest import parquet_bytes
 from unet_ray.output.masks import mask_of
 from unet_ray.output.plans import Plan
 from unet_ray.output.rows import DIGESTS_KEY, column_digests, frames_schema, unproved_columns
+from unet_ray.output.tables import UNREADABLE, parquet_bytes
 
 _BYTES_APART = 8
 """Bytes in which a footer's lineage may differ from ours and be damaged, not another: a digest differs in about 60."""
@@ -58,7 +58,7 @@ def look_after_damage(plan: Plan) -> list[str]:
     take_back_notes(plan)
     expected, lines = ledger.expected_files(plan), []
     published, recorded = ledger.published_shards(plan), ledger.committed_keys(plan.out)
-    there = {file.path for file in manifest.list_folder(storage.join(plan.out, "frames"))}
+    there = {file.path for file in storage.list_folder(storage.join(plan.out, "frames"))}
     for shard, chunks in plan.of_shard.items():
         is_damaged = shard in expected or shard_name(shard) in there
         if shard in published or not is_damaged or all(chunk.key in recorded for chunk in chunks):
@@ -100,7 +100,7 @@ def _readable(plan: Plan, path: str, frame_ids: Sequence[str]) -> Iterator[pa.Ta
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except storage.StorageError:
         raise
-    except manifest.UNREADABLE:  # gone, or no footer any more
+    except UNREADABLE:  # gone, or no footer any more
         return
     if sum(sizes) != len(frame_ids) or not _is_of(plan, data, metadata):
         return
@@ -162,7 +162,7 @@ def _column(file: pq.ParquetFile, group: int, name: str, size: int) -> Sequence[
     try:
         for batch in file.iter_batches(_READ_ROWS, row_groups=[group], columns=[name]):
             values += batch.column(0).to_pylist()
-    except (*manifest.UNREADABLE, IndexError):
+    except (*UNREADABLE, IndexError):
         pass
     return [*values[:size], *[None] * (size - len(values))]
 

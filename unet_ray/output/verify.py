@@ -16,10 +16,11 @@ from unet_ray.errors import JobFailed
 from unet_ray.messages import count, first_few
 from unet_ray.output import labels, ledger, manifest, plans, publish
 from unet_ray.output import rows as results
+from unet_ray.output.chunks import Chunk
 from unet_ray.output.ledger import shard_name
-from unet_ray.output.manifest import Chunk
 from unet_ray.output.masks import MASK_COLUMNS, require_values
 from unet_ray.output.plans import Plan
+from unet_ray.output.tables import UNREADABLE, read_parquet, require_columns
 
 _MASKS_AT_ONCE = 64
 
@@ -155,7 +156,7 @@ def _verify_file(out: str, file: Mapping[str, Any]) -> list[str]:
 
 
 def _unlisted(plan: Plan, listed: Collection[str]) -> Iterator[str]:
-    for file in manifest.list_folder(storage.join(plan.out, "frames")):
+    for file in storage.list_folder(storage.join(plan.out, "frames")):
         path = f"frames/{file.path}"
         if path not in listed:
             yield f"{path}: not in summary.json; its rows would be read twice, delete it"
@@ -169,10 +170,10 @@ def _verify_rows(plan: Plan, file: Mapping[str, Any], chunks: Sequence[Chunk]) -
     data = storage.read_bytes(storage.join(plan.out, path))
     try:
         schema = results.frames_schema(plan.lineage.class_set, plan.carried)
-        manifest.require_columns(pq.read_schema(io.BytesIO(data)), schema)
-        rows = manifest.read_parquet(data, columns)
+        require_columns(pq.read_schema(io.BytesIO(data)), schema)
+        rows = read_parquet(data, columns)
         _require_masks(data)
-    except manifest.UNREADABLE as error:
+    except UNREADABLE as error:
         return [f"{path}: damaged ({manifest.first_line(error)})"]
     planned = pa.concat_tables([manifest.read_rows(chunk).select(["frame_id"]) for chunk in chunks])
     if not rows["frame_id"].equals(planned["frame_id"]):
@@ -198,10 +199,10 @@ def _require_masks(data: bytes) -> None:
 def _verify_statistics(out: str) -> list[str]:
     try:
         data = storage.read_bytes(storage.join(out, ledger.STATISTICS))
-        manifest.require_columns(manifest.read_parquet(data).schema, results.statistics_schema())
+        require_columns(read_parquet(data).schema, results.statistics_schema())
     except storage.StorageError:
         raise
-    except manifest.UNREADABLE as error:
+    except UNREADABLE as error:
         return [f"{ledger.STATISTICS}: damaged ({manifest.first_line(error)})"]
     return []
 

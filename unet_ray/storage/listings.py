@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from unet_ray.storage.filesystems import at_once, filesystem, is_s3, naming, persistently
+from unet_ray.storage.local_files import TEMPORARY_PREFIX
 
 OnUnreadable = Callable[[str, OSError], None]
 """Called with the URI and the error of what could not be listed."""
@@ -277,3 +278,14 @@ def versions(uris: Iterable[str]) -> dict[str, str | None]:
 
     uris = list(uris)
     return dict(at_once(look, uris, uris))
+
+
+def list_folder(folder: str) -> list[FileInfo]:
+    """Returns the files below a folder but those that are not yet whole, or go just now; none where it is not there."""
+
+    def unless_gone(uri: str, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    files = list_files(folder, must_exist=False, on_unreadable=unless_gone)
+    return [file for file in files if not name(file.path).startswith(TEMPORARY_PREFIX)]

@@ -21,6 +21,7 @@ from unet_ray.cluster.shared_paths import require_seen_by_all, require_usable_gp
 from unet_ray.config import EvaluateConfig
 from unet_ray.messages import say
 from unet_ray.model import bundle, metrics
+from unet_ray.model.devices import choose_policy, configure_tensorflow
 from unet_ray.training import evaluator as evaluation
 from unet_ray.training.batches import FrameSource, IngestPlan
 from unet_ray.training.blocks import ingest
@@ -74,8 +75,8 @@ def _evaluate(
     """Runs where the device is: metrics, predicted masks of some frames, confusion matrix at the masks' own sizes."""
     from unet_ray.training import steps
 
-    steps.configure(device, cpus)
-    predict = steps.Predictor(model.build_model(dtype_policy=steps.choose_policy(config.precision, device)))
+    configure_tensorflow(device, cpus, op_threads=cpus)
+    predict = steps.Predictor(model.build_model(dtype_policy=choose_policy(config.precision, device)))
     reader = frames.open()
     evaluator = evaluation.Evaluator(predict, reader, config.batch_size, model.model_config)
     counted = evaluator.count(range(len(frames.names)), with_boundaries=True)

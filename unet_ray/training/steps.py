@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from unet_ray.classes import IGNORED_ID
-from unet_ray.model import devices, losses
+from unet_ray.model import losses
 
 _SUM = tf.distribute.ReduceOp.SUM
 
@@ -32,22 +32,6 @@ class StepResult(NamedTuple):
     loss: tf.Tensor
     correct_pixels: tf.Tensor
     valid_pixels: tf.Tensor
-
-
-def configure(device: str, n_cpus: int) -> None:
-    """Sets device and threads of this process, before TensorFlow's first operation; its default is all there is.
-
-    Raises:
-        UnusableGpu: the device is `gpu` and TensorFlow sees none.
-    """
-    tf.config.threading.set_intra_op_parallelism_threads(n_cpus)
-    tf.config.threading.set_inter_op_parallelism_threads(n_cpus)
-    if device == "cpu":
-        tf.config.set_visible_devices([], "GPU")
-    else:
-        devices.require_gpu()
-    for gpu in tf.config.get_visible_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
 
 
 def start_strategy(n_workers: int) -> tf.distribute.Strategy:
@@ -64,13 +48,6 @@ def start_strategy(n_workers: int) -> tf.distribute.Strategy:
     # Each worker feeds its own part of a batch, so a second replica in it would see the same frames again.
     assert strategy.num_replicas_in_sync == n_workers, (strategy.num_replicas_in_sync, n_workers)
     return strategy
-
-
-def choose_policy(precision: str, device: str) -> str:
-    """Returns the Keras policy for `--precision`; `auto` is bfloat16 where this machine's `device` has it."""
-    if precision == "auto":
-        precision = "bfloat16" if devices.has_bfloat16(device) else "float32"
-    return precision if precision == "float32" else f"mixed_{precision}"
 
 
 def make_optimizer(

@@ -22,6 +22,7 @@ import numpy as np
 from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.model import losses, unet
+from unet_ray.model.devices import choose_policy, configure_tensorflow
 from unet_ray.training import batches, checkpoints, evaluator, steps
 from unet_ray.training.augmentation import AugmentConfig, augment
 from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
@@ -62,9 +63,9 @@ class Worker:
         """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
         task, config = self.task, self.config
         _require_shared_storage(config.out)
-        steps.configure(task.device, task.cpus)
+        configure_tensorflow(task.device, task.cpus, op_threads=task.cpus)
         strategy = steps.start_strategy(self.n_workers)
-        policy = self.group.agree(steps.choose_policy(config.precision, task.device))
+        policy = self.group.agree(choose_policy(config.precision, task.device))
 
         self.train_reader = task.train.open()
         self.n_batches = math.ceil(len(task.train.names) / config.batch_size)

@@ -12,11 +12,11 @@ import pytest
 import tensorflow as tf
 
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.labelling import inference
-from unet_ray.labelling.inference import Labeler, Labels
-from unet_ray.labelling.tiling import Tiling, choose_tiling
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import Bundle
+from unet_ray.model.labeler import Labeler
+from unet_ray.model.labels import Labels, _count, interpolation, label_scanned
+from unet_ray.model.tiling import Tiling, choose_tiling
 from unet_ray.model.unet import build_unet, named_weights
 
 K = 5
@@ -66,7 +66,7 @@ def test_pixels_and_confidences_of_classes_are_counted_by_runs_to_the_same_bit(r
     random = np.random.default_rng(run_px)
     mask = np.repeat(random.integers(0, K, -(-24 * 32 // run_px)), run_px)[: 24 * 32].reshape(24, 32).astype(np.uint8)
     confidence = random.uniform(1 / K, 1, (24, 32)).astype(np.float32)
-    labels = inference._count(mask, confidence, 5, K)
+    labels = _count(mask, confidence, 5, K)
     pixels = np.bincount(mask.ravel(), minlength=K)
     sums = np.bincount(mask.ravel(), confidence.ravel().astype(np.float64), K)
     np.testing.assert_array_equal(labels.pixels_NK, [pixels])
@@ -145,19 +145,20 @@ def test_neighbours_place_and_batch_change_no_bit(bundle: Bundle, precision: str
 THREADS = """
 import hashlib, sys
 import numpy as np
-from unet_ray.labelling import inference
+from unet_ray.model import devices
+from unet_ray.model.labeler import Labeler
 from unet_ray.model.bundle import Bundle
 from unet_ray.config import ModelConfig
 from unet_ray.model.unet import weight_shapes
 n_threads, batch_size = int(sys.argv[1]), int(sys.argv[2])
-inference.configure_tensorflow("cpu", n_threads)
+devices.configure_tensorflow("cpu", n_threads, op_threads=1, reproducible=True)
 config = ModelConfig(image_height_px=96, image_width_px=128, n_classes=12, n_filters=32)
 random = np.random.default_rng(5)
 weights = {n: random.normal(0, 0.05, s).astype(np.float32) for n, s in weight_shapes(config).items()}
 bundle = Bundle(uri="", model_config=config, class_set=None, metrics={}, weights=weights, digest="")
 images = random.integers(0, 256, (7, 96, 128, 3), np.uint8)
 for precision in ("float32", "bfloat16", "float16"):
-    labeler = inference.Labeler(bundle, precision=precision, batch_size=batch_size, n_threads=n_threads)
+    labeler = Labeler(bundle, precision=precision, batch_size=batch_size, n_threads=n_threads)
     labels = labeler.label(images, [(50, 170)] * 7)
     data = [*labels.masks, labels.confidence_NK, labels.confidence_N, labels.low_margin_share_N]
     print(hashlib.sha256(b"".join(array.tobytes() for array in data)).hexdigest())
@@ -201,7 +202,7 @@ def test_fused_equals_scanned(bundle: Bundle) -> None:
 
 def test_ties_go_to_the_first_class_and_are_low_margins() -> None:
     logits = np.zeros((24, 32, K), np.float32)
-    labels = inference._label_scanned(tf.constant(logits), (24, 32))
+    labels = label_scanned(tf.constant(logits), (24, 32))
     assert (labels.masks[0] == 0).all()
     np.testing.assert_allclose(labels.confidence_N, [1 / K], rtol=1e-6)
     np.testing.assert_array_equal(labels.low_margin_share_N, [1.0])
@@ -210,7 +211,7 @@ def test_ties_go_to_the_first_class_and_are_low_margins() -> None:
 
 @pytest.mark.parametrize(("in_px", "out_px"), [(24, 50), (32, 32), (96, 480), (7, 3), (128, 1920), (96, 1080), (5, 1)])
 def test_interpolation_equals_tensorflow(in_px: int, out_px: int) -> None:
-    lower, upper, weight = inference.interpolation(in_px, out_px)
+    lower, upper, weight = interpolation(in_px, out_px)
     line = np.random.default_rng(0).normal(size=in_px).astype(np.float32)
     expected = tf.image.resize(line[None, :, None, None], (out_px, 1), "bilinear").numpy().ravel()
     np.testing.assert_allclose(line[lower] + (line[upper] - line[lower]) * weight, expected, rtol=0, atol=1e-6)
