@@ -168,8 +168,8 @@ class ClassSet:
             raise ValueError(f"ids are {ids_HW.dtype} of shape {ids_HW.shape}, allowed are whole numbers [H, W]")
         if ids_HW.dtype == np.uint8:
             # An index array would take eight times the mask's memory, and as long as half of its decoding.
-            found = ids_HW.tobytes().translate(self._output_of_id.tobytes())
-            mask_HW, is_known = np.frombuffer(found, np.uint8).reshape(ids_HW.shape), _UNKNOWN_ID not in found
+            encoded = ids_HW.tobytes().translate(self._output_of_id.tobytes())
+            mask_HW, is_known = np.frombuffer(encoded, np.uint8).reshape(ids_HW.shape), _UNKNOWN_ID not in encoded
         else:
             in_range_HW = (ids_HW >= 0) & (ids_HW <= 255)
             mask_HW = np.where(in_range_HW, self._output_of_id[np.clip(ids_HW, 0, 255)], np.uint8(_UNKNOWN_ID))
@@ -192,18 +192,18 @@ class ClassSet:
         packed_HW = colors_HWC[..., 0].astype(np.uint32) << 16
         packed_HW |= colors_HWC[..., 1].astype(np.uint32) << 8
         packed_HW |= colors_HWC[..., 2]
-        place_HW = np.minimum(np.searchsorted(known, packed_HW), len(known) - 1)
-        unknown_HW = known[place_HW] != packed_HW
+        index_HW = np.minimum(np.searchsorted(known, packed_HW), len(known) - 1)
+        unknown_HW = known[index_HW] != packed_HW
         if unknown_HW.any():
             counts = {(v >> 16, v >> 8 & 255, v & 255): n for v, n in _counts(packed_HW[unknown_HW]).items()}
             raise self._unknown_values("colour", counts, f"the {len(known)} colours of its classes and of ignore")
-        return output_ids[place_HW]
+        return output_ids[index_HW]
 
     def _unknown_values(self, kind: str, counts: Mapping[Any, int], allowed: str) -> UnknownValuesError:
-        shown = ", ".join(f"{value} ({count(n, 'pixel')})" for value, n in list(counts.items())[:8])
+        listed = ", ".join(f"{value} ({count(n, 'pixel')})" for value, n in list(counts.items())[:8])
         more = f" and {len(counts) - 8:,} more" if len(counts) > 8 else ""
         return UnknownValuesError(
-            f"{count(len(counts), kind)} outside the class set {self.name!r}: {shown}{more}; allowed: {allowed}; "
+            f"{count(len(counts), kind)} outside the class set {self.name!r}: {listed}{more}; allowed: {allowed}; "
             "add what is missing to a class's values or to ignore, or choose another class set",
             counts,
         )
@@ -238,8 +238,8 @@ class ClassSet:
         """
         _check_keys(mapping, "class set", required=("classes",), optional=("name", "ignore"))
         classes = []
-        for place, entry in enumerate(_sequence(mapping["classes"], "class set: classes")):
-            where = f"class set: classes[{place}]"
+        for index, entry in enumerate(_sequence(mapping["classes"], "class set: classes")):
+            where = f"class set: classes[{index}]"
             _check_keys(entry, where, required=("name", "color"), optional=("values",))
             values = tuple(_raw_value(value) for value in _sequence(entry.get("values", ()), f"{where}: values"))
             classes.append(SegmentationClass(name=entry["name"], color=_raw_value(entry["color"]), values=values))
@@ -249,8 +249,8 @@ class ClassSet:
 
 def _counts(values: np.ndarray) -> dict[int, int]:
     """How often each value occurs, the most frequent first, equals by value."""
-    found, numbers = np.unique(values, return_counts=True)
-    return dict(Counter(dict(zip(found.tolist(), numbers.tolist(), strict=True))).most_common())
+    unique, numbers = np.unique(values, return_counts=True)
+    return dict(Counter(dict(zip(unique.tolist(), numbers.tolist(), strict=True))).most_common())
 
 
 def _ranges(numbers: np.ndarray) -> str:

@@ -23,8 +23,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tyro
 
 import unet_ray
-from unet_ray import config, storage
 from unet_ray import config_files as options
+from unet_ray import storage
+from unet_ray.config import (
+    CheckConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExportMasksConfig,
+    ExportModelConfig,
+    SegmentConfig,
+    StorageConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
 
 END_WITHIN_S = 10.0
@@ -43,79 +54,79 @@ class Command:
 # TensorFlow and Ray take seconds to import, so each command imports what it runs.
 
 
-def _train(told: config.TrainConfig) -> int:
+def _train(config: TrainConfig) -> int:
     from unet_ray.training.job import train
 
-    train(told)
+    train(config)
     return 0
 
 
-def _evaluate(told: config.EvaluateConfig) -> int:
+def _evaluate(config: EvaluateConfig) -> int:
     from unet_ray.training.evaluation import evaluate
 
-    evaluate(told)
+    evaluate(config)
     return 0
 
 
-def _segment(told: config.SegmentConfig) -> int:
+def _segment(config: SegmentConfig) -> int:
     from unet_ray.labelling.job import segment
 
-    segment(told)
+    segment(config)
     return 0
 
 
-def _check(told: config.CheckConfig) -> int:
+def _check(config: CheckConfig) -> int:
     from unet_ray.pairs.checks import check_data_set
 
-    report = check_data_set(told)
+    report = check_data_set(config)
     print(report.as_text())
     return EXIT_FAILED if report.refused else 0
 
 
-def _verify(told: config.VerifyConfig) -> int:
+def _verify(config: VerifyConfig) -> int:
     from unet_ray.output import verify
 
-    out = storage.resolve(told.out)
+    out = storage.resolve(config.out)
     problems = verify.verify(out)
     for line in problems or verify.kept_labels(out):
         print(line)
-    print(f"{told.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
+    print(f"{config.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
     return EXIT_FAILED if problems else 0
 
 
-def _export_model(told: config.ExportModelConfig) -> int:
+def _export_model(config: ExportModelConfig) -> int:
     from unet_ray.model.export import export_model
 
-    export_model(told.model, told.out, told.format)
-    print(f"wrote {told.out}")
+    export_model(config.model, config.out, config.format)
+    print(f"wrote {config.out}")
     return 0
 
 
-def _export_masks(told: config.ExportMasksConfig) -> int:
+def _export_masks(config: ExportMasksConfig) -> int:
     from unet_ray.output.masks import export_masks
 
-    done = export_masks(told)
+    done = export_masks(config)
     missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    print(f"{done.written:,} masks written to {told.out}{missing}")
+    print(f"{done.written:,} masks written to {config.out}{missing}")
     return 0
 
 
-def _demo(told: config.DemoConfig) -> int:
+def _demo(config: DemoConfig) -> int:
     from unet_ray.demo.run import run_demo
 
-    run_demo(told)
+    run_demo(config)
     return 0
 
 
 COMMANDS = {
-    "demo": Command(config.DemoConfig, _demo),
-    "check": Command(config.CheckConfig, _check),
-    "train": Command(config.TrainConfig, _train, has_recipes=True),
-    "evaluate": Command(config.EvaluateConfig, _evaluate),
-    "export-model": Command(config.ExportModelConfig, _export_model),
-    "segment": Command(config.SegmentConfig, _segment),
-    "verify": Command(config.VerifyConfig, _verify),
-    "export-masks": Command(config.ExportMasksConfig, _export_masks),
+    "demo": Command(DemoConfig, _demo),
+    "check": Command(CheckConfig, _check),
+    "train": Command(TrainConfig, _train, has_recipes=True),
+    "evaluate": Command(EvaluateConfig, _evaluate),
+    "export-model": Command(ExportModelConfig, _export_model),
+    "segment": Command(SegmentConfig, _segment),
+    "verify": Command(VerifyConfig, _verify),
+    "export-masks": Command(ExportMasksConfig, _export_masks),
 }
 
 
@@ -142,10 +153,10 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it for its background
         signal.signal(signal.SIGINT, _stop)
     try:
-        told = parse(name, arguments)
-        if isinstance(told, config.StorageConfig):
-            told.configure_storage()
-        return COMMANDS[name].run(told)
+        config = parse(name, arguments)
+        if isinstance(config, StorageConfig):
+            config.configure_storage()
+        return COMMANDS[name].run(config)
     except ValueError as error:
         return _fail(str(error), EXIT_USAGE)
     except JobFailed as error:
@@ -182,14 +193,14 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     _refuse_missing(name, [*from_files, *rest], command.config_type)
     # The parser would put a ValueError of the configuration into a box of its own, so it fills an unchecked twin.
     twin = type(command.config_type.__name__, (command.config_type,), {"__post_init__": lambda self: None})
-    told: Any = tyro.cli(
+    config: Any = tyro.cli(
         twin,
         args=[*from_files, *rest],
         prog=f"unet-ray {name}",
         description=_description(command),
         use_underscores=False,
     )
-    return command.config_type(**{field.name: getattr(told, field.name) for field in dataclasses.fields(twin)})
+    return command.config_type(**{field.name: getattr(config, field.name) for field in dataclasses.fields(twin)})
 
 
 def _refuse_unknown(name: str, words: Sequence[str], config_type: type[Any]) -> None:

@@ -51,8 +51,8 @@ class StorageConfig:
 
     def _storage_options(self) -> dict[str, dict[str, Any]]:
         options = self.storage_options
-        told = read_mapping(options, "--storage-options") if isinstance(options, str) else options
-        return filesystems.options_by_protocol(told, self.uris())
+        mapping = read_mapping(options, "--storage-options") if isinstance(options, str) else options
+        return filesystems.options_by_protocol(mapping, self.uris())
 
     def uris(self) -> tuple[str | None, ...]:
         """Returns all URIs of the job; None for one that was not given."""

@@ -47,8 +47,8 @@ def read_mapping(text: str | bytes, source: str) -> dict[str, Any]:
         content = yaml.load(text, _YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
-        place = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
-        raise ValueError(f"{source} is neither YAML nor JSON{place}: {getattr(error, 'problem', error)}") from error
+        position = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
+        raise ValueError(f"{source} is neither YAML nor JSON{position}: {getattr(error, 'problem', error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{source} holds no options; write one `name: value` a line")
     return content

@@ -260,11 +260,11 @@ def _require_png_sums(data: bytes) -> None:
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Yields kind and bytes (length, kind, content, checksum) of each chunk; the last may be cut short."""
-    whole, place = memoryview(data), 8
-    while place + 12 <= len(data):
-        (length,), kind = struct.unpack_from(">I", data, place), data[place + 4 : place + 8]
-        yield kind, whole[place : place + 12 + length]
-        place += 12 + length
+    whole, offset = memoryview(data), 8
+    while offset + 12 <= len(data):
+        (length,), kind = struct.unpack_from(">I", data, offset), data[offset + 4 : offset + 8]
+        yield kind, whole[offset : offset + 12 + length]
+        offset += 12 + length
 
 
 def _open(data: bytes, max_pixels: int) -> tuple[str, ImageFile.ImageFile]:
@@ -387,8 +387,8 @@ def _refuse_unsupported(header: ImageHeader) -> None:
 
 
 def _truncated(format_name: str, data: bytes, error: BaseException) -> ImageRefused:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return ImageRefused("truncated", f"{format_name} of {len(data):,} bytes that is cut short or damaged: {said}")
+    message = " ".join(str(error).split()) or type(error).__name__
+    return ImageRefused("truncated", f"{format_name} of {len(data):,} bytes that is cut short or damaged: {message}")
 
 
 def _palette(image: ImageFile.ImageFile) -> np.ndarray:

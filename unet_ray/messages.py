@@ -19,8 +19,8 @@ def first_few(names: Sequence[str], limit: int = 5) -> str:
 
 def shown_path(uri: str) -> str:
     """`drives/a` for a path below the current folder, as a person gave it; any other URI as it is."""
-    here = os.path.join(os.getcwd(), "")
-    return uri.removeprefix(here) or uri
+    current = os.path.join(os.getcwd(), "")
+    return uri.removeprefix(current) or uri
 
 
 def say(line: str) -> None:

@@ -74,8 +74,8 @@ def draw_samples(
         masks = (_colorized(_fitted_mask(mask, frame, cell_in), class_set) for mask in (true, predicted))
         cells += [_fitted_frame(frame, cell_in), *masks]
     row_captions = [caption for text in captions for caption in (text, "", "")]
-    shown = _present((*true_masks, *predicted_masks), class_set)
-    return _draw_grid(cells, 3, cell_in, row_captions, shown, titles=_SAMPLE_COLUMNS)
+    legend = _present((*true_masks, *predicted_masks), class_set)
+    return _draw_grid(cells, 3, cell_in, row_captions, legend, titles=_SAMPLE_COLUMNS)
 
 
 def draw_preview(
@@ -234,8 +234,8 @@ def _present(masks: Iterable[np.ndarray], class_set: ClassSet, *, with_ignored: 
     pixels = np.zeros(256, np.int64)
     for mask in masks:
         pixels += count_values(mask)
-    shown = [(item.name, item.color) for place, item in enumerate(class_set.classes) if pixels[place]]
-    return [*shown, ("(ignored)", _ignored_color(class_set))] if with_ignored and pixels[IGNORED_ID] else shown
+    present = [(item.name, item.color) for index, item in enumerate(class_set.classes) if pixels[index]]
+    return [*present, ("(ignored)", _ignored_color(class_set))] if with_ignored and pixels[IGNORED_ID] else present
 
 
 def _ignored_color(class_set: ClassSet) -> Color:
@@ -269,8 +269,8 @@ def _draw_grid(
     height_in = top_in + n_rows * step_in + legend_in
     with matplotlib.style.context(_STYLE):
         figure = Figure(figsize=(width_in, height_in), dpi=DPI)
-        for place, cell in enumerate(cells):
-            row, column = divmod(place, n_columns)
+        for index, cell in enumerate(cells):
+            row, column = divmod(index, n_columns)
             left_in = (width_in - grid_in) / 2 + column * (cell_width_in + _MARGIN_IN / 2)
             cell_top_in = height_in - top_in - row * step_in
             # In whole pixels from the lower left corner: nothing is resampled, class colours stay exact.
@@ -286,10 +286,10 @@ def _draw_grid(
                     fontsize=11,
                     fontweight="bold",
                 )
-            if place < len(captions):
+            if index < len(captions):
                 # Up to the next caption of the row, 15 characters of 8 points an inch.
-                room_in = cell_width_in if any(captions[place + 1 : (row + 1) * n_columns]) else width_in - left_in
-                text = _shortened(captions[place], int(room_in * 15))
+                room_in = cell_width_in if any(captions[index + 1 : (row + 1) * n_columns]) else width_in - left_in
+                text = _shortened(captions[index], int(room_in * 15))
                 text_at = (left_in / width_in, (cell_top_in - cell_height_in - 0.15) / height_in)
                 figure.text(*text_at, text, fontsize=8, color=_QUIET)
         patches = [Patch(facecolor=_hex(color), edgecolor="#888888", label=name) for name, color in legend]
@@ -327,8 +327,8 @@ def _png(figure: Figure, exact: Sequence[Color] = ()) -> bytes:
     palette.putpalette([part for color in kept for part in color] + free[: 3 * (256 - len(kept))])
     index_HW = np.array(Image.fromarray(image_HWC).quantize(palette=palette, dither=Image.Dither.NONE))
     packed_HW = image_HWC[..., 0].astype(np.uint32) << 16 | image_HWC[..., 1].astype(np.uint32) << 8 | image_HWC[..., 2]
-    for place, (red, green, blue) in enumerate(kept):  # Pillow looks for the nearest colour with fewer bits
-        index_HW[packed_HW == (red << 16 | green << 8 | blue)] = place
+    for index, (red, green, blue) in enumerate(kept):  # Pillow looks for the nearest colour with fewer bits
+        index_HW[packed_HW == (red << 16 | green << 8 | blue)] = index
     image = Image.fromarray(index_HW)
     image.putpalette(palette.getpalette("RGB") or [])
     buffer = io.BytesIO()

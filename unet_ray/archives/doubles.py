@@ -55,7 +55,7 @@ def _require_distinct_files(uris: pa.Array, folders: Sequence[str]) -> None:
     """Different URIs of one file, by links among the folders above it; those below one root are names of their own."""
     encoded = _folders_of(uris).dictionary_encode()
     known: dict[str, str] = {}
-    order = {root: place for place, root in enumerate(folders)}
+    order = {root: index for index, root in enumerate(folders)}
     n_paths = len(encoded.dictionary)
     # One by one: a million folders as Python's strings would take more memory than the listing.
     reals = pa.array(

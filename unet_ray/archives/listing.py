@@ -74,21 +74,21 @@ def list_archives(
         StorageError: the store did not answer.
     """
     rows, findings = _Rows(path_pattern), Findings()
-    found: list[tuple[str, storage.FileInfo]] = []
-    told = [storage.resolve(uri) for uri in uris]
+    archives: list[tuple[str, storage.FileInfo]] = []
+    resolved = [storage.resolve(uri) for uri in uris]
     roots = find_roots(uris) if roots is None else roots
     is_folder = {uri: storage.is_folder(uri) for _, uri in roots.places}
     for label, uri in roots.places:
         if is_folder[uri]:
             list_some = partial(_list_part, f"{label}/" if label else "", path_pattern)
-            for table, of_part, archives_there in _in_threads(list_some, storage.list_parts(uri)):
+            for table, of_part, part_archives in _in_threads(list_some, storage.list_parts(uri)):
                 rows.add_table(table)
                 findings.add(of_part)
-                found += archives_there
+                archives += part_archives
         else:
-            found += _list_file(label, uri, rows, findings, image_column, is_told=uri in told)
+            archives += _list_file(label, uri, rows, findings, image_column, is_named=uri in resolved)
     list_one = partial(list_archive, path_pattern=path_pattern, image_column=image_column)
-    for table, of_archive in _in_threads(list_one, found):
+    for table, of_archive in _in_threads(list_one, archives):
         rows.add_table(table)
         findings.add(of_archive)
     table = rows.table()
@@ -97,7 +97,7 @@ def list_archives(
         raise ValueError(f"{', '.join(uris)} holds {ignored}; frames are {', '.join(IMAGE_EXTENSIONS)}")
     _require_distinct(table)
     doubles.require_once(table, is_folder)
-    order, columns, schema = _order(table), table.columns, _schema_with_roots(table.schema, told)
+    order, columns, schema = _order(table), table.columns, _schema_with_roots(table.schema, resolved)
     del table, rows
     _take(columns, order)
     return Listing(
@@ -139,9 +139,9 @@ class _Rows:
     def add(
         self, frame_id: str, file: storage.FileInfo, kind: str = "file", member: members.Member | None = None
     ) -> None:
-        place = (0, file.size_bytes, None, None) if member is None else member[1:]
+        location = (0, file.size_bytes, None, None) if member is None else member[1:]
         fields = parse_path(frame_id, self.path_pattern)
-        self._rows.append((frame_id, file.uri, kind, *place, file.version, *fields))
+        self._rows.append((frame_id, file.uri, kind, *location, file.version, *fields))
         if len(self._rows) == _ROWS_A_BATCH:
             self._flush()
 
@@ -176,9 +176,9 @@ def find_roots(uris: Sequence[str], labels: Mapping[str, str] | None = None) -> 
         ValueError: a glob that matches nothing, roots that are equal or lie in each other.
     """
     given = {storage.resolve(uri): uri for uri in reversed(uris)}
-    found = _roots([storage.resolve(uri) for uri in uris], labels or {})
-    overlaps.require_distinct_roots([(given.get(uri, uri), uri) for _, uri in found.places], _may_be_catalogue)
-    return found
+    roots = _roots([storage.resolve(uri) for uri in uris], labels or {})
+    overlaps.require_distinct_roots([(given.get(uri, uri), uri) for _, uri in roots.places], _may_be_catalogue)
+    return roots
 
 
 def _may_be_catalogue(uri: str) -> bool:
@@ -253,12 +253,12 @@ def _list_part(
         findings.refuse(where, error.strerror or str(error))
 
     files = list_some(note)
-    found = [archive for file in files for archive in _sort_out(prefix + file.path, file, rows, findings)]
-    return rows.table(), findings, found
+    archives = [archive for file in files for archive in _sort_out(prefix + file.path, file, rows, findings)]
+    return rows.table(), findings, archives
 
 
 def _list_file(
-    label: str, uri: str, rows: _Rows, findings: Findings, image_column: str | None, *, is_told: bool
+    label: str, uri: str, rows: _Rows, findings: Findings, image_column: str | None, *, is_named: bool
 ) -> list[tuple[str, storage.FileInfo]]:
     """Adds the frame that a file is or those of a catalogue, returns an archive; a glob's match may be ignored."""
     try:
@@ -270,7 +270,7 @@ def _list_file(
     if is_catalogue(uri, image_column):
         _add_catalogue(uri, rows)
         return []
-    if is_told and not members.is_archive(uri) and not is_frame(uri):
+    if is_named and not members.is_archive(uri) and not is_frame(uri):
         raise ValueError(f"{uri} is no archive; give a folder, a tar, zip, Parquet or CSV file, or a glob of them")
     return list(_sort_out(label, file, rows, findings))
 
@@ -334,11 +334,11 @@ def _order(table: pa.Table) -> pa.Array:
 
 def _take(columns: list[pa.ChunkedArray], order: pa.Array) -> None:
     """Orders columns in their place: at most one of them is there twice at a time."""
-    for place in range(len(columns)):
+    for index in range(len(columns)):
         # Arrow would combine them for itself, and keep the chunks meanwhile.
-        columns[place] = pa.table([columns[place]], names=[""]).combine_chunks().column(0)
+        columns[index] = pa.table([columns[index]], names=[""]).combine_chunks().column(0)
         pa.default_memory_pool().release_unused()  # of what was freed, which the pool keeps for later
-        columns[place] = columns[place].take(order)
+        columns[index] = columns[index].take(order)
 
 
 def _all_with_digits(texts: pa.Array) -> pa.Array:
@@ -350,5 +350,5 @@ def _ranks(column: pa.ChunkedArray) -> pa.ChunkedArray:
     values = pc.unique(column)
     texts = values.to_pylist()
     ranks = np.empty(len(texts), np.int64)
-    ranks[sorted(range(len(texts)), key=lambda place: natural_key(texts[place]))] = np.arange(len(texts))
+    ranks[sorted(range(len(texts)), key=lambda index: natural_key(texts[index]))] = np.arange(len(texts))
     return pc.take(pa.array(ranks), pc.index_in(column, value_set=values))

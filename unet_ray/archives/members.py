@@ -112,11 +112,11 @@ class RangeFile:
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """See `io.IOBase`. Raises Broken for a place before the file."""
-        place = offset + (0, self._at, self._size)[whence]
-        if place < 0:
-            raise Broken(f"a header points to byte {place}")
-        self._at = place
-        return place
+        position = offset + (0, self._at, self._size)[whence]
+        if position < 0:
+            raise Broken(f"a header points to byte {position}")
+        self._at = position
+        return position
 
     def read(self, size: int = -1) -> bytes:
         """See `io.RawIOBase`. Raises Broken for more bytes than are read at once."""

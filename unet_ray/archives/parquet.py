@@ -35,7 +35,7 @@ def find_image_column(schema: pa.Schema, name: str | None) -> str | None:
     if name is not None or "image" in schema.names:
         wanted = name or "image"
         return path(schema.field(wanted)) if wanted in schema.names else None
-    structs = [found for column in schema if pa.types.is_struct(column.type) and (found := path(column))]
+    structs = [image_path for column in schema if pa.types.is_struct(column.type) and (image_path := path(column))]
     return structs[0] if len(structs) == 1 else None
 
 
@@ -98,32 +98,32 @@ class ParquetImages:
 
         Each row group that holds one is read once, piece by piece.
         """
-        while (found := self._read(rows)) is None:
+        while (images := self._read(rows)) is None:
             rows = rows[: len(rows) // 2]
-        return [found[row] for row in rows]
+        return [images[row] for row in rows]
 
     def _read(self, rows: Sequence[int]) -> dict[int, bytes | BadMember | None] | None:
         """Returns the images by their rows, None where several are too much for the memory together."""
-        found: dict[int, bytes | BadMember | None] = {}
+        images: dict[int, bytes | BadMember | None] = {}
         of_group: dict[int, set[int]] = {}
         for row in rows:
             of_group.setdefault(self._group(row), set()).add(row)
         n_bytes = 0
         for group, wanted in of_group.items():
             if (why := self._parquet.why_too_much(group, self._column)) is not None:
-                found |= dict.fromkeys(wanted, BadMember("too_large", why))
+                images |= dict.fromkeys(wanted, BadMember("too_large", why))
                 continue
             try:
                 for row, image in self._images(group, wanted):
                     n_bytes += image.size if image else 0
                     if n_bytes > 2 * _PIECE_BYTES and len(rows) > 1:
                         return None
-                    found[row] = _bytes(image)
+                    images[row] = _bytes(image)
             except (pa.ArrowException, TooMuch) as error:
                 reason = "too_large" if isinstance(error, TooMuch) else "truncated"
                 damaged = BadMember(reason, " ".join(str(error).split()))
-                found |= dict.fromkeys(wanted - found.keys(), damaged)
-        return found
+                images |= dict.fromkeys(wanted - images.keys(), damaged)
+        return images
 
     def _images(self, group: int, wanted: set[int]) -> Iterator[tuple[int, pa.Buffer | None]]:
         row = self._ends[group] - self._parquet.rows_of_groups[group]
@@ -131,9 +131,9 @@ class ParquetImages:
         for batch in self._parquet.batches(group, most_rows, self._column):
             values = batch.column(0)
             values = values.field("bytes") if pa.types.is_struct(values.type) else values
-            for place in range(len(values)):
-                if row + place in wanted:
-                    yield row + place, values[place].as_buffer()
+            for index in range(len(values)):
+                if row + index in wanted:
+                    yield row + index, values[index].as_buffer()
             row += len(values)
             if row > max(wanted):
                 return

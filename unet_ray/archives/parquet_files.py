@@ -55,7 +55,7 @@ def is_plain(kind: pa.DataType) -> bool:
         return False
     if pa.types.is_dictionary(kind):
         return is_plain(kind.value_type)
-    return all(is_plain(kind.field(place).type) for place in range(kind.num_fields))
+    return all(is_plain(kind.field(index).type) for index in range(kind.num_fields))
 
 
 @contextmanager
@@ -112,18 +112,18 @@ class ParquetRows:
     def _texts(self) -> Iterator[str]:
         """The paths of columns, at any depth, whose values have any length and can be read as dictionaries."""
         special = tuple(field.name for field in self.schema if not is_plain(field.type))
-        for place in range(len(self._file.schema)):
-            column = self._file.schema.column(place)
-            chunks = (self._file.metadata.row_group(group).column(place) for group in range(self._file.num_row_groups))
+        for index in range(len(self._file.schema)):
+            column = self._file.schema.column(index)
+            chunks = (self._file.metadata.row_group(group).column(index) for group in range(self._file.num_row_groups))
             is_text = column.physical_type == "BYTE_ARRAY" and not column.path.startswith(special)
             if is_text and all(_DICTIONARY_ENCODINGS.issuperset(chunk.encodings) for chunk in chunks):
                 yield column.path
 
     def _chunks(self, group: int, column: str | None) -> Iterator[tuple[Any, pq.ColumnChunkMetaData]]:
         about = self._file.metadata.row_group(group)
-        for place in range(about.num_columns):
-            if column is None or about.column(place).path_in_schema == column:
-                yield self._file.schema.column(place), about.column(place)
+        for index in range(about.num_columns):
+            if column is None or about.column(index).path_in_schema == column:
+                yield self._file.schema.column(index), about.column(index)
 
     def packed_and_unpacked(self, group: int, column: str | None = None) -> tuple[int, int]:
         """Returns the bytes of a column (of all, without one) in a row group, as they lie in the file and unpacked.
@@ -154,8 +154,8 @@ class ParquetRows:
             if about.physical_type != "BYTE_ARRAY":
                 largest += 0 if about.max_repetition_level else _value_bytes(about)
             elif about.path not in self._dictionaries:
-                is_said_again = chunk.has_dictionary_page or "DELTA_BYTE_ARRAY" in chunk.encodings
-                largest += chunk.total_uncompressed_size if is_said_again else 0
+                is_repeated = chunk.has_dictionary_page or "DELTA_BYTE_ARRAY" in chunk.encodings
+                largest += chunk.total_uncompressed_size if is_repeated else 0
         n_rows = max(1, min(most_rows, _BATCH_BYTES // max(1, largest)))
         columns = None if column is None else [column]
         with _as_invalid(self._uri):

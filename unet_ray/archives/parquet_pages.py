@@ -57,8 +57,8 @@ class PageGuard:
             pa.ArrowInvalid: two of them are in one place.
         """
         self._chunks = {}
-        for place in range(group.num_columns):
-            column = group.column(place)
+        for index in range(group.num_columns):
+            column = group.column(index)
             start = column.data_page_offset
             if column.has_dictionary_page and column.dictionary_page_offset:
                 start = min(start, column.dictionary_page_offset)
@@ -81,15 +81,15 @@ class PageGuard:
         if self._starts is not None and data:
             if begin not in self._chunks:
                 raise pa.ArrowInvalid(f"byte {begin:,} is read, where the footer has no column")
-            first, end = (bisect_left(self._starts, place) for place in (begin, begin + len(data)))
+            first, end = (bisect_left(self._starts, position) for position in (begin, begin + len(data)))
             for start in self._starts[first:end]:
                 _check(data, start - begin, self._chunks[start])
         return data
 
 
-def _check(data: bytes, at: int, said: _Chunk) -> None:
+def _check(data: bytes, at: int, chunk: _Chunk) -> None:
     """Walks the pages of a column chunk, all of them: what Arrow skips counts, too."""
-    end = min(len(data), at + said.packed)
+    end = min(len(data), at + chunk.packed)
     unpacked = n_values = 0
     while at < end:
         try:
@@ -99,16 +99,16 @@ def _check(data: bytes, at: int, said: _Chunk) -> None:
         kind = header.get(_TYPE)
         about = header.get(_DATA_HEADERS.get(kind)) if isinstance(kind, int) else None
         sizes = [header.get(_UNPACKED), header.get(_PACKED), about.get(_N_VALUES) if isinstance(about, dict) else 0]
-        found = [size for size in sizes if isinstance(size, int) and size >= 0]
-        if len(found) < len(sizes):
+        valid = [size for size in sizes if isinstance(size, int) and size >= 0]
+        if len(valid) < len(sizes):
             raise pa.ArrowInvalid("a page's header has no sizes")
-        unpacked, at, n_values = unpacked + found[0], at + found[1], n_values + found[2]
-        if unpacked > said.unpacked or n_values > said.n_values:
+        unpacked, at, n_values = unpacked + valid[0], at + valid[1], n_values + valid[2]
+        if unpacked > chunk.unpacked or n_values > chunk.n_values:
             raise TooMuch(
-                f"its footer says {said.unpacked:,} bytes and {said.n_values:,} values of a column that comes to more"
+                f"its footer says {chunk.unpacked:,} bytes and {chunk.n_values:,} values of a column that comes to more"
             )
-        if found[0] > max(_PAGE_BYTES, _MOST_UNPACKED * found[1]):
-            raise TooMuch(f"its page unpacks from {found[1]:,} to {found[0]:,} bytes; write smaller row groups")
+        if valid[0] > max(_PAGE_BYTES, _MOST_UNPACKED * valid[1]):
+            raise TooMuch(f"its page unpacks from {valid[1]:,} to {valid[0]:,} bytes; write smaller row groups")
 
 
 # --- Thrift's compact protocol ---

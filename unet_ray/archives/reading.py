@@ -135,21 +135,21 @@ def _read_spans(refs: Sequence[_Reference]) -> Sequence[_Content]:
     """Reads what is stored of each frame, or the error of that; of what is too large, nothing."""
     contents: list[_Content] = [b""] * len(refs)
     spans: dict[int, tuple[str, int, int]] = {}
-    for place, ref in enumerate(refs):
+    for index, ref in enumerate(refs):
         if ref.is_span and ref.size_bytes:
             span = zip_span(ref.offset_bytes, ref.size_bytes)
-            spans[place] = (ref.uri, *(span if ref.kind == "zip" else (ref.offset_bytes, ref.size_bytes)))
+            spans[index] = (ref.uri, *(span if ref.kind == "zip" else (ref.offset_bytes, ref.size_bytes)))
     if spans:
-        versions = [refs[place].version if refs[place].is_read_by_version else None for place in spans]
-        for place, content in zip(spans, storage.read_many(list(spans.values()), versions), strict=True):
-            contents[place] = content
+        versions = [refs[index].version if refs[index].is_read_by_version else None for index in spans]
+        for index, content in zip(spans, storage.read_many(list(spans.values()), versions), strict=True):
+            contents[index] = content
     return contents
 
 
 def _read_parquet(uri: str, column: str, refs: Sequence[_Reference]) -> Iterator[bytes | FrameGone]:
     with ExitStack() as open_files:
         try:
-            held = ParquetImages(open_files.enter_context(open_parquet(uri)), column)
+            images = ParquetImages(open_files.enter_context(open_parquet(uri)), column)
         except (OSError, pa.ArrowException) as error:
             failed = _parquet_trouble(uri, error)
             yield from _read_windows(refs, lambda ref: 0, lambda window: [failed] * len(window))
@@ -157,12 +157,12 @@ def _read_parquet(uri: str, column: str, refs: Sequence[_Reference]) -> Iterator
 
         def read(window: Sequence[_Reference]) -> Sequence[_Content]:
             try:
-                found = held.read([ref.row or 0 for ref in window])
+                contents = images.read([ref.row or 0 for ref in window])
             except (OSError, pa.ArrowException) as error:
                 return [_parquet_trouble(uri, error)] * len(window)
-            return [content or b"" for content in found]
+            return [content or b"" for content in contents]
 
-        yield from _read_windows(refs, lambda ref: held.row_bytes(ref.row or 0), read)
+        yield from _read_windows(refs, lambda ref: images.row_bytes(ref.row or 0), read)
 
 
 def _parquet_trouble(uri: str, error: OSError | pa.ArrowException) -> OSError:

@@ -222,9 +222,9 @@ class Arena:
 
     def _link(self, drawn: Sequence[Path], folder: Path, number: int) -> None:
         for index in range(number):
-            drive, place = divmod(index, self.settings.drive_frames)
+            drive, frame = divmod(index, self.settings.drive_frames)
             source = drawn[index % len(drawn)]
-            target = folder / f"drive{drive:03d}" / f"{place:06d}{source.suffix}"
+            target = folder / f"drive{drive:03d}" / f"{frame:06d}{source.suffix}"
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source, target)
@@ -331,11 +331,11 @@ class Arena:
 
     def output(self, name: str) -> Path:
         """An empty place for what a contestant writes."""
-        place = self.out / "outputs" / name
-        shutil.rmtree(place, ignore_errors=True)
-        return place
+        folder = self.out / "outputs" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
 
-    def program(self, name: str, told: dict[str, Any], *watchers: Watcher) -> Ended:
+    def program(self, name: str, arguments: dict[str, Any], *watchers: Watcher) -> Ended:
         """Runs one of `contestants.PROGRAMS` in a process of its own.
 
         Raises:
@@ -343,8 +343,8 @@ class Arena:
         """
         result = self.out / "logs" / f"{name}.json"
         result.unlink(missing_ok=True)
-        told = {key: str(value) if isinstance(value, Path) else value for key, value in told.items()}
-        command = [sys.executable, "-m", "unet_ray.bench.contestants", name, json.dumps(told), str(result)]
+        arguments = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
+        command = [sys.executable, "-m", "unet_ray.bench.contestants", name, json.dumps(arguments), str(result)]
         lines: list[tuple[float, str]] = []
         with (self.out / "logs" / f"{name}.log").open("w+") as log:
             started_s, started = time.time(), time.monotonic()
@@ -357,7 +357,7 @@ class Arena:
                         watching.enter_context(watcher.of(child.pid))
                     assert child.stdout is not None
                     with child.stdout:
-                        lines += [(time.time(), said.rstrip("\n")) for said in child.stdout]
+                        lines += [(time.time(), line.rstrip("\n")) for line in child.stdout]
                     child.wait()
                     wall_s = time.monotonic() - started
             finally:
@@ -366,11 +366,11 @@ class Arena:
                 child.wait()
             if child.returncode or not result.exists():
                 log.seek(0)
-                said_last = [*(text for _, text in lines[-3:]), *log.read().splitlines()[-3:]]
-                raise ContestantFailed(f"{name} ended with exit code {child.returncode}: {' | '.join(said_last)}")
-        watched = {key: value for watcher in watchers for key, value in watcher.found().items()}
-        told_back = json.loads(result.read_text())
-        return Ended(started_s=started_s, wall_s=wall_s, lines=tuple(lines), result=told_back, watched=watched)
+                last_lines = [*(text for _, text in lines[-3:]), *log.read().splitlines()[-3:]]
+                raise ContestantFailed(f"{name} ended with exit code {child.returncode}: {' | '.join(last_lines)}")
+        watched = {key: value for watcher in watchers for key, value in watcher.result().items()}
+        returned = json.loads(result.read_text())
+        return Ended(started_s=started_s, wall_s=wall_s, lines=tuple(lines), result=returned, watched=watched)
 
     def command(
         self,

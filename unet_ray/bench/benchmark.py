@@ -91,14 +91,14 @@ class Line:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the line as it stands in `benchmark.json`."""
-        told: dict[str, Any] = {
+        content: dict[str, Any] = {
             **{key: getattr(self.row, key) for key in ("name", "what", "against", "unit", "target", "at_most")},
             "verdict": self.verdict,
             **{key: getattr(self, key) for key in ("agrees", "agreement", "note", "missing")},
         }
         if self.figures:
-            told |= {"median": self.median, "least": min(self.figures), "most": max(self.figures)}
-        return told | {"figures": list(self.figures)}
+            content |= {"median": self.median, "least": min(self.figures), "most": max(self.figures)}
+        return content | {"figures": list(self.figures)}
 
 
 def complete(row: Row, rounds: Sequence[Round]) -> list[Round]:
@@ -111,12 +111,12 @@ def line(row: Row, rounds: Sequence[Round], missing: str = "") -> Line:
     usable = complete(row, rounds)
     if not usable:
         return Line(row=row, figures=(), missing=missing or "no round yet")
-    looked = [row.agreement(measured) for measured in usable] if row.agreement else []
-    worst = next((words for agrees, words in looked if not agrees), looked[-1][1] if looked else "")
+    agreements = [row.agreement(measured) for measured in usable] if row.agreement else []
+    worst = next((words for agrees, words in agreements if not agrees), agreements[-1][1] if agreements else "")
     return Line(
         row=row,
         figures=tuple(float(row.figure(measured)) for measured in usable),
-        agrees=all(agrees for agrees, _ in looked) if looked else None,
+        agrees=all(agrees for agrees, _ in agreements) if agreements else None,
         agreement=worst,
         note=row.note(usable[-1]) if row.note else "",
     )
@@ -187,10 +187,10 @@ def bend(points: Sequence[tuple[float, float]]) -> float:
 
 def source_digest(package: Path) -> str:
     """Returns a digest of a package's source, by which rounds of other code are told apart."""
-    told = hashlib.sha256()
+    hasher = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
-        told.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
-    return told.hexdigest()[:16]
+        hasher.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 class Journal:
@@ -216,34 +216,34 @@ class Journal:
 
     def rounds(self, contest: str, settings: Mapping[str, Any]) -> list[dict[str, Measurement]]:
         """Returns the rounds of a contest under these settings; rounds under others are dropped."""
-        told = json.loads(json.dumps(dict(settings)))
+        plain_settings = json.loads(json.dumps(dict(settings)))
         known = self._contests.get(contest)
-        if known is None or known["settings"] != told:
-            known = self._contests[contest] = {"settings": told, "rounds": []}
+        if known is None or known["settings"] != plain_settings:
+            known = self._contests[contest] = {"settings": plain_settings, "rounds": []}
         return known["rounds"]
 
     def lines(self) -> list[Line]:
         """Returns the table's lines for all that was measured by now, whichever run did it, and for what failed."""
-        told = []
+        lines = []
         for row in self._rows:
             missing = [self.missing[key] for name in row.needs if (key := f"{row.contest}.{name}") in self.missing]
             if row.contest in self._contests or missing:
                 rounds = self._contests.get(row.contest, {"rounds": []})["rounds"]
                 if missing or complete(row, rounds):
-                    told.append(self._with_age(line(row, rounds, "; ".join(dict.fromkeys(missing)))))
-        return told
+                    lines.append(self._with_age(line(row, rounds, "; ".join(dict.fromkeys(missing)))))
+        return lines
 
-    def _with_age(self, told: Line) -> Line:
-        settings = self._contests.get(told.row.contest, {"settings": {"source": self._source}})["settings"]
+    def _with_age(self, entry: Line) -> Line:
+        settings = self._contests.get(entry.row.contest, {"settings": {"source": self._source}})["settings"]
         if settings["source"] == self._source:
-            return told
-        return dataclasses.replace(told, note=f"measured with other code; {told.note}".removesuffix("; "))
+            return entry
+        return dataclasses.replace(entry, note=f"measured with other code; {entry.note}".removesuffix("; "))
 
     def save(self) -> None:
         """Writes everything: the lines for a reader, the rounds for the next run."""
         document = {
             "machine": self._machine,
-            "rows": [told.as_json() for told in self.lines()],
+            "rows": [entry.as_json() for entry in self.lines()],
             "contests": self._contests,
         }
         storage.write_whole(str(self._path), (json.dumps(document, indent=1) + "\n").encode())
@@ -252,24 +252,24 @@ class Journal:
 def table(lines: Sequence[Line]) -> str:
     """Returns the table as Markdown, and below it what is to be said of single rows."""
     cells = [["row", "what", "against", "median", "spread", "target", "verdict", "outputs"]]
-    cells += [_cells(told) for told in lines]
+    cells += [_cells(entry) for entry in lines]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     cells.insert(1, ["-" * width for width in widths])
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([*text, *(f"{told.row.name}: {told.note}" for told in lines if told.note)])
+    return "\n".join([*text, *(f"{entry.row.name}: {entry.note}" for entry in lines if entry.note)])
 
 
-def _cells(told: Line) -> list[str]:
-    row = told.row
-    target = "" if row.target is None else f"{'at most' if row.at_most else 'at least'} {_shown(row.target, row.unit)}"
-    if not told.figures:
-        return [row.name, row.what, row.against, "", "", target, told.verdict, told.missing]
-    spread = f"{_shown(min(told.figures), '')} to {_shown(max(told.figures), '')}, n={len(told.figures)}"
-    outputs = told.agreement or "not compared"
-    return [row.name, row.what, row.against, _shown(told.median, row.unit), spread, target, told.verdict, outputs]
+def _cells(entry: Line) -> list[str]:
+    row = entry.row
+    target = "" if row.target is None else f"{'at most' if row.at_most else 'at least'} {_format(row.target, row.unit)}"
+    if not entry.figures:
+        return [row.name, row.what, row.against, "", "", target, entry.verdict, entry.missing]
+    spread = f"{_format(min(entry.figures), '')} to {_format(max(entry.figures), '')}, n={len(entry.figures)}"
+    outputs = entry.agreement or "not compared"
+    return [row.name, row.what, row.against, _format(entry.median, row.unit), spread, target, entry.verdict, outputs]
 
 
-def _shown(value: float, unit: str) -> str:
+def _format(value: float, unit: str) -> str:
     return f"{value:.3g}{unit}" if unit == "x" else f"{value:.3g} {unit}".strip()
 
 

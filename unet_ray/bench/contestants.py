@@ -41,12 +41,12 @@ def ours(*, command: str, arguments: list[str], moments: bool) -> dict[str, Any]
         raise SystemExit(code)
     import ray
 
-    told: dict[str, Any] = {"began_s": began_s, "done_s": time.time()}
+    result: dict[str, Any] = {"began_s": began_s, "done_s": time.time()}
     if ray.is_initialized():
         from unet_ray.bench.peers import store_bytes
 
-        told |= {"object_store_bytes": store_bytes(), **(_moments() if moments else {})}
-    return told
+        result |= {"object_store_bytes": store_bytes(), **(_moments() if moments else {})}
+    return result
 
 
 def _moments() -> dict[str, float]:
@@ -54,9 +54,9 @@ def _moments() -> dict[str, float]:
     import ray
 
     deadline = time.monotonic() + _TIMELINE_S
-    while len(found := _read_moments(ray.timeline())) < 5 and time.monotonic() < deadline:
+    while len(moments := _read_moments(ray.timeline())) < 5 and time.monotonic() < deadline:
         time.sleep(0.2)
-    return found
+    return moments
 
 
 def _read_moments(events: list[dict[str, Any]]) -> dict[str, float]:
@@ -111,12 +111,12 @@ def matrix_product(*, threads: int, side: int) -> dict[str, float]:
     from unet_ray.model.devices import configure_tensorflow
 
     configure_tensorflow("cpu", threads, op_threads=threads)
-    told = {}
+    rates = {}
     for name in ("float32", "bfloat16"):
         matrix = tf.cast(tf.random.normal((side, side)), name)
         product = tf.function(tf.matmul, autograph=False)
-        told[f"{name}_gflops"] = 2 * side**3 / min(_times(partial(_waited_for, product, matrix, matrix))) / 1e9
-    return told
+        rates[f"{name}_gflops"] = 2 * side**3 / min(_times(partial(_waited_for, product, matrix, matrix))) / 1e9
+    return rates
 
 
 def _waited_for(act: Callable[..., Any], *arguments: Any) -> np.ndarray:
@@ -135,8 +135,8 @@ def decode(*, frames: str, size: tuple[int, int], threads: int) -> dict[str, flo
 
 
 def _decode_ours(paths: list[str], size: tuple[int, int], threads: int) -> float:
-    parts = [(paths[place::threads], size) for place in range(threads)]
-    done, took_s = _in_processes(_decode_some, parts, (paths[:2], size), threads)
+    parts = [(paths[start::threads], size) for start in range(threads)]
+    done, took_s = _in_processes(_decode_part, parts, (paths[:2], size), threads)
     return sum(done) / took_s
 
 
@@ -151,7 +151,7 @@ def _in_processes(act: Callable[[Any], Any], parts: list[Any], first: Any, n_pro
         return list(pool.map(act, parts)), time.perf_counter() - started
 
 
-def _decode_some(part: tuple[list[str], tuple[int, int]]) -> int:
+def _decode_part(part: tuple[list[str], tuple[int, int]]) -> int:
     from unet_ray.labelling.decoding import DecodeOptions
     from unet_ray.labelling.decoding import decode as decode_one
 
@@ -170,11 +170,11 @@ def decode_pairs(*, images: str, masks: str, size: tuple[int, int], threads: int
     from unet_ray.bench.peers import list_frames
 
     pairs = list(zip(list_frames(images), list_frames(masks), strict=True))
-    parts = [(pairs[place :: threads * 8], size) for place in range(threads * 8)]
-    return {"decode_s": _in_processes(_decode_some_pairs, parts, (pairs[:2], size), threads)[1]}
+    parts = [(pairs[start :: threads * 8], size) for start in range(threads * 8)]
+    return {"decode_s": _in_processes(_decode_part_of_pairs, parts, (pairs[:2], size), threads)[1]}
 
 
-def _decode_some_pairs(part: tuple[list[tuple[str, str]], tuple[int, int]]) -> None:
+def _decode_part_of_pairs(part: tuple[list[tuple[str, str]], tuple[int, int]]) -> None:
     from unet_ray.images import decode_frame, decode_mask, resize_nearest
 
     pairs, size = part
@@ -211,7 +211,7 @@ def network(*, model: str, batch_size: int, threads: int, precision: str, device
 
     configure_tensorflow(device, threads, op_threads=threads)
     net = read_bundle(model).build_model(dtype_policy=precision)
-    frames = tf.constant(_some_frames(batch_size, net.input_shape[1:3]))
+    frames = tf.constant(_random_frames(batch_size, net.input_shape[1:3]))
     label = tf.function(
         lambda image_BHWC: tf.cast(tf.argmax(net(image_BHWC, training=False), -1), tf.uint8),
         input_signature=[tf.TensorSpec(frames.shape, tf.uint8)],
@@ -246,11 +246,11 @@ def _network_jax(model: str, batch_size: int, precision: str) -> float:
         logits_BHWK, _ = net.stateless_call(weights, state, image_BHWC, training=False)
         return logits_BHWK.argmax(-1).astype("uint8")
 
-    frames = jax.device_put(_some_frames(batch_size, net.input_shape[1:3]))
+    frames = jax.device_put(_random_frames(batch_size, net.input_shape[1:3]))
     return batch_size / _median_time(lambda: np.asarray(label(frames)))
 
 
-def _some_frames(n_frames: int, size: tuple[int, int]) -> np.ndarray:
+def _random_frames(n_frames: int, size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n_frames, *size, 3), np.uint8)
 
 
@@ -279,10 +279,10 @@ PROGRAMS = {
 """The module of each program; one that is not asked for is not imported."""
 
 
-def main(name: str, told: str, result: str) -> int:
+def main(name: str, arguments: str, result: str) -> int:
     """Runs one program and writes what it returns."""
     program: Callable[..., Any] = getattr(importlib.import_module(f"unet_ray.bench.{PROGRAMS[name]}"), name)
-    Path(result).write_text(json.dumps(program(**json.loads(told))))
+    Path(result).write_text(json.dumps(program(**json.loads(arguments))))
     return 0
 
 

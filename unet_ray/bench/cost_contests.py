@@ -15,22 +15,22 @@ def _start(arena: Arena) -> Measurement:
     """The moments of a short job, in seconds from the process' start."""
     archive, model = arena.archive("png", arena.settings.start_frames), arena.model()
     _, ended = segment(arena, "start", archive, model, moments=True)
-    told, began_s = ended.result, ended.started_s
+    result, began_s = ended.result, ended.started_s
     moments = {
-        "interpreter": told["began_s"],
-        "Ray is up": _said(ended, "Ray "),
-        "planned": _said(ended, f"{arena.settings.start_frames:,} frames in"),
-        "model actor begins": told["actor_start"],
-        "model is ready": told["actor_ready"],
-        "first chunk begins to be decoded": told["decode_start"],
-        "first chunk is decoded": told["decode_end"],
-        "first frame is in the net": told["network"],
+        "interpreter": result["began_s"],
+        "Ray is up": _time_of_line(ended, "Ray "),
+        "planned": _time_of_line(ended, f"{arena.settings.start_frames:,} frames in"),
+        "model actor begins": result["actor_start"],
+        "model is ready": result["actor_ready"],
+        "first chunk begins to be decoded": result["decode_start"],
+        "first chunk is decoded": result["decode_end"],
+        "first frame is in the net": result["network"],
     }
     return {"moments": {name: at_s - began_s for name, at_s in moments.items()}, "wall_s": ended.wall_s}
 
 
-def _said(ended: Ended, beginning: str) -> float:
-    return next(at_s for at_s, said in ended.lines if said.startswith(beginning))
+def _time_of_line(ended: Ended, beginning: str) -> float:
+    return next(at_s for at_s, line in ended.lines if line.startswith(beginning))
 
 
 def _start_note(measured: Round) -> str:
@@ -53,9 +53,9 @@ def _counts(arena: Arena) -> list[int]:
     return [max(1, arena.settings.many_frames // part) for part in (100, 10, 1)]
 
 
-def _many(place: int) -> Contestant:
+def _many(index: int) -> Contestant:
     def run(arena: Arena) -> Measurement:
-        n_frames = _counts(arena)[place]
+        n_frames = _counts(arena)[index]
         archive, model, name = arena.archive("jpeg", n_frames), arena.null_model(), _many_output(arena, n_frames)
         watchers: list[Watcher] = [Memory()]
         if n_frames == arena.settings.many_frames:
@@ -112,8 +112,8 @@ def _listing(arena: Arena) -> Measurement:
 
 
 def _listing_note(measured: Round) -> str:
-    told = measured["ours"]
-    return f"{told['frames']:,} files: listed in {told['list_s']:.1f} s, planned in {told['plan_s']:.1f} s"
+    result = measured["ours"]
+    return f"{result['frames']:,} files: listed in {result['list_s']:.1f} s, planned in {result['plan_s']:.1f} s"
 
 
 def _chunks(arena: Arena) -> Measurement:
@@ -125,10 +125,10 @@ def _chunks(arena: Arena) -> Measurement:
 
 
 def _chunks_note(measured: Round) -> str:
-    told = measured["ours"]
+    result = measured["ours"]
     return (
-        f"{told['per_s']:.0f} chunks/s, whole; driver {told['driver_mb']:.0f} MB, largest worker "
-        f"{told['worker_mb']:.0f} MB"
+        f"{result['per_s']:.0f} chunks/s, whole; driver {result['driver_mb']:.0f} MB, largest worker "
+        f"{result['worker_mb']:.0f} MB"
     )
 
 
@@ -137,7 +137,7 @@ NULL = Contest(
     contestants={"decode": decoding("jpeg"), "network": network("null_model"), "ours": _null},
 )
 START = Contest(name="start", contestants={"ours": _start})
-MANY = Contest(name="many", contestants={name: _many(place) for place, name in enumerate(_MANY)})
+MANY = Contest(name="many", contestants={name: _many(index) for index, name in enumerate(_MANY)})
 FINISHED = Contest(name="finished", contestants={"ours": _finished})
 LISTING = Contest(name="listing", contestants={"ours": _listing})
 CHUNKS = Contest(name="chunks", contestants={"ours": _chunks})

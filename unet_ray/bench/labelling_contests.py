@@ -70,7 +70,7 @@ def ours(name: str, kind: str, *more: str, model: str = "model", frames: str = "
     return run
 
 
-def _peer(program: str, kind: str, **told: Any) -> Contestant:
+def _peer(program: str, kind: str, **options: Any) -> Contestant:
     """A peer's program, whole."""
 
     def run(arena: Arena) -> Measurement:
@@ -82,7 +82,7 @@ def _peer(program: str, kind: str, **told: Any) -> Contestant:
         settings = arena.settings
         arguments = {
             "frames": arena.archive(kind, settings.frames), "model": arena.model(), "out": out,
-            "batch_size": settings.batch_size, "threads": settings.cores, **told,
+            "batch_size": settings.batch_size, "threads": settings.cores, **options,
         }  # fmt: skip
         if program != "notebook_loop":
             arguments["precision"] = precision_of("cpu")
@@ -98,8 +98,8 @@ def decoding(kind: str, *, large: bool = False) -> Contestant:
     def run(arena: Arena) -> Measurement:
         size = arena.settings.large_network if large else arena.network_size
         frames = arena.archive(kind, min(arena.settings.frames, 2_000))
-        told = {"frames": frames, "size": size, "threads": arena.settings.cores}
-        return arena.program("decode", told).result
+        arguments = {"frames": frames, "size": size, "threads": arena.settings.cores}
+        return arena.program("decode", arguments).result
 
     return run
 
@@ -110,11 +110,11 @@ def network(model: str = "model") -> Contestant:
     def run(arena: Arena) -> Measurement:
         settings = arena.settings
         bundle: Path = getattr(arena, model)()
-        told = {
+        arguments = {
             "model": bundle, "batch_size": arena.batch_size(bundle), "threads": settings.cores,
             "precision": precision_of(settings.device), "device": settings.device,
         }  # fmt: skip
-        return arena.program("network", told).result
+        return arena.program("network", arguments).result
 
     return run
 
@@ -127,16 +127,16 @@ def _matrix(arena: Arena) -> Measurement:
 def _compare_masks(arena: Arena, measured: dict[str, Any]) -> None:
     """Each labelling peer's masks with ours of the same round; what is compared already, is not again."""
     new = [
-        told
-        for name, told in measured.items()
-        if name not in ("ours", "ours_native") and "out" in told and "equal_pixels" not in told
+        measurement
+        for name, measurement in measured.items()
+        if name not in ("ours", "ours_native") and "out" in measurement and "equal_pixels" not in measurement
     ]
     if "ours" not in measured or not new:
         return
     n_ours, ours = peers.read_masks(_labels(measured["ours"]["out"]), at_most=COMPARED_MASKS)
-    for told in new:
-        n_theirs, theirs = peers.read_masks(_labels(told["out"]), at_most=COMPARED_MASKS)
-        told["equal_pixels"] = peers.equal_share(ours, theirs) if n_ours == n_theirs else 0.0
+    for measurement in new:
+        n_theirs, theirs = peers.read_masks(_labels(measurement["out"]), at_most=COMPARED_MASKS)
+        measurement["equal_pixels"] = peers.equal_share(ours, theirs) if n_ours == n_theirs else 0.0
 
 
 def _labels(out: str) -> str:

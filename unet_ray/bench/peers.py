@@ -109,9 +109,9 @@ def notebook_loop(*, frames: str, model: str, out: str, batch_size: int, threads
     dataset = tf.data.Dataset.from_tensor_slices(paths)
     dataset = dataset.map(lambda path: tf.cast(load_frame(path, size), tf.float32) / 255).batch(batch_size)
     file = MaskFile(out)
-    for place, image_BHWC in enumerate(dataset):
+    for index, image_BHWC in enumerate(dataset):
         masks_BHW = tf.argmax(net.predict(image_BHWC, verbose=0), axis=-1).numpy().astype(np.uint8)
-        file.add(paths[place * batch_size : (place + 1) * batch_size], masks_BHW)
+        file.add(paths[index * batch_size : (index + 1) * batch_size], masks_BHW)
     file.close()
     return {}
 
@@ -141,11 +141,11 @@ def tfdata_loop(*, frames: str, model: str, out: str, batch_size: int, threads: 
         autograph=False,
     )
     file = MaskFile(out)
-    for some, image_BHWC in dataset:
-        n_frames = len(some)
+    for path_B, image_BHWC in dataset:
+        n_frames = len(path_B)
         if n_frames < batch_size:
             image_BHWC = tf.pad(image_BHWC, [[0, batch_size - n_frames], [0, 0], [0, 0], [0, 0]])
-        file.add([path.decode() for path in some.numpy()], label(image_BHWC).numpy()[:n_frames])
+        file.add([path.decode() for path in path_B.numpy()], label(image_BHWC).numpy()[:n_frames])
     file.close()
     return {}
 

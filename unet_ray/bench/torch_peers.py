@@ -192,12 +192,12 @@ class _FirstSome(Sampler):  # type: ignore[type-arg]
 def torch_ingest(*, images: str, masks: str, size: Sequence[int], batch_size: int, threads: int) -> dict[str, Any]:
     """Pairs by a DataLoader with a worker a core; its workers are up before."""
     paths = (list_frames(images), list_frames(masks))
-    some = _FirstSome(2 * threads)
+    sampler = _FirstSome(2 * threads)
     loader: Any = DataLoader(
-        _Pairs(*paths, size), batch_size=batch_size, sampler=some, num_workers=threads, persistent_workers=True
+        _Pairs(*paths, size), batch_size=batch_size, sampler=sampler, num_workers=threads, persistent_workers=True
     )
     list(loader)
-    some.number = len(paths[0])
+    sampler.number = len(paths[0])
     started = time.perf_counter()
     blocks = list(loader)
     rate = len(paths[0]) / (time.perf_counter() - started)

@@ -28,15 +28,15 @@ def _step(program: str) -> Contestant:
         if program == "torch_step":
             arena.require("torch")
         settings = arena.settings
-        told: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "images": arena.log() / "CameraRGB", "masks": arena.log() / "CameraMask", "model": arena.model(),
             "batch_size": settings.batch_size, "steps": settings.steps, "threads": settings.cores,
         }  # fmt: skip
         if program != "keras_step":
-            told["precision"] = precision_of("cpu")
+            arguments["precision"] = precision_of("cpu")
         if program == "our_step":
-            told["device"] = "cpu"
-        return arena.program(program, told).result
+            arguments["device"] = "cpu"
+        return arena.program(program, arguments).result
 
     return run
 
@@ -66,8 +66,8 @@ def _image_size(arena: Arena) -> list[str]:
 
 def _camvid_classes(arena: Arena) -> Path:
     """The notebook learns void as a class of its own; both sides do here."""
-    told = PRESETS["camvid"].to_dict()
-    names = [{**item, "values": [place]} for place, item in enumerate(told["classes"])]
+    class_set = PRESETS["camvid"].to_dict()
+    names = [{**item, "values": [index]} for index, item in enumerate(class_set["classes"])]
     names.append({"name": "void", "color": [1, 1, 1], "values": [len(names)]})
     path = arena.data / "camvid12.yaml"
     path.write_text(yaml.safe_dump({"classes": names}))
@@ -86,12 +86,12 @@ def _training_ours(arena: Arena) -> Measurement:
 def _training_notebook(arena: Arena) -> Measurement:
     camvid, classes, out = arena.camvid(), _camvid_classes(arena), arena.output("training_notebook")
     settings = arena.settings
-    told = {
+    arguments = {
         "images": camvid / "train", "masks": camvid / "trainannot", "classes": classes, "out": out,
         "size": arena.network_size, "epochs": settings.epochs, "batch_size": 32, "threads": settings.cores,
         "n_filters": settings.network.n_filters, "depth": settings.network.depth, "seed": arena.round_number,
     }  # fmt: skip
-    ended = arena.program("keras_fit", told)
+    ended = arena.program("keras_fit", arguments)
     return {"wall_s": ended.wall_s, "mean_iou": _evaluate(arena, out, classes)}
 
 
@@ -106,9 +106,9 @@ def _evaluate(arena: Arena, model: Path, classes: Path) -> float:
     return camvid_mean_iou(read_yaml(str(out / "metrics.json")))
 
 
-def camvid_mean_iou(found: Mapping[str, Any]) -> float:
+def camvid_mean_iou(metrics: Mapping[str, Any]) -> float:
     """Returns the mean IoU at the network's size over CamVid's 11 classes, void, which is learnt, left out of it."""
-    ious = [found.get(f"val_model_size/iou/{name}") for name in PRESETS["camvid"].names]
+    ious = [metrics.get(f"val_model_size/iou/{name}") for name in PRESETS["camvid"].names]
     return statistics.fmean(iou for iou in ious if iou is not None)
 
 
@@ -148,12 +148,12 @@ def _workers_apart(arena: Arena) -> Measurement:
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise Skipped("two workers want two cores")
-    told: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "images": str(arena.log() / "CameraRGB"), "masks": str(arena.log() / "CameraMask"),
         "model": str(arena.model()), "batch_size": arena.settings.batch_size, "steps": arena.settings.steps,
         "device": "cpu", "precision": precision_of("cpu"), "cores": cores,
     }  # fmt: skip
-    return arena.program("steps_apart", told).result
+    return arena.program("steps_apart", arguments).result
 
 
 def _first_epoch(arena: Arena) -> Measurement:
@@ -170,8 +170,8 @@ def _first_epoch(arena: Arena) -> Measurement:
 
 def _decode_pairs(arena: Arena) -> Measurement:
     images, masks = arena.pairs()
-    told = {"images": images, "masks": masks, "size": arena.network_size, "threads": arena.settings.cores}
-    return arena.program("decode_pairs", told).result
+    arguments = {"images": images, "masks": masks, "size": arena.network_size, "threads": arena.settings.cores}
+    return arena.program("decode_pairs", arguments).result
 
 
 def _ingest(program: str) -> Contestant:
@@ -179,15 +179,15 @@ def _ingest(program: str) -> Contestant:
         if program == "torch_ingest":
             arena.require("torch")
         images, masks = arena.pairs()
-        told: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "images": images,
             "masks": masks,
             "size": arena.network_size,
             "threads": arena.settings.cores,
         }
         if program != "our_ingest":
-            told["batch_size"] = arena.settings.batch_size
-        return arena.program(program, told).result
+            arguments["batch_size"] = arena.settings.batch_size
+        return arena.program(program, arguments).result
 
     return run
 
@@ -310,6 +310,8 @@ ROWS = (
         ),
         target=0.95,
         agreement=_ingests_agree,
-        note=lambda measured: ", ".join(f"{name} {told['pairs_per_s']:.1f}/s" for name, told in measured.items()),
+        note=lambda measured: ", ".join(
+            f"{name} {measurement['pairs_per_s']:.1f}/s" for name, measurement in measured.items()
+        ),
     ),
 )

@@ -34,8 +34,8 @@ def some_pairs(
     from unet_ray.images import resize_nearest
     from unet_ray.pairs.pairs import find_pairs, load_pair
 
-    found = find_pairs(images, masks).pairs
-    loaded = [load_pair(found[place % len(found)], PRESETS[class_set_name], "channel-max") for place in range(n_pairs)]
+    pairs = find_pairs(images, masks).pairs
+    loaded = [load_pair(pairs[index % len(pairs)], PRESETS[class_set_name], "channel-max") for index in range(n_pairs)]
     return tuple(np.stack([resize_nearest(pair[side], *size) for pair in loaded]) for side in (0, 1))  # type: ignore[return-value]
 
 
@@ -72,30 +72,30 @@ def our_step(
     return {"images_per_s": steps * batch_size / (time.perf_counter() - started), "loss": loss}
 
 
-def steps_apart(*, cores: Sequence[int], **told: Any) -> dict[str, float]:
+def steps_apart(*, cores: Sequence[int], **options: Any) -> dict[str, float]:
     """`our_step` on the first core alone; then on every core at once, in processes that have nothing in common; then
     in such that sum their gradients, as workers do, without Ray."""
-    alone, *_ = _on_cores(cores[:1], told)
-    apart = sum(_on_cores(cores, told))
-    return {"one_per_s": alone, "all_per_s": apart, "summing_per_s": sum(_on_cores(cores, told, summing=True))}
+    alone, *_ = _on_cores(cores[:1], options)
+    apart = sum(_on_cores(cores, options))
+    return {"one_per_s": alone, "all_per_s": apart, "summing_per_s": sum(_on_cores(cores, options, summing=True))}
 
 
-def _on_cores(cores: Sequence[int], told: dict[str, Any], *, summing: bool = False) -> list[float]:
+def _on_cores(cores: Sequence[int], options: dict[str, Any], *, summing: bool = False) -> list[float]:
     addresses = []
-    with ExitStack() as held:
+    with ExitStack() as stack:
         for _ in cores if summing else ():
-            free = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+            free = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             addresses.append(f"127.0.0.1:{free.getsockname()[1]}")
     with ProcessPoolExecutor(len(cores), get_context("spawn")) as pool:
-        return list(pool.map(_on_core, range(len(cores)), cores, [told] * len(cores), [addresses] * len(cores)))
+        return list(pool.map(_on_core, range(len(cores)), cores, [options] * len(cores), [addresses] * len(cores)))
 
 
-def _on_core(rank: int, core: int, told: dict[str, Any], addresses: list[str]) -> float:
+def _on_core(rank: int, core: int, options: dict[str, Any], addresses: list[str]) -> float:
     os.sched_setaffinity(0, {core})
     if addresses:
         task = {"type": "worker", "index": rank}
         os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-    return our_step(**told, threads=1, n_workers=max(1, len(addresses)))["images_per_s"]
+    return our_step(**options, threads=1, n_workers=max(1, len(addresses)))["images_per_s"]
 
 
 def keras_step(*, images: str, masks: str, model: str, batch_size: int, steps: int, threads: int) -> dict[str, float]:
@@ -188,10 +188,10 @@ def keras_fit(
 
 def digest_of(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
     """Returns a digest of frames and masks, in order."""
-    told = hashlib.sha256()
+    hasher = hashlib.sha256()
     for image_HWC, mask_HW in pairs:
-        told.update(np.ascontiguousarray(image_HWC).tobytes() + np.ascontiguousarray(mask_HW).tobytes())
-    return told.hexdigest()
+        hasher.update(np.ascontiguousarray(image_HWC).tobytes() + np.ascontiguousarray(mask_HW).tobytes())
+    return hasher.hexdigest()
 
 
 def our_ingest(*, images: str, masks: str, size: Sequence[int], threads: int) -> dict[str, Any]:
@@ -227,8 +227,8 @@ def tfdata_ingest(*, images: str, masks: str, size: Sequence[int], batch_size: i
         mask_HWC = tf.image.decode_png(tf.io.read_file(mask_path), channels=3)
         return load_frame(image_path, size), tf.image.resize(tf.reduce_max(mask_HWC, -1)[..., None], size, "nearest")
 
-    def batches(some: tuple[list[str], list[str]]) -> Any:
-        dataset = tf.data.Dataset.from_tensor_slices(some).map(load, num_parallel_calls=tf.data.AUTOTUNE)
+    def batches(part: tuple[list[str], list[str]]) -> Any:
+        dataset = tf.data.Dataset.from_tensor_slices(part).map(load, num_parallel_calls=tf.data.AUTOTUNE)
         return dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
     list(batches((paths[0][:8], paths[1][:8])))

@@ -50,7 +50,7 @@ class Watcher:
         """Looks once."""
         raise NotImplementedError
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Returns what was seen."""
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class Commits(Watcher):
                 if record.name not in self._at_s and not record.name.startswith(storage.TEMPORARY_PREFIX):
                     self._at_s[record.name] = record.stat().st_mtime
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Returns the rate of the steady state; a chunk that was not seen came last."""
         published_s = (self.out / "summary.json").stat().st_mtime
         chunks = plans.read_plan(str(self.out)).chunks
@@ -101,7 +101,7 @@ class Growth(Watcher):
                 self._seen.append((began_s, number))
         self._next_s = began_s + 50 * (time.monotonic() - began_s)
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Returns the rate of the second half of the chunks over that of the first."""
         return {"late_over_early": late_over_early(self._seen)}
 
@@ -118,16 +118,16 @@ class Memory(Watcher):
         self._driver_kb = max(self._driver_kb, _own_kb(pid))
         self._worker_kb = max([self._worker_kb, *map(_own_kb, faults.titled_below(pid, "ray::"))])
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Returns both in MB."""
         return {"driver_mb": self._driver_kb / 1e3, "worker_mb": self._worker_kb / 1e3}
 
 
 def _own_kb(pid: int) -> int:
     with contextlib.suppress(OSError):
-        for said in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if said.startswith("RssAnon:"):
-                return int(said.split()[1])
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1])
     return 0
 
 
@@ -146,6 +146,6 @@ class Busy(Watcher):
             if answer:
                 self._seen.append((time.time(), sum(map(float, answer)) / len(answer) / 100))
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Returns the shares with their times."""
         return {"busy": self._seen}

@@ -42,12 +42,12 @@ def are_gone(pids: Iterable[int]) -> bool:
 
 def titled_below(pid: int, title: str) -> list[int]:
     """Returns the processes that one has started and whose command line, Ray's title, begins so (`ray::MapWorker`)."""
-    found = []
+    processes = []
     for child in sorted(descendants(pid)):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ").startswith(title):
-                found.append(child)
-    return found
+                processes.append(child)
+    return processes
 
 
 def kill(pids: Iterable[int]) -> None:
@@ -87,11 +87,11 @@ class FileEvents:
 
     def _collect(self) -> None:
         while data := os.read(self._queue, 1 << 16):
-            place = 0
-            while place < len(data):
-                watch, mask, _, length = _EVENT.unpack_from(data, place)
-                name = data[place + _EVENT.size : place + _EVENT.size + length].rstrip(b"\0")
-                place += _EVENT.size + length
+            offset = 0
+            while offset < len(data):
+                watch, mask, _, length = _EVENT.unpack_from(data, offset)
+                name = data[offset + _EVENT.size : offset + _EVENT.size + length].rstrip(b"\0")
+                offset += _EVENT.size + length
                 if mask & _OVERFLOW:
                     self.seen.append(("overflow", Path()))
                 elif name and not mask & _IS_FOLDER and watch in self._folders:

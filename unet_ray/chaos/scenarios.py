@@ -112,7 +112,7 @@ def two_jobs(stage: Stage) -> Trial:
         with trial.started(*one_cpu, on_cluster=True):
             trial.did("a second job, started when the first had planned")
     trial.require(trial.exit_codes == [0, 0], f"exit codes {trial.exit_codes}")
-    trial.require("warning: another job, " in trial.said(), "the second job was not warned of the first")
+    trial.require("warning: another job, " in trial.output(), "the second job was not warned of the first")
     trial.require_same_bytes(stage.undisturbed)
     return trial
 
@@ -327,7 +327,7 @@ def work_damaged(stage: Stage) -> Trial:
     trial.did("a record and a part deleted, a bit flipped in another part; segment, twice")
     trial.run()
     trial.require_exit(75, "is damaged; run the same command again: its frames are done anew")
-    trial.require("in 2 to do" in trial.said(), "not only the record and the part that are gone were done again")
+    trial.require("in 2 to do" in trial.output(), "not only the record and the part that are gone were done again")
     trial.run()
     trial.require_exit(0, "in 1 to do")
     trial.require_same_bytes(stage.undisturbed)
@@ -359,10 +359,10 @@ def _on_small_disk(trial: Trial, act: Callable[[Trial, faults.SmallDisk], None])
         if kept.exists():
             subprocess.run(["cp", "-a", str(kept), str(outside)], check=True)
             subprocess.run(["rm", "-r", str(kept)], check=True)
-        trial.prefix, trial.out, trial.told_out = disk.command, outside, inside
+        trial.prefix, trial.out, trial.out_option = disk.command, outside, inside
         act(trial, disk)
         subprocess.run(["cp", "-a", str(outside), str(kept)], check=True)
-    trial.prefix, trial.out, trial.told_out = list, kept, None
+    trial.prefix, trial.out, trial.out_option = list, kept, None
     trial.require_same_bytes(trial.stage.undisturbed)
     return trial
 
@@ -376,7 +376,7 @@ def _fill_while_working(trial: Trial, disk: faults.SmallDisk) -> None:
     _require_place(trial)
     trial.require_nothing_torn()
     trial.require(not (trial.out / "summary.json").exists(), "it is published although chunks are missing")
-    trial.require("once more" not in trial.said(), "chunks were labelled again although nothing could be stored")
+    trial.require("once more" not in trial.output(), "chunks were labelled again although nothing could be stored")
     disk.free()
     trial.run()
     trial.require_exit(0)
@@ -384,9 +384,9 @@ def _fill_while_working(trial: Trial, disk: faults.SmallDisk) -> None:
 
 def _require_place(trial: Trial) -> None:
     """In the one line that the job ended with."""
-    (line,) = [line for line in trial.said().splitlines() if line.startswith("unet-ray: error: ")] or [""]
-    trial.require(str(trial.told_out) in line, f"the error does not name the place: {line}")
-    trial.require("Traceback" not in trial.said() and "Unhandled" not in trial.said(), "the error is not one line")
+    (line,) = [line for line in trial.output().splitlines() if line.startswith("unet-ray: error: ")] or [""]
+    trial.require(str(trial.out_option) in line, f"the error does not name the place: {line}")
+    trial.require("Traceback" not in trial.output() and "Unhandled" not in trial.output(), "the error is not one line")
 
 
 def _fill_before_publishing(trial: Trial, disk: faults.SmallDisk) -> None:

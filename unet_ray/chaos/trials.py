@@ -97,7 +97,7 @@ class Stage:
     def undisturbed(self) -> Path:
         """The output of a run to which nothing happened."""
         trial = Trial(self, "undisturbed")
-        assert trial.run() == 0, trial.said()
+        assert trial.run() == 0, trial.output()
         assert verify.verify(str(trial.out)) == []
         return trial.out
 
@@ -123,7 +123,7 @@ class Stage:
     def undisturbed_by_other_model(self) -> Path:
         """The output of a run of the other model to which nothing happened."""
         trial = Trial(self, "undisturbed_by_other_model")
-        assert trial.run("--model", str(self.other_model)) == 0, trial.said()
+        assert trial.run("--model", str(self.other_model)) == 0, trial.output()
         return trial.out
 
     @cached_property
@@ -134,7 +134,7 @@ class Stage:
         with trial.started() as job:
             wait_until(lambda: trial.has_records(n_chunks), job)
             faults.kill([job.pid])
-        assert trial.has_records(n_chunks) and not (trial.out / "frames").exists(), trial.said()
+        assert trial.has_records(n_chunks) and not (trial.out / "frames").exists(), trial.output()
         return trial.out
 
 
@@ -182,7 +182,7 @@ class Trial:
     """By default a folder of its own."""
     prefix: Callable[[Sequence[str]], list[str]] = list
     """Makes the command of a job run in another place."""
-    told_out: Path | None = None
+    out_option: Path | None = None
     """Where the output lies for the job, if that is not where it lies for us."""
     exit_codes: list[int] = field(default_factory=list)
     deeds: list[str] = field(default_factory=list)
@@ -208,17 +208,17 @@ class Trial:
     def command(self, *options: str) -> list[str]:
         """Returns the command of the job."""
         size = self.stage.size
-        told = {
+        settings = {
             "--model": self.stage.model,
             "--frames": self.archive,
-            "--out": self.told_out or self.out,
+            "--out": self.out_option or self.out,
             "--chunk-frames": size.chunk_frames,
             "--shard-rows": size.shard_rows,
             "--batch-size": 4,
             "--device": "cpu",
             "--precision": "float32",
         }
-        arguments = [str(word) for pair in told.items() for word in pair]
+        arguments = [str(word) for pair in settings.items() for word in pair]
         return self.prefix([sys.executable, "-c", _MAIN, "segment", *arguments, *options])
 
     @contextmanager
@@ -263,7 +263,7 @@ class Trial:
             pass
         return self.exit_codes[-1]
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Returns what the last job has written."""
         return self.log.read_text(errors="replace").rpartition("--- ")[2]
 
@@ -356,14 +356,18 @@ class Trial:
 
     def require_exit(self, code: int, says: str = "") -> None:
         """Notes a problem unless the last job ended with this code and said this."""
-        self.require(self.exit_codes[-1] == code, f"exit code {self.exit_codes[-1]}, not {code}: {self.said()[-300:]}")
-        self.require(says in self.said(), f"the job did not say {says!r}")
+        self.require(
+            self.exit_codes[-1] == code, f"exit code {self.exit_codes[-1]}, not {code}: {self.output()[-300:]}"
+        )
+        self.require(says in self.output(), f"the job did not say {says!r}")
 
     def require_same_bytes(self, expected: Path) -> None:
         """Notes a problem unless the output verifies and is, byte for byte, the expected one."""
         problems = verify.verify(str(self.out))
-        here, there = contents(self.out), contents(expected)
-        problems += [f"{path}: other bytes" for path in sorted({*here, *there}) if here.get(path) != there.get(path)]
+        actual, wanted = contents(self.out), contents(expected)
+        problems += [
+            f"{path}: other bytes" for path in sorted({*actual, *wanted}) if actual.get(path) != wanted.get(path)
+        ]
         self.problems += problems
         self.same = "no" if problems else "bytes"
 
@@ -375,13 +379,13 @@ class Trial:
             reasons: of the frames that must be rejected.
         """
         problems = verify.verify(str(self.out))
-        here, there = ({row["frame_id"]: row for row in rows_of(out).to_pylist()} for out in (self.out, expected))
-        rejected = {frame_id: row["reason"] for frame_id, row in here.items() if row["status"] != "ok"}
+        actual, wanted = ({row["frame_id"]: row for row in rows_of(out).to_pylist()} for out in (self.out, expected))
+        rejected = {frame_id: row["reason"] for frame_id, row in actual.items() if row["status"] != "ok"}
         if rejected != reasons:
             problems.append(f"rejected are {sorted(rejected.items())}, not {sorted(reasons.items())}")
-        wrong = [i for i in there if i not in reasons and {**there[i], "uri": ""} != {**here.get(i, {}), "uri": ""}]
+        wrong = [i for i in wanted if i not in reasons and {**wanted[i], "uri": ""} != {**actual.get(i, {}), "uri": ""}]
         problems += [f"{frame_id}: another row" for frame_id in wrong[:3]]
-        if len(rows_of(self.out)) != len(here) or here.keys() != there.keys():
+        if len(rows_of(self.out)) != len(actual) or actual.keys() != wanted.keys():
             problems.append("a frame is there twice, or not at all")
         self.problems += problems
         self.same = "no" if problems else "rows"
@@ -403,18 +407,18 @@ class Trial:
 
 def contents(out: Path, *, with_work: bool = False) -> dict[str, bytes]:
     """Returns the files of an output that must be the same however it came about, but for unfinished ones."""
-    found = {}
+    files = {}
     for file in sorted(out.rglob("*")):
         path = str(file.relative_to(out))
         if not file.is_file() or file.name.startswith(storage.TEMPORARY_PREFIX):
             continue
         if path in ("config.yaml", "preview.png") or (path.startswith("_work/") and not with_work):
             continue
-        found[path] = file.read_bytes()
-    if not with_work and "summary.json" in found:
-        summary: dict[str, Any] = json.loads(found["summary.json"])
-        found["summary.json"] = json.dumps({**summary, "figures": {}}).encode()
-    return found
+        files[path] = file.read_bytes()
+    if not with_work and "summary.json" in files:
+        summary: dict[str, Any] = json.loads(files["summary.json"])
+        files["summary.json"] = json.dumps({**summary, "figures": {}}).encode()
+    return files
 
 
 def rows_of(out: Path) -> pa.Table:

@@ -98,16 +98,16 @@ def _without_notice() -> Iterator[None]:
     """
     sys.stderr.flush()
     terminal = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(terminal, 2)
             os.close(terminal)
-            held.seek(0)
-            os.write(2, b"".join(line for line in held if b"RAY_BACKEND_LOG_LEVEL" not in line))
+            captured.seek(0)
+            os.write(2, b"".join(line for line in captured if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def _start_ray(arguments: Mapping[str, Any]) -> None:
@@ -131,13 +131,13 @@ def end_ray(*, in_order: bool = True) -> None:
     node = ray._private.worker._global_node
     kinds: Mapping[str, Any] = {} if node is None else node.all_processes
     started: list[int] = [one.process.pid for kind in kinds.values() for one in kind]
-    held: list[int] = []  # a process id may be another's by the time it is killed
+    handles: list[int] = []  # a process id may be another's by the time it is killed
     for pid in {*started, *(below for parent in started for below in descendants(parent))}:
         with contextlib.suppress(ProcessLookupError):
-            held.append(os.pidfd_open(pid))
+            handles.append(os.pidfd_open(pid))
     if in_order:
         ray.shutdown()
-    for process in held:
+    for process in handles:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
         os.close(process)

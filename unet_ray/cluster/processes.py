@@ -25,12 +25,12 @@ def descendants(pid: int) -> set[int]:
         with contextlib.suppress(OSError):  # it ended while we looked
             parent = int(status.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(status.parent.name))
-    found: set[int] = set()
+    processes: set[int] = set()
     new = [pid]
     while new:
         new = [child for parent in new for child in children.get(parent, [])]
-        found |= set(new)
-    return found
+        processes |= set(new)
+    return processes
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ class Room:
     def __init__(self, bundles: list[dict[str, float]], wait_s: float, what: str) -> None:
         """As for `wait_for_resources`."""
         self._bundles, self._wait_s, self._what = bundles, wait_s, what
-        self._looked_s = self._missing_since_s = -math.inf
+        self._checked_s = self._missing_since_s = -math.inf
 
     def look(self) -> None:
         """Says it where room is missing; to be called often.
@@ -126,9 +126,9 @@ class Room:
             TryAgain: it has been missing for longer than `wait_s`.
         """
         now_s = time.monotonic()
-        if now_s - self._looked_s < ROOM_EVERY_S:
+        if now_s - self._checked_s < ROOM_EVERY_S:
             return
-        self._looked_s = now_s
+        self._checked_s = now_s
         if _fits(self._bundles):
             self._missing_since_s = -math.inf
         elif self._missing_since_s == -math.inf:

@@ -43,7 +43,7 @@ def require_seen_by_all(inputs: Mapping[str, Iterable[str]], out: str | None) ->
         )
     paths = {path: option for option, uris in inputs.items() for path in uris if storage.is_local(path)}
     out = out if out is not None and storage.is_local(out) else None
-    here, others = _machines()
+    this_address, others = _machines()
     if not others or not (paths or out):
         return
     with _mark(out) as mark:
@@ -57,8 +57,9 @@ def require_seen_by_all(inputs: Mapping[str, Iterable[str]], out: str | None) ->
             if missing:
                 option, path = next(((paths[path], path) for path in missing if path in paths), ("--out", str(out)))
                 raise ValueError(
-                    f"{option} {path} is a path of {here} that the node {address} does not see; with several machines, "
-                    "give a URI that all of them reach (s3://…), or mount that folder at the same place on each"
+                    f"{option} {path} is a path of {this_address} that the node {address} does not see; with several "
+                    "machines, give a URI that all of them reach (s3://…), or mount that folder at the same place on "
+                    "each"
                 )
 
 
@@ -66,9 +67,11 @@ def _machines() -> tuple[str, dict[str, str]]:
     """Returns this machine's address, and of each other one that may get work its address and a node on it."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     mine = ray.get_runtime_context().get_node_id()
-    here = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == mine)
+    this_address = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == mine)
     working = [node for node in nodes if node["Resources"].get("CPU", 0) > 0]
-    return here, {node["NodeManagerAddress"]: node["NodeID"] for node in working if node["NodeManagerAddress"] != here}
+    return this_address, {
+        node["NodeManagerAddress"]: node["NodeID"] for node in working if node["NodeManagerAddress"] != this_address
+    }
 
 
 @contextmanager

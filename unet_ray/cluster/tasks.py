@@ -59,6 +59,6 @@ def outcome(reference: Any, others: Sequence[Any] = ()) -> Any:
 
 def given_up(error: BaseException) -> TryAgain:
     """What Ray says of work that it does not try any more: the death of a process or of a node, above all."""
-    said = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    what = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return TryAgain(f"Ray gave up work that it had begun ({what}); the same command goes on where this one stopped")

@@ -27,7 +27,7 @@ MARK = "demo.txt"
 """File by which a folder is known as a demo's, so that nothing else is ever overwritten."""
 
 
-def run_demo(told: DemoConfig) -> None:
+def run_demo(config: DemoConfig) -> None:
     """Does the whole of it and prints what was made.
 
     Raises:
@@ -37,16 +37,16 @@ def run_demo(told: DemoConfig) -> None:
     from unet_ray.training.job import train
 
     started = time.monotonic()
-    out = storage.resolve(told.out)
-    _claim(out, told.overwrite)
+    out = storage.resolve(config.out)
+    _claim(out, config.overwrite)
     log, archive = storage.join(out, "log"), storage.join(out, "archive")
     print(f"1. Drawing {TRAINING_DRIVES} drives to train on and {ARCHIVE_DRIVES} that training never sees", flush=True)
-    _draw(log, told.seed, range(TRAINING_DRIVES), TRAINING_FRAMES)
-    _draw(archive, told.seed, range(TRAINING_DRIVES, TRAINING_DRIVES + ARCHIVE_DRIVES), ARCHIVE_FRAMES)
+    _draw(log, config.seed, range(TRAINING_DRIVES), TRAINING_FRAMES)
+    _draw(archive, config.seed, range(TRAINING_DRIVES, TRAINING_DRIVES + ARCHIVE_DRIVES), ARCHIVE_FRAMES)
 
-    print(f"\n2. Training with {told.workers} workers", flush=True)
+    print(f"\n2. Training with {config.workers} workers", flush=True)
     run = storage.join(out, "run")
-    train(training_config(told, log, run))
+    train(training_config(config, log, run))
 
     print("\n3. Packing the unseen drives into a tar and labelling it", flush=True)
     tar, labels = storage.join(out, "archive.tar"), storage.join(out, "labels")
@@ -62,25 +62,25 @@ def run_demo(told: DemoConfig) -> None:
     print(f"mean IoU {summary['mean_iou']:.2f} of these masks, against the drives' own, at {HEIGHT_PX}x{WIDTH_PX}")
     print("\nLook at:")
     for picture in ("run/curves.png", "run/samples.png", "run/confusion.png", "labels/preview.png"):
-        print(f"  {told.out}/{picture}")
+        print(f"  {config.out}/{picture}")
     print(f"Done in {time.monotonic() - started:.0f} s.")
 
 
-def training_config(told: DemoConfig, log: str, run: str) -> TrainConfig:
+def training_config(config: DemoConfig, log: str, run: str) -> TrainConfig:
     """Returns the demo's training: a U-Net of 16 filters, so that two cores train it in about a minute."""
     return TrainConfig(
         images=storage.join(log, "CameraRGB"),
         masks=storage.join(log, "CameraMask"),
         classes="carla23",
         out=run,
-        workers=told.workers,
+        workers=config.workers,
         device="cpu",
-        epochs=told.epochs,
+        epochs=config.epochs,
         batch_size=4,
         n_filters=16,
         depth=4,
         dropout=0.1,
-        seed=told.seed,
+        seed=config.seed,
         val_fraction=1 / 6,
         loss="ce+dice",
         class_weights="log",

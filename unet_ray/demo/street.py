@@ -248,22 +248,22 @@ def _kerbside(drive: Drive, rng: np.random.Generator, side: int, s: float) -> It
     yield Thing(kind="light", s=places[0] + 1.5, x=post, height=5.6, variant=int(rng.integers(3)))
     yield Thing(kind="lamp", s=places[1] + 4.0, x=post, height=6.4)
     yield Thing(kind="lamp", s=places[2] + 4.0, x=post, height=6.4)
-    for place in places[3:]:
+    for position in places[3:]:
         face = int(rng.integers(len(SIGN_FACES)))
-        yield Thing(kind="sign", s=place + rng.uniform(1, 5), x=post, height=rng.uniform(2.5, 3.0), variant=face)
-    for place in rng.permutation(_BLOCK_CELLS) * gap + s:
+        yield Thing(kind="sign", s=position + rng.uniform(1, 5), x=post, height=rng.uniform(2.5, 3.0), variant=face)
+    for position in rng.permutation(_BLOCK_CELLS) * gap + s:
         walk = side * (drive.kerb_m + rng.uniform(1.0, drive.sidewalk_m - 0.6))
         yield Thing(
             kind="pedestrian",
-            s=place + rng.uniform(0, gap),
+            s=position + rng.uniform(0, gap),
             x=walk,
             height=rng.uniform(1.75, 2.05),
             pace=rng.uniform(0.7, 1.5),
             color=_CLOTHES[int(rng.integers(len(_CLOTHES)))],
             variant=int(rng.integers(64)),
         )
-    for place in rng.permutation(_BLOCK_CELLS)[: int(rng.integers(1, 3))] * gap + s:
-        yield _car(rng, float(place + rng.uniform(0.5, 3.0)), side * (drive.kerb_m - 1.2))
+    for position in rng.permutation(_BLOCK_CELLS)[: int(rng.integers(1, 3))] * gap + s:
+        yield _car(rng, float(position + rng.uniform(0.5, 3.0)), side * (drive.kerb_m - 1.2))
 
 
 def _car(rng: np.random.Generator, s: float, x: float) -> Thing:

@@ -202,7 +202,7 @@ def _paint_windows(scene: _Scene, thing: Thing, back: float) -> None:
     side = math.copysign(1.0, thing.x)
     dark = scene.paint((118, 136, 156), Tag.BUILDING, thing.s, scene.facing(-side))
     lit = scene.glow((252, 214, 128), Tag.BUILDING, thing.s)
-    shown = thing.s > scene.near(thing.s, thing.x) - 0.01
+    is_visible = thing.s > scene.near(thing.s, thing.x) - 0.01
     door = thing.variant % 3
     for number in range(int(thing.height // 3) * 3):
         floor, column = divmod(number, 3)
@@ -212,7 +212,7 @@ def _paint_windows(scene: _Scene, thing: Thing, back: float) -> None:
         s = thing.s + (column + 0.28) * thing.length / 3
         if s > scene.near(s, thing.x) - 0.01:
             scene.along(thing.x, (s, s + 1.15), rise, glass)
-        if shown and thing.s - scene.camera_s < 60:
+        if is_visible and thing.s - scene.camera_s < 60:
             x = thing.x + (back - thing.x) * (column + 0.28) / 3
             scene.across(thing.s, (x, x + side * 1.2), (floor * 3 + 0.9, floor * 3 + 2.4), glass)
 

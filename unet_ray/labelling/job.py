@@ -277,8 +277,8 @@ def _refuse_unlistable(listing: Listing) -> None:
 def _read_by_workers(config: SegmentConfig, listing: Listing) -> dict[str, list[str]]:
     """Returns the model and some files of the archives, spread over the listing."""
     uris, n_rows = listing.table["uri"], len(listing.table)
-    shown = {uris[row].as_py() for row in range(0, n_rows, max(1, n_rows // FILES_LOOKED_FOR))}
-    return {"--model": [storage.resolve(config.model)], "--frames": sorted(shown)}
+    sampled = {uris[row].as_py() for row in range(0, n_rows, max(1, n_rows // FILES_LOOKED_FOR))}
+    return {"--model": [storage.resolve(config.model)], "--frames": sorted(sampled)}
 
 
 def _precision(config: SegmentConfig, device: str) -> str:
@@ -297,8 +297,8 @@ def resolve_precision(precision: str, device: str) -> str:
     if precision != "auto":
         return precision
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(device.upper(), 0) > 0]
-    here = ray.get_runtime_context().get_node_id()
-    if device == "cpu" and [node["NodeID"] for node in nodes] == [here]:
+    this_node = ray.get_runtime_context().get_node_id()
+    if device == "cpu" and [node["NodeID"] for node in nodes] == [this_node]:
         return "bfloat16" if has_bfloat16(device) else "float32"
     look = ray.remote(has_bfloat16)
     pinned = [
@@ -386,10 +386,10 @@ def _frame_pixels(rows: pa.Table, timeout_s: float) -> int:
     """
     numbered = rows.select(["sequence", "camera"]).append_column("row", pa.array(np.arange(len(rows))))
     firsts = numbered.group_by(["sequence", "camera"]).aggregate([("row", "min")])["row_min"].sort()
-    looked_at = firsts.take(np.unique(np.linspace(0, len(firsts) - 1, SIZES_LOOKED_AT, dtype=np.int64)))
+    examined = firsts.take(np.unique(np.linspace(0, len(firsts) - 1, SIZES_LOOKED_AT, dtype=np.int64)))
     count = ray.remote(num_cpus=0, max_retries=0)(count_pixels)
     pixels = [0]
-    for content in read_frames(rows.take(looked_at)):
+    for content in read_frames(rows.take(examined)):
         if isinstance(content, bytes):
             try:
                 pixels.append(ray.get(count.remote(content, timeout_s)))

@@ -130,8 +130,8 @@ def with_trouble(table: pa.Table, error: Exception) -> pa.Table:
 
 
 def _trouble_table(chunks: Sequence[str], error: Exception) -> pa.Table:
-    said, kind = _trouble(error)
-    rows = [{"_chunk": chunk, "_trouble": said, "_kind": kind} for chunk in chunks]
+    message, kind = _trouble(error)
+    rows = [{"_chunk": chunk, "_trouble": message, "_kind": kind} for chunk in chunks]
     return pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in ("_chunk", "_trouble", "_kind")]))
 
 
@@ -141,17 +141,17 @@ def _trouble(error: Exception) -> tuple[str, str]:
     Every error counts, as one that a task raises would cost its block without a word: Ray is told to drop those, for
     that of the process that a frame has ended is one of them.
     """
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, PermissionError):
-        return said, "refused"
+        return message, "refused"
     if isinstance(error, OSError):
-        return said, "storage"
+        return message, "storage"
     if isinstance(error, UnusableGpu):
-        return said, "unusable"
+        return message, "unusable"
     places = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    path, line = [place for place in places if place[0].is_relative_to(PACKAGE)][-1]
-    said = textwrap.shorten(said, _MOST_SAID, placeholder=" …")
-    return f"{type(error).__name__} in {path.relative_to(PACKAGE)}:{line}: {said}", "failed"
+    path, line = [entry for entry in places if entry[0].is_relative_to(PACKAGE)][-1]
+    message = textwrap.shorten(message, _MOST_SAID, placeholder=" …")
+    return f"{type(error).__name__} in {path.relative_to(PACKAGE)}:{line}: {message}", "failed"
 
 
 def _to_json(chunk: Chunk) -> str:
@@ -180,19 +180,19 @@ def label_chunks(table: pa.Table, labeler: Labeler, network_size: tuple[int, int
     sizes = list(zip(table["_height_px"].to_pylist(), table["_width_px"].to_pylist(), strict=True))
     reasons = table["_reason"].to_pylist()
     accepted = [index for index, reason in enumerate(reasons) if reason is None]
-    shown = [_view(table["_image"], index, (*(network_size or sizes[index]), 3)) for index in accepted]
+    views = [_view(table["_image"], index, (*(network_size or sizes[index]), 3)) for index in accepted]
     masks: list[np.ndarray | None] = [None] * table.num_rows
     figures: dict[str, list[object]] = {
         name: [None] * table.num_rows for name in ("_pixels", "_class_confidence", "_confidence", "_low_margin_share")
     }
     if accepted:
-        labels = labeler.label(shown, [sizes[index] for index in accepted])
-        for place, index in enumerate(accepted):
-            masks[index] = labels.masks[place]
-            figures["_pixels"][index] = labels.pixels_NK[place]
-            figures["_class_confidence"][index] = labels.confidence_NK[place]
-            figures["_confidence"][index] = labels.confidence_N[place]
-            figures["_low_margin_share"][index] = labels.low_margin_share_N[place]
+        labels = labeler.label(views, [sizes[index] for index in accepted])
+        for position, index in enumerate(accepted):
+            masks[index] = labels.masks[position]
+            figures["_pixels"][index] = labels.pixels_NK[position]
+            figures["_class_confidence"][index] = labels.confidence_NK[position]
+            figures["_confidence"][index] = labels.confidence_N[position]
+            figures["_low_margin_share"][index] = labels.low_margin_share_N[position]
     types = dict(zip(figures, (pa.list_(pa.int64()), pa.list_(pa.float32()), pa.float32(), pa.float32()), strict=True))
     buffers = _Buffers()
     for mask in masks:
@@ -216,16 +216,16 @@ def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: 
 
     def write(of_chunk: pa.Table) -> dict[str, Any]:
         chunk = _from_json(of_chunk["_chunk"][0].as_py())
-        told: dict[str, Any] = {"chunk_id": chunk.chunk_id, "n_rows": chunk.n_rows, "rejected": "{}"}
+        row: dict[str, Any] = {"chunk_id": chunk.chunk_id, "n_rows": chunk.n_rows, "rejected": "{}"}
         if _has_trouble(of_chunk):
-            return told | {"trouble": of_chunk["_trouble"][0].as_py(), "kind": of_chunk["_kind"][0].as_py()}
+            return row | {"trouble": of_chunk["_trouble"][0].as_py(), "kind": of_chunk["_kind"][0].as_py()}
         try:
             rows = of_chunk.select([name for name in of_chunk.column_names if not name.startswith("_")])
             result = results.result_table(rows, chunk_labels(of_chunk, class_set, mask_encoding), class_set)
             receipt = _patiently(lambda: ledger.commit(out, chunk, result, writer=writer))
         except Exception as error:  # noqa: BLE001
-            return told | dict(zip(("trouble", "kind"), _trouble(error), strict=True))
-        return told | {"rejected": json.dumps(dict(receipt.rejected))}
+            return row | dict(zip(("trouble", "kind"), _trouble(error), strict=True))
+        return row | {"rejected": json.dumps(dict(receipt.rejected))}
 
     return pa.Table.from_pylist([write(of_chunk) for of_chunk in _by_chunk(table)], schema=_RECEIPT_SCHEMA)
 

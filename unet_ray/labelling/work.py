@@ -143,12 +143,12 @@ class _Tally:
 
     def trouble_error(self, what: str) -> Exception:
         """Returns what the job ends with; only of storage that does not answer, trying again may help."""
-        if said := self.troubles.get("unusable"):
-            return JobFailed(f"{said}; then the same command goes on")
-        if said := self.troubles.get("refused"):
-            return JobFailed(f"{what}: {said}; give this job the right to it, then the same command goes on")
-        if said := self.troubles.get("storage"):
-            return storage.StorageError(f"{what}: {said}; the same command goes on")
+        if message := self.troubles.get("unusable"):
+            return JobFailed(f"{message}; then the same command goes on")
+        if message := self.troubles.get("refused"):
+            return JobFailed(f"{what}: {message}; give this job the right to it, then the same command goes on")
+        if message := self.troubles.get("storage"):
+            return storage.StorageError(f"{what}: {message}; the same command goes on")
         hint = "for want of memory, try a smaller --batch-size; once it is mended, the same command goes on"
         return JobFailed(f"{what}: {self.troubles['failed']}; {hint}")
 

@@ -273,8 +273,8 @@ def _load_weights(folder: str, data: bytes, listed: list[dict[str, Any]]) -> dic
         weights = safetensors_numpy.load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
         raise _altered(folder, f"{WEIGHTS_FILE}: {error}") from error
-    found = {name: (list(tensor.shape), tensor.dtype.name) for name, tensor in weights.items()}
-    if found != {entry["name"]: (entry["shape"], entry["dtype"]) for entry in listed}:
+    tensors = {name: (list(tensor.shape), tensor.dtype.name) for name, tensor in weights.items()}
+    if tensors != {entry["name"]: (entry["shape"], entry["dtype"]) for entry in listed}:
         raise _altered(folder, f"{WEIGHTS_FILE} holds other tensors than {MODEL_FILE} lists")
     if not all(np.isfinite(tensor).all() for tensor in weights.values()):
         raise ValueError(f"{folder} cannot be used: {WEIGHTS_FILE} holds values that are not finite; train again")
@@ -297,9 +297,9 @@ def _parse_json(folder: str, name: str, data: bytes) -> dict[str, Any]:
 
 
 def _labels_digest(document: dict[str, Any]) -> str:
-    said = {key: value for key, value in document.items() if key not in ("digest", "files")}
-    said["weights_file"] = document["files"][WEIGHTS_FILE]
-    return storage.sha256(json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
+    content = {key: value for key, value in document.items() if key not in ("digest", "files")}
+    content["weights_file"] = document["files"][WEIGHTS_FILE]
+    return storage.sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
 
 
 def _listed(keys: Any) -> str:

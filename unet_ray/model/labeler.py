@@ -123,8 +123,8 @@ class Labeler:
                 chosen = indices[start : start + group]
                 padded = chosen + chosen[:1] * (group - len(chosen))
                 labels = [np.asarray(array) for array in label_fused(tf.gather(logits_NhwK, padded), *size)]
-                for place, index in enumerate(chosen):
-                    parts[index] = one_frame(*(array[place] for array in labels))
+                for position, index in enumerate(chosen):
+                    parts[index] = one_frame(*(array[position] for array in labels))
         return concatenate([parts[index] for index in range(len(sizes))])
 
     def _label_tiled(self, image_HWC: np.ndarray, size: tuple[int, int]) -> Labels:
@@ -144,9 +144,9 @@ class Labeler:
             windows = [image_HWC[y : y + window_height_px, x : x + window_width_px] for y, x in batch]
             return tf.unstack(self._logits(np.stack(windows)) * weights_hw[..., None])[: len(batch)]
 
-        for some in _cut(corners, self._batch_size * self._n_batches):  # all at once would fill memory
-            updates = self._threads.map(weighted, _cut(some, self._batch_size))
-            for (y, x), update in zip(some, chain.from_iterable(updates), strict=True):
+        for group in _cut(corners, self._batch_size * self._n_batches):  # all at once would fill memory
+            updates = self._threads.map(weighted, _cut(group, self._batch_size))
+            for (y, x), update in zip(group, chain.from_iterable(updates), strict=True):
                 # No pixel twice in one call, so the order of the sums is fixed, on a GPU too.
                 rows = np.arange(y, y + window_height_px)[:, None] * padded_width_px
                 rows = rows + np.arange(x, x + window_width_px)

@@ -67,8 +67,8 @@ def label_unscaled(logits_NhwK: tf.Tensor, n_frames: int) -> Labels:
     """Where masks have the size of the logits: 0.7 ms of a core a frame, with `_scan` 1.7 (23 classes, 96x128)."""
     masks_Nhw, confidence_Nhw, low_margins_N = (array.numpy() for array in _scan_unscaled(logits_NhwK))
     n_classes = logits_NhwK.shape[3]
-    found = zip(masks_Nhw[:n_frames], confidence_Nhw, low_margins_N, strict=False)
-    return concatenate([_count(mask, confidence, low, n_classes) for mask, confidence, low in found])
+    results = zip(masks_Nhw[:n_frames], confidence_Nhw, low_margins_N, strict=False)
+    return concatenate([_count(mask, confidence, low, n_classes) for mask, confidence, low in results])
 
 
 def _scan_to(logits_hwK: tf.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -173,14 +173,14 @@ def set_named_weights(model: keras.Model, weights: dict[str, np.ndarray]) -> Non
 def check_weight_shapes(expected: dict[str, Shape], weights: dict[str, np.ndarray]) -> None:
     """Raise a one-line ValueError unless the weights have exactly the expected names and shapes."""
     if missing := sorted(expected.keys() - weights.keys()):
-        raise ValueError(f"the weights lack {_some(missing)}, which the network needs")
+        raise ValueError(f"the weights lack {_first_names(missing)}, which the network needs")
     if unknown := sorted(weights.keys() - expected.keys()):
-        raise ValueError(f"the weights hold {_some(unknown)}, which the network does not have")
+        raise ValueError(f"the weights hold {_first_names(unknown)}, which the network does not have")
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise ValueError(f"the weight {name} has shape {weights[name].shape}, the network needs {shape}")
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

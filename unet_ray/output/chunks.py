@@ -73,18 +73,18 @@ def chunk_starts(rows: pa.Table, n_frames: int) -> np.ndarray:
     for name in ("sequence", "camera"):
         codes = pc.dictionary_encode(rows[name].combine_chunks(), null_encoding="encode").indices.to_numpy()
         drive_starts[1:] |= codes[1:] != codes[:-1]
-    place = np.arange(len(rows))
-    within = place - np.maximum.accumulate(np.where(drive_starts, place, 0))
+    positions = np.arange(len(rows))
+    within = positions - np.maximum.accumulate(np.where(drive_starts, positions, 0))
     return np.flatnonzero(within % n_frames == 0)
 
 
 def _fill(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """Returns the number of the shard of each chunk: a shard takes whole chunks until it has `capacity` rows."""
     shards, shard, filled = np.zeros(len(sizes), np.int64), 0, 0
-    for place, size in enumerate(sizes):
+    for index, size in enumerate(sizes):
         if filled >= capacity:
             shard, filled = shard + 1, 0
-        shards[place], filled = shard, filled + size
+        shards[index], filled = shard, filled + size
     return shards
 
 

@@ -135,8 +135,8 @@ def _signs(out: str) -> dict[str, dict[str, Any]]:
 
 def _lives(sign: Mapping[str, Any]) -> bool | None:
     """Whether the process that left a sign lives; None where it is none of this machine's."""
-    process, here = sign.get("process"), _this_process()
-    if not isinstance(process, dict) or {**process, "pid": 0, "started": 0} != {**here, "pid": 0, "started": 0}:
+    process, this_process = sign.get("process"), _this_process()
+    if not isinstance(process, dict) or {**process, "pid": 0, "started": 0} != {**this_process, "pid": 0, "started": 0}:
         return None
     pid, started = process.get("pid"), process.get("started")
     return _start_of(pid) == started if type(pid) is int and isinstance(started, str) else None

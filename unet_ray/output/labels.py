@@ -27,7 +27,7 @@ _PARTS_AT_ONCE = 16
 class NewRows:
     """Rows of a chunk that were tried again."""
 
-    place: int
+    position: int
     """Of the chunk within its shard."""
     rows: tuple[int, ...]
     """Places within the chunk."""
@@ -45,7 +45,7 @@ def new_rows(plan: Plan) -> tuple[dict[int, list[NewRows]], int]:
         if chunk.key in recorded:
             (receipt,) = ledger.read_receipts(plan.out, [chunk.key])
             row = NewRows(
-                place=places[chunk.chunk_id],
+                position=places[chunk.chunk_id],
                 rows=chunk.rows or (),
                 rejected=retry.rejected[chunk.chunk_id],
                 receipt=receipt,
@@ -58,9 +58,9 @@ def replaced(rows: pa.Table, places: Sequence[int], new: pa.Table) -> pa.Table:
     """Returns rows with some of the rejected ones replaced."""
     order = np.arange(len(rows))
     reasons = rows["reason"]
-    for index, place in enumerate(places):
-        if reasons[place].is_valid:
-            order[place] = len(rows) + index
+    for index, row in enumerate(places):
+        if reasons[row].is_valid:
+            order[row] = len(rows) + index
     return pa.concat_tables([rows, new.select(rows.column_names)]).take(pa.array(order))
 
 

@@ -88,12 +88,12 @@ def open_retries(plan: Plan) -> list[tuple[Retry, Chunk]]:
     if not every:
         return []
     published = published_shards(plan)
-    held = dict.fromkeys(plan.of_shard, 0)
+    applied = dict.fromkeys(plan.of_shard, 0)
     for entry in read_notes(plan):
         shard = shard_of(entry["file"]["path"])
-        if shard in held and published.get(shard) == entry["file"]:
-            held[shard] = entry["n_retries"]
-    return [(retry, chunk) for retry in every for chunk in retry.chunks(plan) if retry.number >= held[chunk.shard]]
+        if shard in applied and published.get(shard) == entry["file"]:
+            applied[shard] = entry["n_retries"]
+    return [(retry, chunk) for retry in every for chunk in retry.chunks(plan) if retry.number >= applied[chunk.shard]]
 
 
 def done_so_far(plan: Plan) -> tuple[int, Counter[str]]:
@@ -192,7 +192,7 @@ def _with_kept(out: str, name: str, table: pa.Table) -> pa.Table:
     if not name.endswith(f"-{storage.sha256(data)[:16]}.parquet"):
         return table
     kept = read_parquet(data)
-    rows = {place: index for index, place in enumerate(kept["place"].to_pylist())}
+    rows = {row: index for index, row in enumerate(kept["place"].to_pylist())}
     source = pa.array(
         [rows.get(n) if reason else None for n, reason in enumerate(table["reason"].to_pylist())], pa.int64()
     )
@@ -205,8 +205,8 @@ def _with_kept(out: str, name: str, table: pa.Table) -> pa.Table:
         values[side] = pc.coalesce(values[side], table[side])
     values |= {"status": pa.scalar("ok"), "reason": pa.scalar(None, pa.string()), "error": why}
     for column, value in values.items():
-        place = table.column_names.index(column)
-        table = table.set_column(place, table.schema.field(column), pc.if_else(is_kept, value, table[column]))
+        index = table.column_names.index(column)
+        table = table.set_column(index, table.schema.field(column), pc.if_else(is_kept, value, table[column]))
     return table
 
 

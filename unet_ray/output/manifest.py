@@ -64,10 +64,10 @@ def refuse_doubled(out: str, new: pa.Table) -> None:
     new_places = _places(new)
     for file in (file for mark in read_generations(out) for file in mark["files"]):
         known = _read_table(storage.join(out, file["path"]), ("frame_id", *_PLACE))
-        found = pc.index_in(new_places, _places(known))
-        if found.null_count < len(found):
-            row = pc.indices_nonzero(pc.is_valid(found))[0].as_py()
-            before, now = known["frame_id"][found[row].as_py()].as_py(), new["frame_id"][row].as_py()
+        matches = pc.index_in(new_places, _places(known))
+        if matches.null_count < len(matches):
+            row = pc.indices_nonzero(pc.is_valid(matches))[0].as_py()
+            before, now = known["frame_id"][matches[row].as_py()].as_py(), new["frame_id"][row].as_py()
             raise ValueError(
                 f"{new['uri'][row].as_py()} is planned in {out} as {before} and would be labelled once more as {now}; "
                 "give the archives as they were given before (those with more frames behind them), or another --out"

@@ -127,14 +127,14 @@ def compare(
     """
     recorded, is_old = manifest.recorded_roots(marks), _some_say_no_root(marks)
     unknown = [root for root in listing.roots if root.uri not in recorded and not (is_old and _holds(known, root))]
-    place = pc.index_in(known["frame_id"], listing.table["frame_id"])
-    gone = pc.is_null(place)
-    changed = pc.fill_null(pc.not_equal(known["version"], listing.table["version"].take(place)), False)
+    rows = pc.index_in(known["frame_id"], listing.table["frame_id"])
+    gone = pc.is_null(rows)
+    changed = pc.fill_null(pc.not_equal(known["version"], listing.table["version"].take(rows)), False)
     if unknown and not add_root and 2 * (_sum(gone) + _sum(changed)) > len(known):
         roots = first_few([shown_path(uri) for uri in recorded or [_common(known)]])
         raise ValueError(f"{shown_path(out)} holds {roots}; give another --out, or --add-root")
     _refuse_overlaps(out, unknown, recorded)
-    _refuse_taken_ids(out, listing, known, place, recorded)
+    _refuse_taken_ids(out, listing, known, rows, recorded)
     asked = _are_of_listed(known["frame_id"], listing.roots, recorded) if not unknown or add_root else None
     if asked is not None:
         gone, changed = pc.and_(gone, asked), pc.and_(changed, asked)
@@ -145,7 +145,7 @@ def compare(
                 f"{first_few([shown_path(root.uri) for root in listing.roots])} are gone; give --keep-gone to keep "
                 "what is labelled of them, or another --out"
             )
-    return Comparison(n_changed=_sum(changed), n_gone=_sum(gone), moved=_moved(known, listing, place, changed))
+    return Comparison(n_changed=_sum(changed), n_gone=_sum(gone), moved=_moved(known, listing, rows, changed))
 
 
 def _refuse_overlaps(out: str, unknown: Sequence[Root], recorded: Mapping[str, str]) -> None:
@@ -162,10 +162,10 @@ def _refuse_overlaps(out: str, unknown: Sequence[Root], recorded: Mapping[str, s
 
 
 def _refuse_taken_ids(
-    out: str, listing: Listing, known: pa.Table, place: pa.ChunkedArray, recorded: Mapping[str, str]
+    out: str, listing: Listing, known: pa.Table, rows: pa.ChunkedArray, recorded: Mapping[str, str]
 ) -> None:
     """Raises ValueError where a listed frame has the id of one of another root that the output holds."""
-    now = listing.table["uri"].take(place)
+    now = listing.table["uri"].take(rows)
     elsewhere = pc.fill_null(pc.not_equal(known["uri"], now), False)
     pairs = zip(known["uri"].filter(elsewhere).to_pylist(), now.filter(elsewhere).to_pylist(), strict=True)
     for before, after in pairs if len(recorded) > 1 else ():
@@ -215,9 +215,9 @@ def _are_of_listed(frame_ids: pa.ChunkedArray, roots: Sequence[Root], recorded: 
     return of_listed
 
 
-def _moved(known: pa.Table, listing: Listing, place: pa.ChunkedArray, changed: pa.ChunkedArray) -> dict[str, str]:
+def _moved(known: pa.Table, listing: Listing, rows: pa.ChunkedArray, changed: pa.ChunkedArray) -> dict[str, str]:
     """Where archives lie now, by where they lay: what the URIs of frames with equal ids and versions begin with."""
-    now = listing.table["uri"].take(place)
+    now = listing.table["uri"].take(rows)
     elsewhere = pc.and_not(pc.fill_null(pc.not_equal(known["uri"], now), False), changed)
     pairs = zip(known["uri"].filter(elsewhere).to_pylist(), now.filter(elsewhere).to_pylist(), strict=True)
     return dict({_without_common_end(before, after) for before, after in pairs})

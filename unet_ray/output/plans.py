@@ -217,9 +217,11 @@ def _refuse_lost_marks(out: str) -> None:
             raise manifest.lost(storage.join(out, file["path"]), FileNotFoundError())
 
 
-def _refuse_other_columns(here: pa.Schema, there: pa.Schema) -> None:
-    if here != there:
-        columns = [", ".join(f"{field.name} {field.type}" for field in schema) or "none" for schema in (there, here)]
+def _refuse_other_columns(current: pa.Schema, planned: pa.Schema) -> None:
+    if current != planned:
+        columns = [
+            ", ".join(f"{field.name} {field.type}" for field in schema) or "none" for schema in (planned, current)
+        ]
         raise ValueError(
             f"the catalogues' own columns are {columns[0]} in the output and {columns[1]} here; "
             "give catalogues with the same columns, or another --out"
@@ -338,19 +340,19 @@ def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: b
     return run
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+def _differences(planned: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
     names = {"bundle_digest": "model", "class_set": "class set", "result_version": "result version"}
     for key, name in names.items():
-        if json_bytes(there[key]) != json_bytes(here[key]):
-            values = [lineage[key] for lineage in (there, here)]
+        if json_bytes(planned[key]) != json_bytes(current[key]):
+            values = [lineage[key] for lineage in (planned, current)]
             if key == "class_set":
                 values = [value["name"] for value in values]
             yield f"{name} is {str(values[0])[:12]} there and {str(values[1])[:12]} here"
-    for option in sorted({*there["options"], *here["options"]}):
-        before, now = there["options"].get(option), here["options"].get(option)
+    for option in sorted({*planned["options"], *current["options"]}):
+        before, now = planned["options"].get(option), current["options"].get(option)
         if json_bytes(before) != json_bytes(now):
             yield f"--{option.replace('_', '-')} is {before} there and {now} here"
-    if list(there["options"]) != list(here["options"]) and there["options"] == here["options"]:
+    if list(planned["options"]) != list(current["options"]) and planned["options"] == current["options"]:
         yield "its options stand in another order"  # which gives another digest
 
 

@@ -265,9 +265,9 @@ def _with_new_rows(task: ShardTask) -> Iterator[pa.Table]:
     new_parts = list(labels.read_parts(out, [new.receipt for new in task.new_rows]))
     sizes = [chunk.n_rows for chunk in task.plan.chunks]
     chunks = labels.read_parts(out, task.receipts) if base is None else labels.read_published(out, base, sizes)
-    for place, rows in enumerate(chunks):
+    for position, rows in enumerate(chunks):
         for new, part in zip(task.new_rows, new_parts, strict=True):
-            if new.place == place:
+            if new.position == position:
                 rows = labels.replaced(rows, new.rows, part)
         yield rows
 

@@ -60,15 +60,15 @@ def retry_rejected(plan: Plan, reasons: Collection[str] = ()) -> int:
     counts: dict[str, Counter[str]] = {}
     for chunk_id, reason_of_row in _rejected_rows(plan):
         again = {
-            place: reason
-            for place, reason in reason_of_row.items()
-            if reason in (reasons or results.REASONS) and place not in waiting.get(chunk_id, ())
+            row: reason
+            for row, reason in reason_of_row.items()
+            if reason in (reasons or results.REASONS) and row not in waiting.get(chunk_id, ())
         }
         if again:
             rows[chunk_id], counts[chunk_id] = tuple(sorted(again)), Counter(again.values())
     if rows:
-        held = max((entry["n_retries"] for entry in ledger.read_notes(plan)), default=0)
-        retries.write(plan, rows, counts, number=held)
+        n_retries = max((entry["n_retries"] for entry in ledger.read_notes(plan)), default=0)
+        retries.write(plan, rows, counts, number=n_retries)
     n_waiting = sum(len(places) for places in waiting.values())
     return n_damaged + n_waiting + sum(len(places) for places in rows.values())
 
@@ -87,9 +87,9 @@ def _mark_damage(plan: Plan, reasons: Collection[str]) -> int:
 def _rejected_rows(plan: Plan) -> Iterator[tuple[str, dict[int, str]]]:
     """Yields each done chunk's id, and the reason of each of its rejected rows by its place, newest retries applied."""
     new_rows, _ = labels.new_rows(plan)
-    for chunk, place, reasons in _chunks_with_rejected_rows(plan):
+    for chunk, position, reasons in _chunks_with_rejected_rows(plan):
         rejected = {n: reason for n, reason in enumerate(reasons.to_pylist()) if reason is not None}
-        for new in (new for new in new_rows.get(chunk.shard, ()) if new.place == place):
+        for new in (new for new in new_rows.get(chunk.shard, ()) if new.position == position):
             (part,) = labels.read_parts(plan.out, [new.receipt])
             for n, reason in zip(new.rows, part["reason"].to_pylist(), strict=True):
                 if n in rejected:
@@ -103,16 +103,16 @@ def _chunks_with_rejected_rows(plan: Plan) -> Iterator[tuple[Chunk, int, pa.Chun
     for shard, chunks in plan.of_shard.items():
         file = published.get(shard)
         if file is None:
-            done = [(place, chunk) for place, chunk in enumerate(chunks) if chunk.key in recorded]
+            done = [(position, chunk) for position, chunk in enumerate(chunks) if chunk.key in recorded]
             receipts = ledger.read_receipts(plan.out, [chunk.key for _, chunk in done])
-            for (place, chunk), receipt in zip(done, receipts, strict=True):
+            for (position, chunk), receipt in zip(done, receipts, strict=True):
                 if receipt.rejected:
                     (part,) = labels.read_parts(plan.out, [receipt])
-                    yield chunk, place, part["reason"]
+                    yield chunk, position, part["reason"]
         elif file["rejected"]:
             columns = labels.read_columns(plan.out, file["path"], ["reason"])
             reasons = pa.chunked_array([batch["reason"] for batch in columns], pa.string())
             start = 0
-            for place, chunk in enumerate(chunks):
-                yield chunk, place, reasons.slice(start, chunk.n_rows)
+            for position, chunk in enumerate(chunks):
+                yield chunk, position, reasons.slice(start, chunk.n_rows)
                 start += chunk.n_rows

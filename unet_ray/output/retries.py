@@ -57,7 +57,7 @@ def _checked(content: Mapping[str, Any], number: int, plan: Plan) -> Retry:
         raise ValueError("it has no rows, or no reasons of theirs")
     for chunk_id, places in rows.items():
         size = sizes.get(chunk_id, 0)
-        if not isinstance(places, list) or not all(is_count(place, below=size) for place in places):
+        if not isinstance(places, list) or not all(is_count(row, below=size) for row in places):
             raise ValueError(f"it has rows that chunk {chunk_id} does not have")
         if not places or sorted(set(places)) != places:
             raise ValueError(f"its rows of chunk {chunk_id} are not in order")

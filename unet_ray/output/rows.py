@@ -206,7 +206,7 @@ def _checked(labels: ChunkLabels, n_frames: int, n_classes: int) -> np.ndarray:
     assert labels.pixels_NK.shape == labels.class_confidence_NK.shape == (n_frames, n_classes)
     unknown = {reason for reason in labels.reason if reason is not None} - set(REASONS)
     assert not unknown, f"no such reason: {unknown}"
-    for n in (place for place, reason in enumerate(labels.reason) if reason is None):
+    for n in (index for index, reason in enumerate(labels.reason) if reason is None):
         height_px, width_px, pixels = labels.mask_height_px[n], labels.mask_width_px[n], labels.pixels_NK[n].sum()
         assert labels.mask[n] is not None and height_px is not None and width_px is not None
         assert pixels == height_px * width_px, f"{pixels} pixels counted in a mask of {height_px} x {width_px}"

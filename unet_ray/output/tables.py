@@ -28,8 +28,8 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
 def require_columns(schema: pa.Schema, fields: Iterable[pa.Field]) -> None:
     """Raises ValueError where a file's schema lacks one of the fields, has it twice, or with another type."""
     for field in fields:
-        place = schema.get_field_index(field.name)  # -1 also where it is there twice
-        if place < 0 or schema.field(place).type != field.type:
+        index = schema.get_field_index(field.name)  # -1 also where it is there twice
+        if index < 0 or schema.field(index).type != field.type:
             raise ValueError(f"it has no column {field.name} of type {field.type}")
 
 

@@ -165,14 +165,14 @@ def check_data_set(config: CheckConfig, *, on_progress: Callable[[int, int], Non
         mask_suffix=config.mask_suffix,
         path_pattern=config.path_pattern,
     )
-    found = _Findings(roots=(images, masks))
+    findings = _Findings(roots=(images, masks))
     mask_format: str | None = config.mask_format
     if mask_format == "auto":
-        mask_format = _detect(listing.pairs, class_set, found)
-    _add_orphans(found, listing)
-    _add_unmatched(found, listing.pairs, config.path_pattern)
+        mask_format = _detect(listing.pairs, class_set, findings)
+    _add_orphans(findings, listing)
+    _add_unmatched(findings, listing.pairs, config.path_pattern)
     facts = list(_inspect_all(listing.pairs, class_set, mask_format, on_progress))
-    frame_sizes = _add_facts(found, facts)
+    frame_sizes = _add_facts(findings, facts)
     counted = [fact.pixels_of for fact in facts if fact.pixels_of is not None]
     return CheckReport(
         images=images,
@@ -180,7 +180,7 @@ def check_data_set(config: CheckConfig, *, on_progress: Callable[[int, int], Non
         class_set=class_set.name,
         mask_format=mask_format or "not found out",
         n_pairs=len(listing.pairs),
-        findings=found.sorted(),
+        findings=findings.sorted(),
         frame_sizes=frame_sizes,
         classes=_class_counts(counted, class_set),
         n_masks_counted=len(counted),
@@ -212,7 +212,7 @@ class _Findings:
         return tuple(sorted(findings, key=lambda finding: not finding.refused))
 
 
-def _detect(pairs: Sequence[ImagePair], class_set: ClassSet, found: _Findings) -> str | None:
+def _detect(pairs: Sequence[ImagePair], class_set: ClassSet, findings: _Findings) -> str | None:
     unreadable: set[str] = set()
     while len(unreadable) <= LISTED:
         readable = [pair for pair in pairs if pair.mask_uri not in unreadable]
@@ -223,22 +223,22 @@ def _detect(pairs: Sequence[ImagePair], class_set: ClassSet, found: _Findings) -
         except ValueError as error:
             uri, _, problem = str(error).partition(": ")
             remark = problem.replace(" (unet-ray check shows the colours)", "")
-            found.add("masks leave open what their pixels mean", uri, remark, refused=True)
+            findings.add("masks leave open what their pixels mean", uri, remark, refused=True)
             break
     return None
 
 
-def _add_orphans(found: _Findings, listing: PairListing) -> None:
+def _add_orphans(findings: _Findings, listing: PairListing) -> None:
     for path in listing.images_without_mask:
-        found.add("frames have no mask", path, refused=True)
+        findings.add("frames have no mask", path, refused=True)
     for path in listing.masks_without_image:
-        found.add("masks have no frame", path, refused=True)
+        findings.add("masks have no frame", path, refused=True)
 
 
-def _add_unmatched(found: _Findings, pairs: Sequence[ImagePair], path_pattern: str | None) -> None:
+def _add_unmatched(findings: _Findings, pairs: Sequence[ImagePair], path_pattern: str | None) -> None:
     for pair in pairs:
-        if path_pattern is not None and not re.search(path_pattern, found.relative(pair.image_uri)):
-            found.add("frames do not match --path-pattern: their drive has no name", pair.image_uri, refused=False)
+        if path_pattern is not None and not re.search(path_pattern, findings.relative(pair.image_uri)):
+            findings.add("frames do not match --path-pattern: their drive has no name", pair.image_uri, refused=False)
 
 
 def _inspect_all(
@@ -251,10 +251,10 @@ def _inspect_all(
     local = all(storage.is_local(pair.image_uri) for pair in pairs)
     with ThreadPoolExecutor((os.cpu_count() or 1) + 4 if local else storage.REQUESTS_IN_FLIGHT) as pool:
         for start in range(0, len(pairs), at_once):
-            some = pairs[start : start + at_once]
-            yield from pool.map(lambda pair: _inspect(pair, class_set, mask_format), some)
+            batch = pairs[start : start + at_once]
+            yield from pool.map(lambda pair: _inspect(pair, class_set, mask_format), batch)
             if on_progress is not None:
-                on_progress(start + len(some), len(pairs))
+                on_progress(start + len(batch), len(pairs))
 
 
 def _inspect(pair: ImagePair, class_set: ClassSet, mask_format: str | None) -> _PairFacts:
@@ -360,36 +360,36 @@ def _known_colors(class_set: ClassSet) -> set[Color]:
     return {value for value in values if isinstance(value, tuple)}
 
 
-def _add_facts(found: _Findings, facts: Sequence[_PairFacts]) -> dict[tuple[int, int], int]:
+def _add_facts(findings: _Findings, facts: Sequence[_PairFacts]) -> dict[tuple[int, int], int]:
     unknown: dict[RawValue, list[tuple[str, int]]] = defaultdict(list)
     doubles: dict[str, list[str]] = defaultdict(list)
     sizes: Counter[tuple[int, int]] = Counter()
     for fact in facts:
         for what, uri, remark in fact.problems:
-            found.add(what, uri, remark, refused=True)
+            findings.add(what, uri, remark, refused=True)
         for what, uri, remark in fact.remarks:
-            found.add(what, uri, remark, refused=False)
+            findings.add(what, uri, remark, refused=False)
         for value, n_pixels in fact.unknown.items():
             unknown[value].append((fact.pair.mask_uri, n_pixels))
         if fact.frame_digest is not None:
             doubles[fact.frame_digest].append(fact.pair.image_uri)
         if fact.frame_size is not None:
             sizes[fact.frame_size] += 1
-    _add_unknown(found, unknown)
+    _add_unknown(findings, unknown)
     for first, *others in doubles.values():
         for other in others:
-            found.add("frames are doubles", other, f"the same bytes as {found.relative(first)}", refused=False)
+            findings.add("frames are doubles", other, f"the same bytes as {findings.relative(first)}", refused=False)
     return dict(sizes.most_common())
 
 
-def _add_unknown(found: _Findings, masks_of: Mapping[RawValue, Sequence[tuple[str, int]]]) -> None:
+def _add_unknown(findings: _Findings, masks_of: Mapping[RawValue, Sequence[tuple[str, int]]]) -> None:
     frequent = sorted(masks_of, key=lambda value: -sum(n_pixels for _, n_pixels in masks_of[value]))
-    for place, value in enumerate(frequent):
+    for index, value in enumerate(frequent):
         kind = "colour" if isinstance(value, tuple) else "id"
         listed = f"masks have the unknown {kind} {value}"
-        clause = listed if place < LISTED else f"masks have further unknown {kind}s ({len(frequent) - LISTED:,})"
+        clause = listed if index < LISTED else f"masks have further unknown {kind}s ({len(frequent) - LISTED:,})"
         for uri, n_pixels in masks_of[value]:
-            found.add(clause, uri, count(n_pixels, "pixel"), refused=True)
+            findings.add(clause, uri, count(n_pixels, "pixel"), refused=True)
 
 
 def _class_counts(counted: Sequence[np.ndarray], class_set: ClassSet) -> tuple[ClassCount, ...]:

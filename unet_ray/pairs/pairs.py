@@ -140,8 +140,8 @@ def _images_below(root: str, suffix: str, what: str) -> dict[str, storage.FileIn
         raise ValueError(f"{root} is a file; give the folder of {what}") from error
     image_files = [file for file in listed if file.path.lower().endswith(IMAGE_EXTENSIONS)]
     if not image_files:
-        found = f"{count(len(listed), 'file')}, but no image" if listed else "nothing"
-        raise ValueError(f"the folder of {what} {root} holds {found}; allowed are {', '.join(IMAGE_EXTENSIONS)}")
+        content = f"{count(len(listed), 'file')}, but no image" if listed else "nothing"
+        raise ValueError(f"the folder of {what} {root} holds {content}; allowed are {', '.join(IMAGE_EXTENSIONS)}")
     files = {file.uri: file for file in image_files if _stem(file.path).endswith(suffix)}
     if not files:
         option = "--image-suffix" if what == "frames" else "--mask-suffix"
@@ -192,15 +192,17 @@ def _paths_of(files: Mapping[str, storage.FileInfo], without: Mapping[str, Any])
 
 def require_complete(listing: PairListing) -> None:
     """Raises ValueError, in one line with counts and the first names, where a frame or a mask has no partner."""
-    found = []
+    problems = []
     for what, other, paths in (
         ("frame", "mask", listing.images_without_mask),
         ("mask", "frame", listing.masks_without_image),
     ):
         if paths:
-            found.append(f"{count(len(paths), what)} without a {other}: {first_few(paths)}")
-    if found:
-        raise ValueError("; ".join(found) + "; add what is missing or take these away (unet-ray check lists them all)")
+            problems.append(f"{count(len(paths), what)} without a {other}: {first_few(paths)}")
+    if problems:
+        raise ValueError(
+            "; ".join(problems) + "; add what is missing or take these away (unet-ray check lists them all)"
+        )
 
 
 # --- what a mask's pixels mean ---
@@ -220,7 +222,7 @@ def detect_mask_format(pairs: Sequence[ImagePair], class_set: ClassSet) -> str:
         PairProblem: a mask cannot be read.
     """
     spread = np.linspace(0, len(pairs) - 1, min(DETECTION_MASKS, len(pairs))).round().astype(int)
-    uris = [pairs[place].mask_uri for place in spread]
+    uris = [pairs[index].mask_uri for index in spread]
     contents = storage.read_many([(uri, 0, None) for uri in uris])
     fits: dict[str, frozenset[str]] = {}
     encodings: dict[str, Mapping[str, np.ndarray]] = {}
@@ -320,8 +322,8 @@ PairContent = tuple[bytes | OSError, bytes | OSError]
 def read_pairs(pairs: Sequence[ImagePair]) -> Iterator[PairContent]:
     """Yields the files of each pair, in order, with many requests in flight where the store is not local."""
 
-    def read(some: Sequence[ImagePair]) -> list[PairContent]:
-        uris = [uri for pair in some for uri in (pair.image_uri, pair.mask_uri)]
+    def read(batch: Sequence[ImagePair]) -> list[PairContent]:
+        uris = [uri for pair in batch for uri in (pair.image_uri, pair.mask_uri)]
         contents = storage.read_many([(uri, 0, None) for uri in uris])
         return list(zip(contents[::2], contents[1::2], strict=True))
 

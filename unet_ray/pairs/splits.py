@@ -119,7 +119,7 @@ def _instants(pairs: Iterable[ImagePair]) -> dict[str, int]:
     cameras: defaultdict[str, list[str]] = defaultdict(list)
     for pair in pairs:
         cameras[pair.camera].append(pair.pair_id)
-    return {i: place for ids in cameras.values() for place, i in enumerate(sorted(ids, key=natural_key))}
+    return {i: index for ids in cameras.values() for index, i in enumerate(sorted(ids, key=natural_key))}
 
 
 def _split_by_manifest(pairs: Sequence[ImagePair], manifest: str) -> Split:

@@ -33,10 +33,10 @@ def write_preview(plan: Plan, listing: Listing) -> str | None:
     uris = [storage.join(plan.out, published[shard]["path"]) for shard in sorted(published)]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(labels.opened(uri)) for uri in uris]
-        shown = list(_shown(plan, listing, files, choose_rows(*_confidences(files))))
-    if not shown:
+        samples = list(_read_samples(plan, listing, files, choose_rows(*_confidences(files))))
+    if not samples:
         return None
-    frames_HWC, masks_HW, captions = zip(*shown, strict=True)
+    frames_HWC, masks_HW, captions = zip(*samples, strict=True)
     png = pictures.draw_preview(list(frames_HWC), list(masks_HW), list(captions), plan.lineage.class_set)
     uri = storage.join(plan.out, "preview.png")
     storage.write_whole(uri, png)
@@ -75,30 +75,30 @@ def choose_rows(drives_N: np.ndarray, confidence_N: np.ndarray, n_frames: int = 
     return sorted(chosen)
 
 
-def _shown(
+def _read_samples(
     plan: Plan, listing: Listing, files: Sequence[pq.ParquetFile], places: list[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
     """Yields frame, mask and caption; a frame that is no longer there is passed over."""
     starts = np.cumsum([0, *(chunk.n_rows for chunk in plan.chunks)])
-    for place in places:
-        number = int(np.searchsorted(starts, place, side="right")) - 1
-        row = manifest.read_rows(plan.chunks[number]).slice(place - int(starts[number]), 1)
+    for index in places:
+        number = int(np.searchsorted(starts, index, side="right")) - 1
+        row = manifest.read_rows(plan.chunks[number]).slice(index - int(starts[number]), 1)
         row = origins.relocate(row, plan.origin.moved)
         content = next(read_frames(row)) if origins.are_own(row, listing)[0].as_py() else None
         if not isinstance(content, bytes):
             continue
-        label = _read_row(files, place)
+        label = _read_row(files, index)
         frame_HWC = images.decode_frame(content, max_pixels=10**9)
         yield frame_HWC, masks.mask_of(label), f"{label['frame_id']}  {label['confidence']:.2f}"
 
 
-def _read_row(files: Sequence[pq.ParquetFile], place: int) -> dict:
+def _read_row(files: Sequence[pq.ParquetFile], index: int) -> dict:
     """Reads one row of `frames/` by its place, and of its file one row group."""
     columns = ["frame_id", "confidence", *masks.MASK_COLUMNS]
     for file in files:
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows
-            if place < n_rows:
-                return file.read_row_group(group, columns=columns).slice(place, 1).to_pylist()[0]
-            place -= n_rows
-    raise AssertionError(f"no row {place}")
+            if index < n_rows:
+                return file.read_row_group(group, columns=columns).slice(index, 1).to_pylist()[0]
+            index -= n_rows
+    raise AssertionError(f"no row {index}")

@@ -185,13 +185,13 @@ def _find_secret(options: Any, path: str = "") -> str | None:
     """Returns the name of the first option that may hold a credential."""
     if isinstance(options, Mapping):
         for name, value in options.items():
-            here = f"{path}.{name}" if path else str(name)
+            option = f"{path}.{name}" if path else str(name)
             if _SECRET_OPTION.search(str(name)) and value not in _NO_SECRETS and not isinstance(value, bool):
-                return repr(here)
-            if (found := _find_secret(value, here)) is not None:
-                return found
+                return repr(option)
+            if (secret := _find_secret(value, option)) is not None:
+                return secret
     elif isinstance(options, list | tuple):
-        return next((found for value in options if (found := _find_secret(value, path)) is not None), None)
+        return next((secret for value in options if (secret := _find_secret(value, path)) is not None), None)
     elif isinstance(options, str) and "://" in options and _has_credentials(options):
         return repr(path)
     return None
@@ -211,9 +211,9 @@ def configure(options: Mapping[str, Mapping[str, Any]], retry_s: float) -> None:
         text, known = _before.setdefault(
             protocol, (os.environ.get(variable), dict(fsspec.config.conf.get(protocol, {})))
         )
-        if told := options.get(protocol):
-            os.environ[variable] = json.dumps({**_read_json(text or ""), **told})
-            fsspec.config.conf[protocol] = {**known, **told}
+        if settings := options.get(protocol):
+            os.environ[variable] = json.dumps({**_read_json(text or ""), **settings})
+            fsspec.config.conf[protocol] = {**known, **settings}
             continue
         del _before[protocol]
         fsspec.config.conf[protocol] = known
@@ -267,9 +267,11 @@ def filesystem(uri: str) -> tuple[Any, str]:
             return fsspec.core.url_to_fs(uri, use_listings_cache=False, **_google_options())
         if not is_s3(uri):
             return fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        told = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}.get("config_kwargs", {})
+        config_kwargs = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}.get(
+            "config_kwargs", {}
+        )
         retries = {"total_max_attempts": REQUEST_ATTEMPTS, "mode": "standard"}
-        config = {"retries": retries, "max_pool_connections": REQUESTS_IN_FLIGHT, **told}
+        config = {"retries": retries, "max_pool_connections": REQUESTS_IN_FLIGHT, **config_kwargs}
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config)
         fs.retries = 1
         return fs, path

@@ -143,18 +143,18 @@ def _local_parts(folder: str) -> list[ListPart]:
             names = sorted(entry.name for entry in scan if entry.is_dir())
     except OSError:
         return []
-    here = frozenset({(status.st_dev, status.st_ino)})
+    above = frozenset({(status.st_dev, status.st_ino)})
 
-    def list_some(some: Sequence[str], on_unreadable: OnUnreadable | None) -> Iterator[FileInfo]:
-        for name in some:
-            yield from _list_local(os.path.join(folder, name), name, on_unreadable, here)
+    def list_some(group: Sequence[str], on_unreadable: OnUnreadable | None) -> Iterator[FileInfo]:
+        for name in group:
+            yield from _list_local(os.path.join(folder, name), name, on_unreadable, above)
 
     def list_own(on_unreadable: OnUnreadable | None) -> Iterator[FileInfo]:
         return _list_local(folder, "", on_unreadable, frozenset(), into_folders=False)
 
     n_names = max(1, -(-len(names) // _MOST_PARTS))
     shared = [names[start : start + n_names] for start in range(0, len(names), n_names)]
-    return [list_own, *(partial(list_some, some) for some in shared)]
+    return [list_own, *(partial(list_some, group) for group in shared)]
 
 
 def _s3_parts(root: str, fs: Any, path: str) -> list[ListPart]:
@@ -223,15 +223,15 @@ def _list_local(
             raise
         on_unreadable(folder, error)
         return
-    here = (status.st_dev, status.st_ino)
-    if here in above:
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
         return
     for entry in entries:
         path = f"{relative}/{entry.name}" if relative else entry.name
         try:
             if entry.is_dir():
                 if into_folders:
-                    yield from _list_local(entry.path, path, on_unreadable, above | {here})
+                    yield from _list_local(entry.path, path, on_unreadable, above | {identity})
             else:
                 yield _local_info(entry.path, path)
         except OSError as error:

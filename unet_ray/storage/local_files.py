@@ -104,13 +104,13 @@ def delete_tree(folder: str) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    for here, folders, files in os.walk(folder, topdown=False, onerror=unless_gone):
-        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+    for parent, folders, files in os.walk(folder, topdown=False, onerror=unless_gone):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in [*files, *links]:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(here, name))
+                os.unlink(os.path.join(parent, name))
         try:
-            os.rmdir(here)
+            os.rmdir(parent)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 raise

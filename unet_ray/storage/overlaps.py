@@ -111,7 +111,7 @@ def require_unmatched(out: str, option: str, patterns: Iterable[str]) -> None:
         folder, rest = storage.split_pattern(whole if storage.is_local(whole) else real_uri(whole))
         if storage.is_local(whole):
             folder = real_uri(folder or "/", known).rstrip("/")
-        below = (place.removeprefix(f"{folder}/") for place in places if place.startswith(f"{folder}/"))
+        below = (path.removeprefix(f"{folder}/") for path in places if path.startswith(f"{folder}/"))
         if any(storage.matches(rest, path) for path in below):
             raise ValueError(f"--out {out} lies in what {option} {pattern} matches; give a place beside it")
 
@@ -132,14 +132,14 @@ def require_distinct_roots(roots: Sequence[tuple[str, str]], may_lie_inside: Cal
     for (name, _), real in zip(roots, reals, strict=True):
         if real in name_of:
             other = name_of[real]
-            found = f"{name} is given twice" if name == other else f"{_with_real(name, real)} is {other}"
-            raise ValueError(f"{found}: its frames would be labelled twice; give each place once")
+            problem = f"{name} is given twice" if name == other else f"{_with_real(name, real)} is {other}"
+            raise ValueError(f"{problem}: its frames would be labelled twice; give each place once")
         name_of[real] = name
     for (name, uri), real in zip(roots, reals, strict=True):
         outer = next((name_of[folder] for folder in folders_above(real) if folder in name_of), None)
         if outer is not None and not may_lie_inside(uri):
-            found = f"{_with_real(name, real)} lies in {outer}"
-            raise ValueError(f"{found}: its frames would be labelled twice; give each place once")
+            problem = f"{_with_real(name, real)} lies in {outer}"
+            raise ValueError(f"{problem}: its frames would be labelled twice; give each place once")
 
 
 def _with_real(uri: str, real: str) -> str:

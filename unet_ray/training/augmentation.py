@@ -74,10 +74,10 @@ def augment(
     return image, mask
 
 
-def _window(in_px: int, share: float, place: float, out_px: int) -> tuple[np.ndarray, np.ndarray]:
+def _window(in_px: int, share: float, position: float, out_px: int) -> tuple[np.ndarray, np.ndarray]:
     """The source row of each output row, and whether it lies in the frame; share 1 gives `images.resize_nearest`."""
     scale = np.float32(in_px * share) / np.float32(out_px)
-    offset = np.float32(place * in_px * (1 - share))
+    offset = np.float32(position * in_px * (1 - share))
     rows = np.floor((np.arange(out_px, dtype=np.float32) + np.float32(0.5)) * scale + offset).astype(np.int64)
     inside = (rows >= 0) & (rows < in_px) if share > 1 else np.ones(out_px, bool)
     return np.clip(rows, 0, in_px - 1), inside

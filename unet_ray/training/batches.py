@@ -79,7 +79,7 @@ class BlockReader:
             {name: _one_chunk(block[name]) for name in block.column_names if name not in ("problem", "pixels")}
             for block in blocks
         ]
-        self._place = {
+        self._position = {
             index: (block, row)
             for block, columns in enumerate(self._columns)
             for row, index in enumerate(columns["index"].to_pylist())
@@ -87,14 +87,14 @@ class BlockReader:
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """See `FrameReader`."""
-        block, row = self._place[index]
+        block, row = self._position[index]
         columns = self._columns[block]
         size = columns["height_px"][row].as_py(), columns["width_px"][row].as_py()
         return _view(columns["image"][row]).reshape(*size, 3), _view(columns["mask"][row]).reshape(size)
 
     def full_mask(self, index: int) -> np.ndarray:
         """See `FrameReader`."""
-        block, row = self._place[index]
+        block, row = self._position[index]
         columns = self._columns[block]
         size = columns["full_height_px"][row].as_py(), columns["full_width_px"][row].as_py()
         return np.frombuffer(zlib.decompress(columns["full_mask"][row].as_buffer()), np.uint8).reshape(size)
@@ -174,14 +174,14 @@ def gather(
     image_BHWC = np.zeros((n_frames, *size, 3), np.uint8)
     mask_BHW = np.full((n_frames, *size), IGNORED_ID, np.uint8)
 
-    def fill(place: int) -> None:
-        image, mask = reader.read(int(indices[place]))
-        image_BHWC[place], mask_BHW[place] = view(image, mask, int(indices[place])) if view else (image, mask)
+    def fill(slot: int) -> None:
+        image, mask = reader.read(int(indices[slot]))
+        image_BHWC[slot], mask_BHW[slot] = view(image, mask, int(indices[slot])) if view else (image, mask)
 
     if isinstance(reader, FileReader):  # many requests in flight where the store answers late
         with ThreadPoolExecutor(min(32, max(1, len(indices)))) as pool:
             list(pool.map(fill, range(len(indices))))
     else:
-        for place in range(len(indices)):
-            fill(place)
+        for slot in range(len(indices)):
+            fill(slot)
     return image_BHWC, mask_BHW

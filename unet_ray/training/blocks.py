@@ -171,9 +171,9 @@ def _row_bytes(pairs: Sequence[ImagePair], plan: IngestPlan) -> int:
     """An estimate of a row's bytes: 4 a pixel, of the network's size or of the largest of some frames."""
     if plan.image_size is not None:
         return math.prod(plan.image_size) * 4
-    some = [pairs[place].image_uri for place in np.linspace(0, len(pairs) - 1, min(8, len(pairs))).astype(int)]
+    uris = [pairs[index].image_uri for index in np.linspace(0, len(pairs) - 1, min(8, len(pairs))).astype(int)]
     sizes = [0]
-    for content in read_many([(uri, 0, None) for uri in some]):
+    for content in read_many([(uri, 0, None) for uri in uris]):
         try:
             sizes += [math.prod(frame_size(content))] if isinstance(content, bytes) else []
         except ImageRefused:
@@ -226,10 +226,14 @@ def _summarize(block: pa.Table) -> pa.Table:
 
 
 def _refuse_problems(summary: pa.Table) -> None:
-    found = [row for row in summary.select(["problem_uri", "problem"]).to_pylist() if row["problem"]]
-    if found:
-        more = f"; and {count(len(found) - 1, 'other pair')} (unet-ray check lists them all)" if len(found) > 1 else ""
-        raise ValueError(f"{found[0]['problem_uri']}: {found[0]['problem']}{more}")
+    problems = [row for row in summary.select(["problem_uri", "problem"]).to_pylist() if row["problem"]]
+    if problems:
+        more = (
+            f"; and {count(len(problems) - 1, 'other pair')} (unet-ray check lists them all)"
+            if len(problems) > 1
+            else ""
+        )
+        raise ValueError(f"{problems[0]['problem_uri']}: {problems[0]['problem']}{more}")
 
 
 def _smallest_store_bytes() -> float:

@@ -119,8 +119,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    said = {key: value for key, value in manifest.items() if key != "digest"}
-    return storage.sha256(json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return storage.sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
 
 
 def list_epochs(run: str) -> list[int]:

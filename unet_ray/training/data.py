@@ -26,10 +26,10 @@ class TrainingData:
     """Weights from a file."""
 
     @property
-    def shown(self) -> tuple[ImagePair, ...]:
+    def samples(self) -> tuple[ImagePair, ...]:
         """The pairs of `samples.png`, spread over those that validate, or that train where none validates."""
         pairs = self.split.validation or self.split.train
-        return tuple(pairs[place] for place in evaluator.sample_places(len(pairs)))
+        return tuple(pairs[index] for index in evaluator.sample_places(len(pairs)))
 
 
 def find_data(config: TrainConfig) -> TrainingData:
@@ -39,8 +39,8 @@ def find_data(config: TrainConfig) -> TrainingData:
     if config.val_images is not None and config.val_masks is not None:
         val_pairs = complete_pairs(config, config.val_images, config.val_masks)
         how = f"{count(len(val_pairs), 'other frame')} of {config.val_images} validate"
-        trained, held = (_with_whole_drives(some, config.path_pattern) for some in (pairs, val_pairs))
-        split = Split(train=trained, validation=held, how=how)
+        trained, validation = (_with_whole_drives(group, config.path_pattern) for group in (pairs, val_pairs))
+        split = Split(train=trained, validation=validation, how=how)
     else:
         split = split_pairs(
             pairs,
@@ -80,13 +80,13 @@ def complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str
     return listing.pairs
 
 
-def find_mask_format(told: str, pairs: Sequence[ImagePair], class_set: ClassSet) -> str:
+def find_mask_format(mask_format: str, pairs: Sequence[ImagePair], class_set: ClassSet) -> str:
     """Returns the format that was told or, for `auto`, the one that some of the masks show, and says so."""
-    if told != "auto":
-        return told
-    found = detect_mask_format(pairs, class_set)
-    say(f"masks: {found} (found out; --mask-format sets it)")
-    return found
+    if mask_format != "auto":
+        return mask_format
+    detected = detect_mask_format(pairs, class_set)
+    say(f"masks: {detected} (found out; --mask-format sets it)")
+    return detected
 
 
 def read_class_weights(source: str, class_set: ClassSet) -> tuple[float, ...] | None:

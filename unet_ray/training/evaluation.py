@@ -57,16 +57,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     frames = ingest(pairs, plan).frames
     run = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_evaluate)
     try:
-        found, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
+        results, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
     except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
         raise error.cause from error
     say(metrics.class_table(own_KK, class_set.names))
-    say(f"boundary F1 {found['val/boundary_f1'] or 0:.3f} within {metrics.BOUNDARY_TOLERANCE:.2%} of the diagonal")
+    say(f"boundary F1 {results['val/boundary_f1'] or 0:.3f} within {metrics.BOUNDARY_TOLERANCE:.2%} of the diagonal")
     if config.out is not None:
         out = storage.resolve(config.out)
         draw_results(out, pairs, class_set, mask_format, samples, own_KK)
-        storage.write_whole(storage.join(out, "metrics.json"), json.dumps(found, indent=1).encode())
-    return found
+        storage.write_whole(storage.join(out, "metrics.json"), json.dumps(results, indent=1).encode())
+    return results
 
 
 def _evaluate(
@@ -82,6 +82,6 @@ def _evaluate(
     counted = evaluator.count(range(len(frames.names)), with_boundaries=True)
     samples = evaluator.predict_masks(evaluation.sample_places(len(frames.names)))
     names = model.class_set.names
-    found = evaluation.metrics_of(counted.own_size_KK, counted.model_size_KK, names)
-    found |= {f"val/{key}": value for key, value in metrics.boundary_f1(counted.boundary_K4, names).items()}
-    return {"val/loss": predict.loss(counted.sums_S)} | found, samples, counted.own_size_KK
+    results = evaluation.metrics_of(counted.own_size_KK, counted.model_size_KK, names)
+    results |= {f"val/{key}": value for key, value in metrics.boundary_f1(counted.boundary_K4, names).items()}
+    return {"val/loss": predict.loss(counted.sums_S)} | results, samples, counted.own_size_KK

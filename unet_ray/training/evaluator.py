@@ -75,9 +75,9 @@ class Evaluator:
             logits_BHWK, predicted_BHW, sums_S = self._predict(image_BHWC, mask_BHW)
             sums.append(sums_S.astype(np.float64))
             model_size_KK += confusion_matrix(mask_BHW, predicted_BHW, n_classes)
-            for place, index in enumerate(chosen):
+            for position, index in enumerate(chosen):
                 mask_HW = self._reader.full_mask(int(index))
-                predicted_HW = self._predict.resized_mask(logits_BHWK[place], *mask_HW.shape)
+                predicted_HW = self._predict.resized_mask(logits_BHWK[position], *mask_HW.shape)
                 own_size_KK += confusion_matrix(mask_HW, predicted_HW, n_classes)
                 if with_boundaries:
                     boundary_K4 += boundary_counts(mask_HW, predicted_HW, n_classes)
@@ -95,15 +95,15 @@ class Evaluator:
         for start in range(0, len(indices), self._batch_size):
             chosen = indices[start : start + self._batch_size]
             logits_BHWK, _, _ = self._predict(*gather(self._reader, chosen, self._batch_size, self._size))
-            for place, index in enumerate(chosen):
+            for position, index in enumerate(chosen):
                 own_size = self._reader.full_mask(int(index)).shape
-                masks[int(index)] = self._predict.resized_mask(logits_BHWK[place], *own_size)
+                masks[int(index)] = self._predict.resized_mask(logits_BHWK[position], *own_size)
         return masks
 
 
 def sample_places(n_frames: int) -> list[int]:
     """Returns the frames to show, spread over all: of several batches."""
-    return sorted({int(place) for place in np.linspace(0, n_frames - 1, N_SAMPLES)}) if n_frames else []
+    return sorted({int(index) for index in np.linspace(0, n_frames - 1, N_SAMPLES)}) if n_frames else []
 
 
 def metrics_of(own_size_KK: np.ndarray, model_size_KK: np.ndarray, names: Sequence[str]) -> dict[str, Any]:

@@ -83,11 +83,11 @@ def train(config: TrainConfig) -> TrainResult:
     run_folder.begin(config, about)
     record = MlflowRecord(config) if config.mlflow else None
     monitor = run_workers(config, task, launcher, record)
-    found = write_results(config, data, monitor.samples)
+    metrics = write_results(config, data, monitor.samples)
     if record:
         record.finish()
     say(f"model: {storage.join(config.out, 'model')}")
-    return _result(config.out, found)
+    return _result(config.out, metrics)
 
 
 def _folders(config: TrainConfig) -> dict[str, list[str]]:
@@ -125,7 +125,7 @@ def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) ->
         image_pixels_K=(present_NK * trained.pixels_NK.sum(axis=1, keepdims=True)).sum(axis=0),
         train=trained.frames,
         validation=validation.frames,
-        shown=FileFrames(names=tuple(pair.pair_id for pair in data.shown), pairs=data.shown, plan=whole_plan),
+        samples=FileFrames(names=tuple(pair.pair_id for pair in data.samples), pairs=data.samples, plan=whole_plan),
         device=device,
         cpus=cpus,
         start_timeout_s=max(START_TIMEOUT_S, config.collective_timeout_s),
@@ -159,10 +159,10 @@ def _workers(fewest: int, most: int) -> str:
 # --- the results ---
 
 
-def _result(run: str, found: dict[str, Any]) -> TrainResult:
+def _result(run: str, metrics: dict[str, Any]) -> TrainResult:
     last = checkpoints.newest_valid(run, on_damaged=lambda line: say(f"warning: {line}"))
     history = last.history if last else ()
-    return TrainResult(run=run, model=storage.join(run, "model"), metrics=found, history=history)
+    return TrainResult(run=run, model=storage.join(run, "model"), metrics=metrics, history=history)
 
 
 # --- measuring a trained model ---

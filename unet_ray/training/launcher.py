@@ -57,19 +57,19 @@ LAST_WORD_S = 10.0
 """How long a worker that ends itself waits to be heard."""
 
 
-def _work(told: dict[str, Any]) -> None:
+def _work(loop_config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker."""
     with without_plots():  # here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s)
         from unet_ray.training.worker import Worker
 
-    context, mailbox = ray.train.get_context(), told["mailbox"]
+    context, mailbox = ray.train.get_context(), loop_config["mailbox"]
     group = Group(
         rank=context.get_world_rank(),
         n_workers=context.get_world_size(),
         agree=broadcast_from_rank_zero,
         tell=lambda event: _tell(mailbox, event),
     )
-    Worker(told["task"], group).run()
+    Worker(loop_config["task"], group).run()
 
 
 def _tell(mailbox: Any, event: dict[str, Any]) -> None:
@@ -162,9 +162,9 @@ class _StandIn(types.ModuleType):
 
 def start_launcher() -> Any:
     """Starts it on the driver's node: should another node be lost, it is not the one that holds the run."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote  # its annotations do not know of concurrency groups (Ray 2.60)
-    return remote(num_cpus=0, scheduling_strategy=here, concurrency_groups={"fit": 1})(Launcher).remote()
+    return remote(num_cpus=0, scheduling_strategy=this_node, concurrency_groups={"fit": 1})(Launcher).remote()
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -59,8 +59,8 @@ class MlflowRecord:
 
     def _begin(self, config: TrainConfig) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "unet-ray")
-        found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        existing = self._client.get_experiment_by_name(name)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(name)
         run_id = self._client.create_run(experiment, run_name=storage.name(config.out)).info.run_id
         for key, value in to_plain(config).items():
             self._client.log_param(run_id, key, value)

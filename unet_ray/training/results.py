@@ -26,20 +26,20 @@ def write_results(config: TrainConfig, data: TrainingData, samples: Mapping[int,
     """Writes the bundle, the pictures and, last, `metrics.json`."""
     last, best = _last_and_best(config.out)
     row = last.history[best.epoch - 1]
-    found: dict[str, Any] = {"epochs": last.epoch, "best_epoch": best.epoch}
-    found |= {key: row[key] for key in ("loss", "accuracy", "val/loss") if key in row}
+    results: dict[str, Any] = {"epochs": last.epoch, "best_epoch": best.epoch}
+    results |= {key: row[key] for key in ("loss", "accuracy", "val/loss") if key in row}
     own_KK = best.tensors.get(OWN_SIZE)
     if own_KK is not None:
-        found |= evaluation.metrics_of(own_KK, best.tensors[MODEL_SIZE], data.class_set.names)
+        results |= evaluation.metrics_of(own_KK, best.tensors[MODEL_SIZE], data.class_set.names)
         say(metrics.class_table(own_KK, data.class_set.names))
     model_config = config.model_config(data.class_set.n_classes)
     weights = network_weights(best.tensors)
-    bundle.write_bundle(storage.join(config.out, "model"), weights, model_config, data.class_set, found)
+    bundle.write_bundle(storage.join(config.out, "model"), weights, model_config, data.class_set, results)
     write_history(config.out, last.history)
     _draw_curves(config.out, last.history)
-    draw_results(config.out, data.shown, data.class_set, data.mask_format, samples, own_KK)
-    storage.write_whole(storage.join(config.out, run_folder.METRICS_FILE), json.dumps(found, indent=1).encode())
-    return found
+    draw_results(config.out, data.samples, data.class_set, data.mask_format, samples, own_KK)
+    storage.write_whole(storage.join(config.out, run_folder.METRICS_FILE), json.dumps(results, indent=1).encode())
+    return results
 
 
 def _last_and_best(run: str) -> tuple[Checkpoint, Checkpoint]:
@@ -76,8 +76,8 @@ def draw_results(
         picture = pictures.draw_confusion(confusion_KK, class_set.names)
         storage.write_whole(storage.join(out, "confusion.png"), picture)
     if samples:
-        shown = [load_pair(pairs[place], class_set, mask_format) for place in samples]
-        captions = [pairs[place].pair_id for place in samples]
-        frames, true_masks = [frame for frame, _ in shown], [mask for _, mask in shown]
+        loaded = [load_pair(pairs[index], class_set, mask_format) for index in samples]
+        captions = [pairs[index].pair_id for index in samples]
+        frames, true_masks = [frame for frame, _ in loaded], [mask for _, mask in loaded]
         picture = pictures.draw_samples(frames, true_masks, list(samples.values()), class_set, captions=captions)
         storage.write_whole(storage.join(out, "samples.png"), picture)

@@ -89,16 +89,16 @@ def _require_same_options(config: TrainConfig, before: Any) -> None:
     before = before if isinstance(before, dict) else {}
     different = [key for key in now if key not in _MAY_DIFFER and now[key] != before.get(key)]
     if different:
-        shown = "; ".join(
-            f"--{key.replace('_', '-')} was {_shown(before.get(key))}, now {_shown(now[key])}" for key in different
+        differences = "; ".join(
+            f"--{key.replace('_', '-')} was {_text(before.get(key))}, now {_text(now[key])}" for key in different
         )
         raise ValueError(
-            f"--out {config.out} holds a run of another configuration: {shown}; give the same options, another --out, "
-            "or --overwrite to delete that run and start anew"
+            f"--out {config.out} holds a run of another configuration: {differences}; give the same options, "
+            "another --out, or --overwrite to delete that run and start anew"
         )
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -110,10 +110,10 @@ def require_same_data(config: TrainConfig, about: dict[str, Any]) -> None:
     before, now = _data(json.loads(written)), _data(about)
     different = [key for key in now | before if before.get(key) != now.get(key)]
     if different:
-        shown = ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in different)
+        differences = ", ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in different)
         raise ValueError(
-            f"--out {config.out} holds a run that began with other data: {shown}; restore the data, give another --out,"
-            " or --overwrite to delete that run and start anew"
+            f"--out {config.out} holds a run that began with other data: {differences}; restore the data, give "
+            "another --out, or --overwrite to delete that run and start anew"
         )
 
 

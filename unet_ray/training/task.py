@@ -27,7 +27,7 @@ class WorkerTask:
     """Valid pixels of the training masks in which the class occurs."""
     train: FrameSource
     validation: FrameSource
-    shown: FrameSource
+    samples: FrameSource
     """What `samples.png` will show, all of it."""
     device: str
     """`gpu` or `cpu`."""

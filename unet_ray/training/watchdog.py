@@ -48,7 +48,7 @@ class Watchdog:
         while not self._over.wait(self._left_s()):
             if self._left_s() <= 0:
                 try:
-                    self._on_stuck(_place(thread))
+                    self._on_stuck(_position(thread))
                 finally:
                     os._exit(1)  # what is stuck runs no handler and sees no exception
 
@@ -56,10 +56,10 @@ class Watchdog:
         return max(0.0, self._beaten_at + self._timeout_s - time.monotonic())
 
 
-def _place(thread: int) -> str:
+def _position(thread: int) -> str:
     """Where a thread is in this package's code, and what that has called, if something else."""
     stack = traceback.extract_stack(sys._current_frames()[thread])
-    last = max((place for place, frame in enumerate(stack) if _is_ours(frame)), default=-1)
+    last = max((index for index, frame in enumerate(stack) if _is_ours(frame)), default=-1)
     return " -> ".join(f"{_file(frame)}:{frame.lineno} ({frame.name})" for frame in stack[last:][:2])
 
 

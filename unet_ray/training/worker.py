@@ -43,7 +43,7 @@ class Worker:
 
     def _watchdog(self, timeout_s: float, what: str, option: str = "") -> Watchdog:
         line = f"worker {self.rank} {what} for {timeout_s:.0f} s{option} and ends itself; it was in"
-        return Watchdog(timeout_s, lambda place: self.group.tell({"kind": "stuck", "line": f"{line} {place}"}))
+        return Watchdog(timeout_s, lambda where: self.group.tell({"kind": "stuck", "line": f"{line} {where}"}))
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:
@@ -114,16 +114,16 @@ class Worker:
 
     def _restore(self) -> Checkpoint:
         """Every worker starts from the checkpoint that rank 0 finds: the newest that verifies."""
-        run, found = self.config.out, None
+        run, checkpoint = self.config.out, None
         if self.rank == 0:
-            found = checkpoints.newest_valid(run, on_damaged=lambda line: self._tell(kind="note", line=line))
-        epoch = self.group.agree(found.epoch if found else 0)
+            checkpoint = checkpoints.newest_valid(run, on_damaged=lambda line: self._tell(kind="note", line=line))
+        epoch = self.group.agree(checkpoint.epoch if checkpoint else 0)
         if epoch == 0:
             return Checkpoint(epoch=0, step=0, tensors={}, history=(), best_epoch=0)
-        found = found or checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, epoch))
-        steps.restore_state(self.model, self.optimizer, found.tensors)
-        self._tell(kind="restored", epoch=epoch, history=found.history)
-        return found
+        checkpoint = checkpoint or checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, epoch))
+        steps.restore_state(self.model, self.optimizer, checkpoint.tensors)
+        self._tell(kind="restored", epoch=epoch, history=checkpoint.history)
+        return checkpoint
 
     def _is_done(self, state: Checkpoint) -> bool:
         patience = self.config.early_stopping_epochs
@@ -172,7 +172,7 @@ class Worker:
     def _train_epoch(self, epoch: int, first_step: int) -> dict[str, Any] | None:
         started = time.time()
         order = batches.epoch_order(len(self.task.train.names), self.config.seed, epoch)
-        results, told_at = [], 0.0
+        results, reported_at = [], 0.0
         for batch, (image_BHWC, mask_BHW) in enumerate(self._batches(order, epoch)):
             step = first_step + batch
             seeds = steps.dropout_seeds(self.config.seed, step, self.rank, self.step.n_dropouts)
@@ -181,10 +181,12 @@ class Worker:
             # One step behind: the device works on this step while the last one's loss comes back.
             if not self._is_finite(results, batch - 1, order, step - 1):
                 return None
-            if time.time() - told_at > PROGRESS_INTERVAL_S:
-                told_at = time.time()
+            if time.time() - reported_at > PROGRESS_INTERVAL_S:
+                reported_at = time.time()
                 frames = min((batch + 1) * self.config.batch_size, len(order))
-                self._tell(kind="step", epoch=epoch + 1, frames=frames, n_frames=len(order), seconds=told_at - started)
+                self._tell(
+                    kind="step", epoch=epoch + 1, frames=frames, n_frames=len(order), seconds=reported_at - started
+                )
         last_step = first_step + len(results) - 1
         if not self._is_finite(results, len(results) - 1, order, last_step) or not self._stays_finite(order, last_step):
             return None
@@ -279,8 +281,8 @@ class Worker:
         # What is damaged the driver will say, which reads it after this.
         best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
         steps.restore_state(self.model, self.optimizer, best.tensors)
-        shown = evaluator.Evaluator(self.predict, self.task.shown.open(), self.part, self.model_config)
-        self._tell(kind="finished", samples=shown.predict_masks(range(len(self.task.shown.names))))
+        sample_evaluator = evaluator.Evaluator(self.predict, self.task.samples.open(), self.part, self.model_config)
+        self._tell(kind="finished", samples=sample_evaluator.predict_masks(range(len(self.task.samples.names))))
 
 
 def _is_better(value: float | None, best: float | None) -> bool:
