@@ -41,25 +41,27 @@ from unet_ray.bench import arena, benchmark, contests
 
 def main() -> int:
     """Plays the contests and returns the exit code."""
-    told = _parse()
-    settings = arena.SIZES[told.size]
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: told.cores])
-    changed: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "device": told.device}
-    if told.frames:
-        large = min(told.frames, settings.large_frames)  # of 25 times the network's work
-        changed |= {"frames": told.frames, "large_frames": large, "many_frames": told.frames}
-    if told.epochs:
-        changed["epochs"] = told.epochs
-    place = arena.Arena(told.out, dataclasses.replace(settings, **changed), told.camvid)
-    journal = benchmark.Journal(told.out / "benchmark.json", machine(), list(contests.ROWS.values()), place.source)
-    rows = [contests.ROWS[name] for name in told.only]
+    options = _parse()
+    settings = arena.SIZES[options.size]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    changed: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "device": options.device}
+    if options.frames:
+        large = min(options.frames, settings.large_frames)  # of 25 times the network's work
+        changed |= {"frames": options.frames, "large_frames": large, "many_frames": options.frames}
+    if options.epochs:
+        changed["epochs"] = options.epochs
+    contest_arena = arena.Arena(options.out, dataclasses.replace(settings, **changed), options.camvid)
+    journal = benchmark.Journal(
+        options.out / "benchmark.json", machine(), list(contests.ROWS.values()), contest_arena.source
+    )
+    rows = [contests.ROWS[name] for name in options.only]
     went_well = True
-    if not told.table and os.getloadavg()[0] > len(os.sched_getaffinity(0)) / 2:
+    if not options.table and os.getloadavg()[0] > len(os.sched_getaffinity(0)) / 2:
         _say(f"warning: the load average is {os.getloadavg()[0]:.1f}; beside other work no figure means anything")
     for contest in contests.CONTESTS.values():
         asked = [row for row in rows if row.contest == contest.name]
-        if asked and not told.table:
-            went_well &= contests.play(contest, asked, place, journal, told.repeats, _say)
+        if asked and not options.table:
+            went_well &= contests.play(contest, asked, contest_arena, journal, options.repeats, _say)
     print(benchmark.table(journal.lines()))
     return int(not went_well)
 
@@ -76,18 +78,20 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--camvid", type=Path, help="folder with train, trainannot, val, valannot")
     parser.add_argument("--table", action="store_true", help="print what is known by now and end")
-    told = parser.parse_args()
-    told.only = told.only or list(contests.GPU_ROWS if told.device == "gpu" else contests.CPU_ROWS)
+    options = parser.parse_args()
+    options.only = options.only or list(contests.GPU_ROWS if options.device == "gpu" else contests.CPU_ROWS)
     for name in ("repeats", "frames", "epochs", "cores"):
-        if (value := getattr(told, name)) is not None and value < 1:
+        if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name} is {value}; it must be at least 1")
-    return told
+    return options
 
 
 def machine() -> dict[str, Any]:
     """What measurements depend on beside settings and code."""
-    said = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in said if line.startswith("model name")), platform.machine())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version()} | {
         name: _version(name) for name in ("tensorflow", "keras", "ray", "pillow", "pyarrow", "torch")
     }

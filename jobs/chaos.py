@@ -24,14 +24,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides frames, model and the moments of the faults")
     parser.add_argument("--scenarios", nargs="+", choices=list(scenarios.SCENARIOS), default=list(scenarios.SCENARIOS))
     parser.add_argument("--size", choices=list(trials.SIZES), default="small")
-    told = parser.parse_args()
-    stage = trials.Stage(told.out.resolve() / "stage", trials.SIZES[told.size], told.seed)
+    options = parser.parse_args()
+    stage = trials.Stage(options.out.resolve() / "stage", trials.SIZES[options.size], options.seed)
     outcomes = []
-    for name in told.scenarios:
+    for name in options.scenarios:
         outcomes.append(scenarios.run(stage, name))
         print(f"{name}: {outcomes[-1].verdict} after {outcomes[-1].seconds:g} s", flush=True)
     print(scenarios.table(outcomes))
-    (told.out / "chaos.json").write_text(json.dumps(scenarios.as_json(outcomes), indent=1) + "\n")
+    (options.out / "chaos.json").write_text(json.dumps(scenarios.as_json(outcomes), indent=1) + "\n")
     return int(any(outcome.problems for outcome in outcomes))
 
 

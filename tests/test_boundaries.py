@@ -77,16 +77,16 @@ def tree(module: str) -> ast.Module:
 
 def imported(nodes: list[ast.AST], module: str) -> set[str]:
     """Names of the modules that statements import, with `unet_ray.x` for our own."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module is not None, f"{module} has a relative import"
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             ours = {name for name in whole if name.removeprefix("unet_ray.") in (*MODULES, *FOLDERS)}
-            found |= ours | ({node.module} if ours != whole else set())
-    return found
+            names |= ours | ({node.module} if ours != whole else set())
+    return names
 
 
 @functools.cache
@@ -111,9 +111,9 @@ def test_every_folder_and_file_has_its_place_in_the_order():
 
 def test_a_folder_imports_only_from_earlier_ones():
     def is_fine(module: str, other: str) -> bool:
-        here, there = room(module), room(other)
-        side_by_side = LEVELS[here] == LEVELS[there] and not {here, there} & {"training", "labelling"}
-        return here == there or LEVELS[there] < LEVELS[here] or side_by_side
+        folder, other_folder = room(module), room(other)
+        side_by_side = LEVELS[folder] == LEVELS[other_folder] and not {folder, other_folder} & {"training", "labelling"}
+        return folder == other_folder or LEVELS[other_folder] < LEVELS[folder] or side_by_side
 
     modules = (*MODULES, *FOLDERS, "__init__")
     against = {(module, other) for module in modules for other in ours(module) if not is_fine(module, other)}

@@ -71,30 +71,30 @@ def test_precedence_is_recipe_then_file_then_options(tmp_path):
     file.write_text(
         "epochs: 7\nbatch-size: 8\nimage_size: [48, 64]\naugment: true\nflip: false\nimages: from-the-file\n"
     )
-    told = cli.parse("train", [*TRAIN, "--recipe", "notebook", "--config", str(file), "--batch-size", "16"])
-    assert told.learning_rate == 1e-3 and told.augment and not told.flip
-    assert (told.epochs, told.batch_size, told.image_size, told.images) == (7, 16, (48, 64), "i")
+    config = cli.parse("train", [*TRAIN, "--recipe", "notebook", "--config", str(file), "--batch-size", "16"])
+    assert config.learning_rate == 1e-3 and config.augment and not config.flip
+    assert (config.epochs, config.batch_size, config.image_size, config.images) == (7, 16, (48, 64), "i")
 
 
 def test_a_run_can_be_repeated_from_the_configuration_it_wrote(tmp_path):
-    told = cli.parse("train", [*TRAIN, "--scale", "0.3", "1.0", "--val-images", "v", "--val-masks", "w"])
+    config = cli.parse("train", [*TRAIN, "--scale", "0.3", "1.0", "--val-images", "v", "--val-masks", "w"])
     file = tmp_path / "config.yaml"
-    file.write_text(options.to_yaml(told))
-    assert cli.parse("train", ["--config", str(file)]) == told
-    told = cli.parse("segment", ["--model", "m", "--frames", "a", "b", "--out", "o", "--actors", "1:3"])
-    file.write_text(options.to_yaml(told))
-    assert cli.parse("segment", ["--config", str(file)]) == told
+    file.write_text(options.to_yaml(config))
+    assert cli.parse("train", ["--config", str(file)]) == config
+    config = cli.parse("segment", ["--model", "m", "--frames", "a", "b", "--out", "o", "--actors", "1:3"])
+    file.write_text(options.to_yaml(config))
+    assert cli.parse("segment", ["--config", str(file)]) == config
 
 
 @pytest.mark.parametrize(
-    ("said", "reasons"),
+    ("arguments", "reasons"),
     [([], None), (["--retry-rejected"], ()), (["--retry-rejected", "crashed", "changed"], ("crashed", "changed"))],
 )
-def test_rejected_frames_are_tried_again_all_or_by_reason(said, reasons, tmp_path):
-    told = cli.parse("segment", ["--model", "m", "--frames", "a", *said, "--out", "o"])
-    assert told.retry_rejected == reasons
-    (tmp_path / "config.yaml").write_text(options.to_yaml(told))
-    assert cli.parse("segment", ["--config", str(tmp_path / "config.yaml")]) == told
+def test_rejected_frames_are_tried_again_all_or_by_reason(arguments, reasons, tmp_path):
+    config = cli.parse("segment", ["--model", "m", "--frames", "a", *arguments, "--out", "o"])
+    assert config.retry_rejected == reasons
+    (tmp_path / "config.yaml").write_text(options.to_yaml(config))
+    assert cli.parse("segment", ["--config", str(tmp_path / "config.yaml")]) == config
 
 
 def test_an_unknown_option_in_a_file_is_named(tmp_path, capsys):

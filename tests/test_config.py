@@ -73,8 +73,8 @@ def test_workers_are_a_number_or_a_range():
 
 def test_a_range_in_a_file_is_no_number_to_base_60(tmp_path):
     (tmp_path / "told.yaml").write_text("workers: 1:4\nepochs: 010\nlearning_rate: 1.0e-3\n")
-    told = config_files.read_yaml(str(tmp_path / "told.yaml"))
-    assert told == {"workers": "1:4", "epochs": 8, "learning_rate": 0.001}
+    mapping = config_files.read_yaml(str(tmp_path / "told.yaml"))
+    assert mapping == {"workers": "1:4", "epochs": 8, "learning_rate": 0.001}
 
 
 def test_the_notebooks_network_is_the_default():
@@ -122,8 +122,8 @@ def test_an_unknown_class_set_names_the_presets(tmp_path):
 
 
 def test_the_written_configuration_reads_back_the_same():
-    told = SegmentConfig(**SEGMENT, window=(48, 64), actors="1:4")
-    fields = yaml.safe_load(config_files.to_yaml(told))
+    segment_config = SegmentConfig(**SEGMENT, window=(48, 64), actors="1:4")
+    fields = yaml.safe_load(config_files.to_yaml(segment_config))
     again = SegmentConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-    assert again == told
+    assert again == segment_config
     assert set(fields) == {field.name for field in dataclasses.fields(SegmentConfig)} - {"storage_options"}

@@ -244,10 +244,10 @@ def test_damaged_bytes_give_an_array_or_a_reason_and_nothing_else(file_format):
 def test_no_flipped_byte_of_a_pngs_pixels_passes_for_other_pixels(function):
     data = encoded(Image.fromarray(RGB), "PNG")
     start, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 4  # with the sum at their end
-    for place in range(start, end):
+    for position in range(start, end):
         damaged = bytearray(data)
-        damaged[place] ^= 1
-        assert refused(function, bytes(damaged))[0] == "truncated", place
+        damaged[position] ^= 1
+        assert refused(function, bytes(damaged))[0] == "truncated", position
 
 
 def kinds():
@@ -293,12 +293,12 @@ def test_every_decoder_gives_the_pixels_or_the_refusal_that_pillow_gives(monkeyp
 
 def mend_the_sums(png):
     """Makes the sums of all chunks right again but the pixels': where that one holds, they are what was written."""
-    place = 8
-    while place + 12 <= len(png):
-        end = place + 8 + int.from_bytes(png[place : place + 4])
-        if end + 4 <= len(png) and png[place + 4 : place + 8] != b"IDAT":
-            png[end : end + 4] = zlib.crc32(png[place + 4 : end]).to_bytes(4)
-        place = end + 4
+    position = 8
+    while position + 12 <= len(png):
+        end = position + 8 + int.from_bytes(png[position : position + 4])
+        if end + 4 <= len(png) and png[position + 4 : position + 8] != b"IDAT":
+            png[end : end + 4] = zlib.crc32(png[position + 4 : end]).to_bytes(4)
+        position = end + 4
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])

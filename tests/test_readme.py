@@ -48,8 +48,8 @@ OTHER_OPTIONS = {
 def blocks(language: str, *documents: str) -> list[str]:
     """Returns the code blocks of a language, of all documents unless some are named."""
     texts = (TEXTS[name] for name in documents or DOCUMENTS)
-    found = (re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE) for text in texts)
-    return [block for pairs in found for name, block in pairs if name == language]
+    matches = (re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE) for text in texts)
+    return [block for pairs in matches for name, block in pairs if name == language]
 
 
 def table(document: str, heading: str) -> list[list[str]]:
@@ -128,15 +128,15 @@ def test_every_option_that_is_named_exists(document):
 
 
 def test_defaults_that_are_named_are_the_codes():
-    said = re.findall(r"`(--[a-z-]+)`(?: seconds)? \((?:default )?([\d.]+)\)", "\n".join(TEXTS.values()))
-    assert len(said) >= 4
-    assert [(name, float(value)) for name, value in said] == [(name, OPTIONS[name]) for name, _ in said]
+    defaults = re.findall(r"`(--[a-z-]+)`(?: seconds)? \((?:default )?([\d.]+)\)", "\n".join(TEXTS.values()))
+    assert len(defaults) >= 4
+    assert [(name, float(value)) for name, value in defaults] == [(name, OPTIONS[name]) for name, _ in defaults]
 
 
 def test_ci_runs_the_documents_commands_word_for_word():
-    told = re.findall(r'^as_written_in (\S+) "(.*)"', (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert [name for name, _ in told] == ["README.md", ".github/CONTRIBUTING.md", "README.md"]
-    assert all(line in TEXTS[name].splitlines() for name, line in told)
+    commands = re.findall(r'^as_written_in (\S+) "(.*)"', (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert [name for name, _ in commands] == ["README.md", ".github/CONTRIBUTING.md", "README.md"]
+    assert all(line in TEXTS[name].splitlines() for name, line in commands)
     assert "- run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 
 
@@ -249,11 +249,11 @@ def test_the_lines_that_read_a_mask_read_it(labels):
 
 def test_the_lines_for_hugging_face_datasets_give_every_mask_as_an_image(labels, tmp_path):
     (block,) = (block for block in blocks("python") if "load_dataset" in block)
-    shown = "\nimport json, numpy\nassert mask.mode == 'P'\n"
-    shown += "print(json.dumps({row['frame_id']: numpy.array(row['mask']).tolist() for row in labels}))"
+    program = "\nimport json, numpy\nassert mask.mode == 'P'\n"
+    program += "print(json.dumps({row['frame_id']: numpy.array(row['mask']).tolist() for row in labels}))"
     # A process of its own, because datasets reads these settings when it is imported.
     settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-W", "error", "-c", block + shown]
+    command = [sys.executable, "-W", "error", "-c", block + program]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     read = json.loads(done.stdout)
@@ -292,15 +292,17 @@ def test_the_table_of_rejected_frames_names_every_reason():
 
 
 def test_the_table_of_exit_codes_has_those_there_are():
-    told = {int(code) for codes, *_ in table("jobs/README.md", "| code | meaning |") for code in codes.split(",")}
-    assert told == {0, errors.EXIT_FAILED, errors.EXIT_USAGE, errors.EXIT_TRY_AGAIN, 130, 143}
+    documented = {int(code) for codes, *_ in table("jobs/README.md", "| code | meaning |") for code in codes.split(",")}
+    assert documented == {0, errors.EXIT_FAILED, errors.EXIT_USAGE, errors.EXIT_TRY_AGAIN, 130, 143}
 
 
 def test_the_table_of_metrics_names_those_there_are():
-    told = {name for names, _ in table("jobs/README.md", "| metric | |") for name in re.findall(r"`(ray_\w+)`", names)}
+    documented = {
+        name for names, _ in table("jobs/README.md", "| metric | |") for name in re.findall(r"`(ray_\w+)`", names)
+    }
     counters = {f"ray_{name}_total" for name in labelling.COUNTERS}
     segmenting = {f"ray_unet_ray_segment_{name}" for name in labelling.GAUGES}
-    assert told == counters | segmenting | {f"ray_unet_ray_train_{name}" for name, _ in monitor.GAUGES.values()}
+    assert documented == counters | segmenting | {f"ray_unet_ray_train_{name}" for name, _ in monitor.GAUGES.values()}
 
 
 def test_the_rooms_are_in_the_order_of_imports():

@@ -51,8 +51,8 @@ def write_tar(path: Path, files: dict[str, bytes] = FILES) -> str:
 
 def write_zip(path: Path) -> str:
     with zipfile.ZipFile(path, "w") as archive:
-        for place, (name, data) in enumerate(FILES.items()):
-            archive.writestr(name, data, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[place % 2])
+        for index, (name, data) in enumerate(FILES.items()):
+            archive.writestr(name, data, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[index % 2])
     return str(path)
 
 
@@ -358,8 +358,8 @@ def test_a_tar_that_leads_in_circles_ends(tmp_path):
 
 def test_sizes_beyond_the_file_are_not_believed(tmp_path):
     for size in (b"77777777777", b"\x80" + (2**62).to_bytes(11, "big"), b"\xff" * 12):
-        found = unlistable(tmp_path / "huge.tar", tar_header(b"1.png", size) + bytes(1024))
-        assert [uri for uri, _ in found] == [""], (size, found)
+        problems = unlistable(tmp_path / "huge.tar", tar_header(b"1.png", size) + bytes(1024))
+        assert [uri for uri, _ in problems] == [""], (size, problems)
 
 
 def test_a_header_made_to_fill_the_memory_is_not_read(tmp_path):
@@ -522,9 +522,9 @@ def test_a_catalogue_gives_ids_drives_and_columns_of_its_own(kind, tmp_path):
         catalogue.write_text("\n".join(",".join("" if v is None else str(v) for v in line) for line in lines))
     table = list_archives([str(catalogue)]).table
     assert table.schema == pa.schema([*frames.MANIFEST_SCHEMA, ("weather", pa.string())])
-    found = table.select(["frame_id", "sequence", "timestamp_ns", "frame_index", "weather"]).to_pylist()
+    rows = table.select(["frame_id", "sequence", "timestamp_ns", "frame_index", "weather"]).to_pylist()
     absolute = columns["uri"][1]
-    assert [tuple(row.values()) for row in found] == [
+    assert [tuple(row.values()) for row in rows] == [
         (absolute, absolute.rpartition("/")[0], 5, 10, "sun"),
         ("log/drive10/a.jpg", "07", 1700000000123456789, None, "rain"),
         ("log/gone.png", "07", None, None, None),

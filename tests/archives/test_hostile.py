@@ -26,27 +26,27 @@ from collections import Counter
 from unet_ray.archives.reading import FrameGone, read_frames
 from unet_ray.frames import list_archives
 
-found, unlistable = Counter(), []
+counts, unlistable = Counter(), []
 try:
     listing = list_archives(sys.argv[1:])
     unlistable = [why for _, why in listing.unlistable]
     for content in read_frames(listing.table) if len(listing.table) < 10_000 else ():
         is_gone = isinstance(content, FrameGone)
-        found[f"{content.reason}: {content.error}" if is_gone else f"{len(content) >> 20} MB"] += 1
+        counts[f"{content.reason}: {content.error}" if is_gone else f"{len(content) >> 20} MB"] += 1
 except ValueError as error:
     unlistable = [str(error)]
 # ru_maxrss would be that of the process that started this one, if it was larger.
 peak_mb = next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps([found, unlistable, peak_mb]))
+print(json.dumps([counts, unlistable, peak_mb]))
 """
 
 
 def read(path: Path) -> tuple[dict[str, int], list[str]]:
     """Lists and reads an archive in a process of its own, which stays under 1 GB."""
     done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)
-    found, unlistable, peak_mb = json.loads(done.stdout)
+    counts, unlistable, peak_mb = json.loads(done.stdout)
     assert peak_mb < 1000
-    return found, unlistable
+    return counts, unlistable
 
 
 def write_parquet(path: Path, schema: pa.Schema, rows: int, row: dict[str, object]) -> Path:
@@ -86,13 +86,13 @@ def test_a_parquet_file_whose_images_unpack_ten_thousand_times(size_mb: int, tmp
     schema = pa.schema([("image", pa.large_binary())])
     path = write_parquet(tmp_path / "bombs.parquet", schema, 600 // size_mb, {"image": bytes(size_mb * MB)})
     assert path.stat().st_size < MB
-    found, unlistable = read(path)
+    counts, unlistable = read(path)
     assert unlistable == []
     if size_mb == 20:
-        assert found == {"20 MB": 30}
+        assert counts == {"20 MB": 30}
     else:
-        (reason,) = found
-        assert reason.startswith("too_large: its row group unpacks from ") and found[reason] == 2
+        (reason,) = counts
+        assert reason.startswith("too_large: its row group unpacks from ") and counts[reason] == 2
 
 
 NAMED = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
@@ -113,8 +113,8 @@ def write_deltas(path: Path, table: pa.Table, column: str) -> None:
 
 def test_a_parquet_file_whose_names_unpack_ten_thousand_times(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "names.parquet", NAMED, 1, {"image": {"bytes": b"x", "path": "a" * 300 * MB}})
-    found, (why,) = read(path)
-    assert found == {} and why.startswith("its row group unpacks from ")
+    counts, (why,) = read(path)
+    assert counts == {} and why.startswith("its row group unpacks from ")
 
 
 def test_a_parquet_file_that_says_one_large_name_many_times(tmp_path: Path) -> None:
@@ -135,8 +135,8 @@ def test_a_parquet_file_with_many_names_that_are_as_long_as_may_be(names: int, t
     images = ({"bytes": None, "path": "a" * 4080 + str(number)} for number in range(names))
     write_deltas(path, pa.table({"image": pa.array(images, NAMED.field(0).type)}), "image.path")
     assert path.stat().st_size < MB
-    found, whys = read(path)
-    assert found == {} and len(whys) == (names > 25_000)
+    counts, whys = read(path)
+    assert counts == {} and len(whys) == (names > 25_000)
     assert all(why.startswith("its rows come to more than 384 MB; ") for why in whys)
 
 
@@ -167,8 +167,8 @@ def test_a_parquet_file_of_a_hundred_million_empty_rows(tmp_path: Path) -> None:
         table = pa.table({"image": pa.nulls(10_000_000, pa.binary())}, schema)
         for _ in range(10):
             writer.write_table(table, row_group_size=len(table))
-    found, (why,) = read(tmp_path / "rows.parquet")
-    assert found == {} and why.startswith("its rows come to more than 384 MB; ")
+    counts, (why,) = read(tmp_path / "rows.parquet")
+    assert counts == {} and why.startswith("its rows come to more than 384 MB; ")
 
 
 CATALOGUES: dict[str, tuple[pa.DataType, object, int]] = {
@@ -195,8 +195,8 @@ def test_a_catalogue_that_fills_the_memory(kind: str, tmp_path: Path) -> None:
         for _ in range(max(1, rows // 100)):
             writer.write_batch(many.to_batches()[0])
     assert (tmp_path / "c.parquet").stat().st_size < MB
-    found, (why,) = read(tmp_path / "c.parquet")
-    assert found == {} and why.startswith(f"{tmp_path}/c.parquet was made to fill the memory: its row")
+    counts, (why,) = read(tmp_path / "c.parquet")
+    assert counts == {} and why.startswith(f"{tmp_path}/c.parquet was made to fill the memory: its row")
 
 
 def test_a_catalogue_that_is_as_large_as_may_be(tmp_path: Path) -> None:
@@ -220,10 +220,10 @@ def test_a_catalogue_that_is_large_so_that_it_may_say_more(tmp_path: Path) -> No
     unpacks = pa.table(rows | {"weather": pa.array(["a" * 800 * MB] + [None] * 1999)})
     pq.write_table(unpacks, tmp_path / "unpacks.parquet", **how)
     assert all((tmp_path / f"{name}.parquet").stat().st_size > 20_000_000 for name in ("again", "unpacks"))
-    found, (why,) = read(tmp_path / "again.parquet")
-    assert found == {} and "made to fill the memory: its rows come to more than 384 MB" in why
-    found, (why,) = read(tmp_path / "unpacks.parquet")
-    assert found == {} and "made to fill the memory: its row group unpacks from " in why
+    counts, (why,) = read(tmp_path / "again.parquet")
+    assert counts == {} and "made to fill the memory: its rows come to more than 384 MB" in why
+    counts, (why,) = read(tmp_path / "unpacks.parquet")
+    assert counts == {} and "made to fill the memory: its row group unpacks from " in why
 
 
 def test_a_parquet_file_with_a_page_of_images_that_unpacks(tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_a_parquet_file_with_a_page_of_images_that_unpacks(tmp_path: Path) -> No
     table = pa.table({"image": images}, pa.schema([("image", pa.binary())]))
     how = {"compression": "zstd", "use_dictionary": False}
     pq.write_table(table, tmp_path / "page.parquet", write_batch_size=7, **how)
-    found, whys = read(tmp_path / "page.parquet")
-    (reason,) = found
-    assert whys == [] and reason.startswith("too_large: its page unpacks from ") and found[reason] == 8
+    counts, whys = read(tmp_path / "page.parquet")
+    (reason,) = counts
+    assert whys == [] and reason.startswith("too_large: its page unpacks from ") and counts[reason] == 8
 
 
 def varint(number: int, length: int = 0) -> bytes:
@@ -278,8 +278,8 @@ def write_zip_of_names(path: Path, names: int) -> Path:
 
 
 def test_a_zip_of_more_than_a_million_names(tmp_path: Path) -> None:
-    found, (why,) = read(write_zip_of_names(tmp_path / "names.zip", 1_000_001))
-    assert found == {} and why == "holds 1,000,001 members; at most 1,000,000 are read, make several zips of it"
+    counts, (why,) = read(write_zip_of_names(tmp_path / "names.zip", 1_000_001))
+    assert counts == {} and why == "holds 1,000,001 members; at most 1,000,000 are read, make several zips of it"
 
 
 def test_a_tar_with_a_header_of_a_million_attributes(tmp_path: Path) -> None:
@@ -288,16 +288,16 @@ def test_a_tar_with_a_header_of_a_million_attributes(tmp_path: Path) -> None:
     member.type, member.size = tarfile.XHDTYPE, len(attributes)
     padding = bytes(-len(attributes) % tarfile.BLOCKSIZE)
     (tmp_path / "attributes.tar").write_bytes(member.tobuf(tarfile.USTAR_FORMAT) + attributes + padding)
-    found, (why,) = read(tmp_path / "attributes.tar")
-    assert found == {} and why.endswith("; at most 1,048,576 are read") and why.startswith("headers of ")
+    counts, (why,) = read(tmp_path / "attributes.tar")
+    assert counts == {} and why.endswith("; at most 1,048,576 are read") and why.startswith("headers of ")
 
 
 def test_a_tar_whose_names_nearly_all_leave_it(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "leaves.tar", "w") as archive:
         for index in range(3000):
             archive.addfile(tarfile.TarInfo(f"../{index}.png"))
-    found, whys = read(tmp_path / "leaves.tar")
-    assert found == {} and len(whys) == 1001
+    counts, whys = read(tmp_path / "leaves.tar")
+    assert counts == {} and len(whys) == 1001
     assert whys[-1] == "has more than 1,000 members that cannot be listed"
 
 
@@ -311,14 +311,14 @@ class Payload:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.parametrize("place", ["image", "image.bytes", "image.path", "weather", "weather.of_the_day"])
-def test_a_parquet_file_with_pickled_objects_runs_nothing(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("column_path", ["image", "image.bytes", "image.path", "weather", "weather.of_the_day"])
+def test_a_parquet_file_with_pickled_objects_runs_nothing(column_path: str, tmp_path: Path) -> None:
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType  # which every Ray Data process knows
 
     kind = ArrowPythonObjectType()
     payload = pa.array([pickle.dumps(Payload(tmp_path / "ran"))], kind.storage_type)
     evil = pa.ExtensionArray.from_storage(kind, payload)
-    name, _, field = place.partition(".")
+    name, _, field = column_path.partition(".")
     plain = {"bytes": pa.array([b"x"]), "path": pa.array(["1.png"])} if name == "image" else {}
     fields = {**plain, field: evil}
     column = pa.StructArray.from_arrays(list(fields.values()), list(fields)) if field else evil

@@ -25,7 +25,7 @@ TWICE = "its frames would be labelled twice; give each place once"
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """The current folder, with a log `t` of two drives, a link to it and a tar beside it."""
     monkeypatch.chdir(tmp_path)
     for path in ("t/1.png", "t/sub/2.png", "t/other/3.png", "t-sub/4.png"):
@@ -68,11 +68,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["lists/a.csv", "lists/a.csv"], f"lists/a.csv is given twice: {TWICE}"),
     ],
 )
-def test_roots_that_are_one_place_or_lie_in_each_other_are_refused(roots, message, here, capsys):
-    (here / "lists").mkdir()
-    (here / "lists/a.csv").write_text("uri\n../t/1.png\n")
+def test_roots_that_are_one_place_or_lie_in_each_other_are_refused(roots, message, folder, capsys):
+    (folder / "lists").mkdir()
+    (folder / "lists/a.csv").write_text("uri\n../t/1.png\n")
     error = refusal(capsys, "segment", "--model", "gone", "--frames", *roots, "--out", "labels")
-    assert error == message.format(here=here)
+    assert error == message.format(here=folder)
 
 
 def test_roots_on_a_store_are_compared_by_their_text(capsys):
@@ -92,7 +92,7 @@ def test_roots_on_a_store_are_compared_by_their_text(capsys):
     )
 
 
-def test_places_beside_each_other_are_accepted(here):
+def test_places_beside_each_other_are_accepted(folder):
     assert [label for label, _ in find_roots(["t/sub", "t/other", "t-sub", "t/*.png"]).places] == [
         "sub",
         "other",
@@ -102,11 +102,11 @@ def test_places_beside_each_other_are_accepted(here):
     assert len(list_archives(["t", "t-sub"]).table) == 3 + 3 + 1
 
 
-def test_a_hard_link_and_a_link_below_a_root_are_frames_of_their_own(here):
+def test_a_hard_link_and_a_link_below_a_root_are_frames_of_their_own(folder):
     os.link("t/1.png", "t/5.png")
     os.link("t/1.png", "t-sub/1.png")
-    (here / "t/6.png").symlink_to("1.png")
-    (here / "t/again").symlink_to("sub")
+    (folder / "t/6.png").symlink_to("1.png")
+    (folder / "t/again").symlink_to("sub")
     ids = list_archives(["t", "t-sub"]).table["frame_id"].to_pylist()
     assert {frame_id for frame_id in ids if "log.tar" not in frame_id} == {
         *("t/1.png", "t/5.png", "t/6.png", "t/again/2.png", "t/other/3.png", "t/sub/2.png"),
@@ -129,16 +129,16 @@ def test_a_hard_link_and_a_link_below_a_root_are_frames_of_their_own(here):
         (["t-sub/a.parquet", "t-sub"], None, "{here}/t-sub/a.parquet is listed twice: as 'a.parquet!000000' and as "),
     ],
 )
-def test_two_rows_that_are_one_frame_are_refused(roots, rows, message, here):
-    (here / "a.csv").write_text(f"uri,frame_id\n{rows}\n")
-    (here / "t-sub/in").symlink_to("../t/sub")
-    pq.write_table(pa.table({"image": [b"frame", b"another"]}), here / "t-sub/a.parquet")
+def test_two_rows_that_are_one_frame_are_refused(roots, rows, message, folder):
+    (folder / "a.csv").write_text(f"uri,frame_id\n{rows}\n")
+    (folder / "t-sub/in").symlink_to("../t/sub")
+    pq.write_table(pa.table({"image": [b"frame", b"another"]}), folder / "t-sub/a.parquet")
     with pytest.raises(ValueError) as caught:
         list_archives(roots)
-    assert str(caught.value).startswith(message.format(here=here)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message.format(here=folder)) and "\n" not in str(caught.value)
 
 
-def test_a_zip_that_names_a_member_twice_is_refused(here):
+def test_a_zip_that_names_a_member_twice_is_refused(folder):
     with zipfile.ZipFile("log.zip", "w") as archive:
         archive.writestr("1.png", b"frame")
         again = copy.copy(archive.filelist[0])
@@ -148,8 +148,8 @@ def test_a_zip_that_names_a_member_twice_is_refused(here):
         list_archives(["log.zip"])
 
 
-def test_a_catalogue_may_lie_in_a_folder_of_frames_that_it_does_not_name(here):
-    (here / "t/more.csv").write_text("uri\n../t-sub/4.png\n")
+def test_a_catalogue_may_lie_in_a_folder_of_frames_that_it_does_not_name(folder):
+    (folder / "t/more.csv").write_text("uri\n../t-sub/4.png\n")
     assert "../t-sub/4.png" in list_archives(["t", "t/more.csv"]).table["frame_id"].to_pylist()
 
 
@@ -181,9 +181,9 @@ def test_a_catalogue_may_lie_in_a_folder_of_frames_that_it_does_not_name(here):
         ("s3://b/log", "s3://b", "--frames s3://b/log lies in --out s3://b; give an --out beside it"),
     ],
 )
-def test_an_output_in_its_input_or_around_it_is_refused(frames, out, message, here, capsys):
+def test_an_output_in_its_input_or_around_it_is_refused(frames, out, message, folder, capsys):
     error = refusal(capsys, "segment", "--model", "gone", "--frames", "t-sub", frames, "--out", out)
-    assert error.startswith(message.format(here=here))
+    assert error.startswith(message.format(here=folder))
 
 
 @pytest.mark.parametrize(
@@ -199,13 +199,13 @@ def test_an_output_in_its_input_or_around_it_is_refused(frames, out, message, he
         ("s3://b/log", "b/log/labels"),
     ],
 )
-def test_an_output_beside_its_input_is_accepted(frames, out, here):
+def test_an_output_beside_its_input_is_accepted(frames, out, folder):
     assert SegmentConfig(model="m", frames=(frames,), out=out).out == out
 
 
-def test_a_folder_with_a_letter_of_globs_in_its_name_is_a_folder(here):
-    (here / "log[1]").mkdir()
-    (here / "log[1]/1.png").write_bytes(b"frame")
+def test_a_folder_with_a_letter_of_globs_in_its_name_is_a_folder(folder):
+    (folder / "log[1]").mkdir()
+    (folder / "log[1]/1.png").write_bytes(b"frame")
     assert SegmentConfig(model="m", frames=("log[1]",), out="log1/labels").out == "log1/labels"
 
 
@@ -234,17 +234,17 @@ PAIRS = ("--images", "t/sub", "--masks", "t/other")
         (("export-masks", "t", "--out", "link/x"), "--out link/x ({here}/t/x) lies in the output t itself; give a "),
     ],
 )
-def test_other_commands_write_into_no_folder_that_they_read(arguments, message, here, capsys):
+def test_other_commands_write_into_no_folder_that_they_read(arguments, message, folder, capsys):
     classes = ("--classes", "camvid") if arguments[0] == "train" else ()
-    assert refusal(capsys, *arguments, *classes).startswith(message.format(here=here))
+    assert refusal(capsys, *arguments, *classes).startswith(message.format(here=folder))
 
 
-def test_an_output_that_lies_in_its_input_already_stays_readable(here, capsys):
-    root = write_folder(here / "log")
+def test_an_output_that_lies_in_its_input_already_stays_readable(folder, capsys):
+    root = write_folder(folder / "log")
     labelled.run(root, "log/labels")
     assert cli.main(["verify", "log/labels"]) == 0
     assert cli.main(["export-masks", "log/labels", "--out", "masks"]) == 0
-    assert len(list((here / "masks").rglob("*.png"))) == 3
+    assert len(list((folder / "masks").rglob("*.png"))) == 3
     assert ExportMasksConfig(labels="log/labels", out="log").labels == VerifyConfig(out="log/labels").out
     error = refusal(capsys, "segment", "--model", "gone", "--frames", "log", "--out", "log/labels")
     assert error == "--out log/labels lies in --frames log itself; give a place beside it"

@@ -56,8 +56,8 @@ def test_a_catalogue_with_a_damaged_byte_is_refused_in_one_line_or_read(tmp_path
     pq.write_table(TABLE.select(["uri", "tags", "weather"]), path, compression="gzip")
     whole = path.read_bytes()
     refused = 0
-    for place in range(4, len(whole) - 8, len(whole) // 60):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    for position in range(4, len(whole) - 8, len(whole) // 60):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         try:
             list_archives([str(path)])
         except ValueError as error:
@@ -81,10 +81,10 @@ def test_a_damaged_page_costs_its_row_group_alone(tmp_path: Path) -> None:
     middle = pq.ParquetFile(path).metadata.row_group(1).column(0)
     whole[middle.data_page_offset + middle.total_compressed_size // 2] ^= 0xFF
     path.write_bytes(whole)
-    found = list(read_frames(list_archives([str(path)]).table))
-    assert found[:30] == images[:30] and found[60:] == images[60:]
-    assert {content.reason for content in found[30:60] if isinstance(content, FrameGone)} == {"truncated"}
-    assert all(isinstance(content, FrameGone) for content in found[30:60])
+    contents = list(read_frames(list_archives([str(path)]).table))
+    assert contents[:30] == images[:30] and contents[60:] == images[60:]
+    assert {content.reason for content in contents[30:60] if isinstance(content, FrameGone)} == {"truncated"}
+    assert all(isinstance(content, FrameGone) for content in contents[30:60])
 
 
 PAGE = bytes.fromhex("1500 15d00f 1500 2c 1502 00 00")

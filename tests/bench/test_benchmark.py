@@ -30,11 +30,11 @@ TINY = arena.SIZES["tiny"]
 
 
 def ratio_row(name: str = "fast", against: str = "peer", **changes: Any) -> Row:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": name, "what": "labelling", "against": "a peer", "contest": "race", "needs": ("ours", against),
         "figure": lambda measured: measured["ours"]["per_s"] / measured[against]["per_s"], "target": 1.5,
     }  # fmt: skip
-    return Row(**told | changes)
+    return Row(**fields | changes)
 
 
 def rounds_of(*rates: tuple[float, float]) -> list[Round]:
@@ -78,8 +78,8 @@ def test_the_rate_of_the_second_half_against_the_first():
 
 def test_a_line_is_the_median_of_ratios_within_rounds():
     """The machine is twice as fast in the second round: the ratio of medians would be another."""
-    told = benchmark.line(ratio_row(), rounds_of((10, 5), (40, 10), (9, 6)))
-    assert (told.figures, told.median, told.verdict) == ((2.0, 4.0, 1.5), 2.0, "reached")
+    line = benchmark.line(ratio_row(), rounds_of((10, 5), (40, 10), (9, 6)))
+    assert (line.figures, line.median, line.verdict) == ((2.0, 4.0, 1.5), 2.0, "reached")
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_verdicts(changes: dict[str, Any], rounds: list[Round], verdict: str):
 
 def test_outputs_that_differ_in_one_round_are_told():
     row = ratio_row(agreement=lambda measured: (measured["ours"]["per_s"] > 20, f"{measured['ours']['per_s']} seen"))
-    told = benchmark.line(row, rounds_of((40, 10), (9, 6), (30, 10)))
-    assert (told.agrees, told.agreement) == (False, "9 seen")
+    line = benchmark.line(row, rounds_of((40, 10), (9, 6), (30, 10)))
+    assert (line.agrees, line.agreement) == (False, "9 seen")
 
 
 def test_the_table():
@@ -129,9 +129,9 @@ def test_every_row_asks_for_contestants_that_there_are():
 
 def test_the_mean_of_camvid_is_of_its_eleven_classes_at_the_networks_size():
     names = PRESETS["camvid"].names
-    found = {f"val_model_size/iou/{name}": place / 100 for place, name in enumerate(names)}
-    found |= {"val_model_size/iou/void": 0.9, f"val/iou/{names[0]}": 0.9, f"val_model_size/iou/{names[0]}": None}
-    assert camvid_mean_iou(found) == pytest.approx(sum(range(1, 11)) / 1000)
+    metrics = {f"val_model_size/iou/{name}": index / 100 for index, name in enumerate(names)}
+    metrics |= {"val_model_size/iou/void": 0.9, f"val/iou/{names[0]}": 0.9, f"val_model_size/iou/{names[0]}": None}
+    assert camvid_mean_iou(metrics) == pytest.approx(sum(range(1, 11)) / 1000)
 
 
 def test_masks_are_compared_pixel_by_pixel():
@@ -158,7 +158,9 @@ class Race:
         self.contest = Contest(
             name="race",
             contestants={name: self._one(name, rate) for name, rate in named.items()},
-            compare=lambda _, measured: [told.setdefault("looked_at", 1) for told in measured.values()] and None,
+            compare=lambda _, measured: (
+                [measurement.setdefault("looked_at", 1) for measurement in measured.values()] and None
+            ),
         )
 
     def _one(self, name: str, rate: float) -> Callable[[Arena], dict[str, float]]:
@@ -188,14 +190,14 @@ def test_a_run_takes_only_those_that_its_rows_need_and_both_orders(race: Race):
     went_well, lines = race.play(race.rows[:1], 2)
     assert went_well and race.ran == ["ours", "peer", "peer", "ours"]
     assert race.round_numbers == [0, 0, 1, 1]
-    assert [(told.row.name, told.figures) for told in lines] == [("fast", (3.0, 3.0))]
+    assert [(line.row.name, line.figures) for line in lines] == [("fast", (3.0, 3.0))]
 
 
 def test_rows_of_several_runs_make_one_table_and_nothing_is_measured_twice(race: Race):
     race.play(race.rows[:1], 1)
     _, lines = race.play(race.rows[1:], 1)
     assert set(race.ran) == {"ours", "second"}
-    assert [(told.row.name, told.figures) for told in lines] == [("fast", (3.0,)), ("other", (1.5,))]
+    assert [(line.row.name, line.figures) for line in lines] == [("fast", (3.0,)), ("other", (1.5,))]
     race.play(race.rows, 1)
     assert race.ran == []
     race.play(race.rows[:1], 3)
@@ -210,23 +212,23 @@ def test_a_run_that_was_cut_goes_on(race: Race):
         {"ours": {"per_s": 30.0, "looked_at": 1}}
     ]
     _, lines = race.play(race.rows[:1], 1)
-    assert [told.figures for told in lines] == [(3.0,)]
+    assert [line.figures for line in lines] == [(3.0,)]
 
 
 def test_what_other_code_has_measured_is_shown_as_such_until_it_is_measured_again(race: Race):
     race.play(race.rows[:1], 1)
     race.arena.source = "changed"
     lines = Journal(race.path, {"processor": "one"}, race.rows, "changed").lines()
-    assert [(told.figures, told.note) for told in lines] == [((3.0,), "measured with other code")]
-    assert [(told.figures, told.note) for told in race.play(race.rows[:1], 1)[1]] == [((3.0,), "")]
+    assert [(line.figures, line.note) for line in lines] == [((3.0,), "measured with other code")]
+    assert [(line.figures, line.note) for line in race.play(race.rows[:1], 1)[1]] == [((3.0,), "")]
     assert race.ran == ["ours", "peer"]
 
 
 def test_other_settings_and_another_machine_begin_anew(race: Race):
     race.play(race.rows[:1], 2)
     race.arena.settings = dataclasses.replace(TINY, frames=13)
-    assert [told.figures for told in race.play(race.rows[:1], 1)[1]] == [(3.0,)]
-    assert [told.figures for told in race.play(race.rows[:1], 1, machine="two")[1]] == [(3.0,)]
+    assert [line.figures for line in race.play(race.rows[:1], 1)[1]] == [(3.0,)]
+    assert [line.figures for line in race.play(race.rows[:1], 1, machine="two")[1]] == [(3.0,)]
     assert race.ran != []
 
 
@@ -245,13 +247,13 @@ def test_one_that_cannot_run_takes_its_row_with_it_and_no_other(race, ending, we
     race.ending["peer"] = ending
     well, lines = race.play(race.rows, 2)
     assert well == went_well
-    assert [(told.row.name, told.verdict, told.missing) for told in lines] == [
+    assert [(line.row.name, line.verdict, line.missing) for line in lines] == [
         ("fast", "not measured", missing),
         ("other", "reached", ""),
     ]
     saved = json.loads(race.path.read_text())["rows"]
     assert [(row["name"], row["verdict"]) for row in saved] == [("fast", "not measured"), ("other", "reached")]
-    assert [told.verdict for told in race.play(race.rows, 2)[1]] == ["reached", "reached"]
+    assert [line.verdict for line in race.play(race.rows, 2)[1]] == ["reached", "reached"]
 
 
 # --- programs, each in a process of its own ---
@@ -260,15 +262,15 @@ def test_one_that_cannot_run_takes_its_row_with_it_and_no_other(race, ending, we
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """An arena whose network has random weights instead of a short training."""
-    place = Arena(tmp_path_factory.mktemp("arena"), dataclasses.replace(TINY, cores=1, frames=14, pairs=9))
+    tiny_arena = Arena(tmp_path_factory.mktemp("arena"), dataclasses.replace(TINY, cores=1, frames=14, pairs=9))
     from unet_ray.model.unet import weight_shapes
 
     numbers = np.random.default_rng(1)
     weights = {
         name: numbers.normal(0, 0.5, shape).astype(np.float32) for name, shape in weight_shapes(TINY.network).items()
     }
-    write_bundle(str(place.data / "model" / "model"), weights, TINY.network, PRESETS["carla23"], {})
-    return place
+    write_bundle(str(tiny_arena.data / "model" / "model"), weights, TINY.network, PRESETS["carla23"], {})
+    return tiny_arena
 
 
 @pytest.fixture(scope="module")
@@ -288,37 +290,44 @@ def expected(tiny: Arena) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("program", ["notebook_loop", "tfdata_loop", "torch_loop"])
 def test_peers_label_every_frame_as_plain_keras_does(program: str, tiny: Arena, expected: dict[str, bytes]):
-    told: dict[str, Any] = {} if program == "notebook_loop" else {"precision": "float32"}
+    options: dict[str, Any] = {} if program == "notebook_loop" else {"precision": "float32"}
     if program == "torch_loop":
         pytest.importorskip("torch")
     out = tiny.output(program)
     tiny.program(
         program,
-        {"frames": tiny.archive("png", 14), "model": tiny.model(), "out": out, "batch_size": 4, "threads": 1, **told},
+        {
+            "frames": tiny.archive("png", 14),
+            "model": tiny.model(),
+            "out": out,
+            "batch_size": 4,
+            "threads": 1,
+            **options,
+        },
     )
     number, masks = peers.read_masks(str(out), at_most=100)
     assert number == 14 and peers.equal_share(expected, masks) > 0.999
-    number, some = peers.read_masks(str(out), at_most=5)
-    assert number == 14 and len(some) == 5 and some.items() <= masks.items()
+    number, first_masks = peers.read_masks(str(out), at_most=5)
+    assert number == 14 and len(first_masks) == 5 and first_masks.items() <= masks.items()
 
 
 def test_all_steps_compute_the_same_loss(tiny: Arena):
-    told: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "images": tiny.log() / "CameraRGB", "masks": tiny.log() / "CameraMask", "model": tiny.model(),
         "batch_size": 4, "steps": 2, "threads": 1,
     }  # fmt: skip
     programs: dict[str, dict[str, Any]] = {"our_step": {"precision": "float32", "device": "cpu"}, "keras_step": {}}
     if importlib.util.find_spec("torch"):
         programs["torch_step"] = {"precision": "float32"}
-    losses = [tiny.program(name, told | more).result for name, more in programs.items()]
+    losses = [tiny.program(name, arguments | more).result for name, more in programs.items()]
     assert all(result["images_per_s"] > 0 for result in losses)
     assert [result["loss"] for result in losses] == pytest.approx([losses[0]["loss"]] * len(losses), rel=1e-4)
 
 
 def test_steps_apart_and_decoding_of_pairs(tiny: Arena):
     images, masks = tiny.pairs()
-    told = {"images": images, "masks": masks, "size": tiny.network_size, "threads": 1}
-    assert tiny.program("decode_pairs", told).result["decode_s"] > 0
+    arguments = {"images": images, "masks": masks, "size": tiny.network_size, "threads": 1}
+    assert tiny.program("decode_pairs", arguments).result["decode_s"] > 0
     log = {"images": str(tiny.log() / "CameraRGB"), "masks": str(tiny.log() / "CameraMask"), "model": str(tiny.model())}
     steps = {
         "batch_size": 4,
@@ -338,16 +347,16 @@ def test_ingests_give_the_same_pixels(program: str, tiny: Arena):
     from unet_ray.bench.training_peers import some_pairs
 
     images, masks = map(str, tiny.pairs())
-    told = {"images": images, "masks": masks, "size": tiny.network_size, "batch_size": 4, "threads": 1}
-    result = tiny.program(program, told).result
+    arguments = {"images": images, "masks": masks, "size": tiny.network_size, "batch_size": 4, "threads": 1}
+    result = tiny.program(program, arguments).result
     image_NHWC, mask_NHW = some_pairs(images, masks, 9, tiny.network_size, "carla23")
     assert result["digest"] == digest_of(zip(image_NHWC, mask_NHW, strict=True)) and result["pairs_per_s"] > 0
 
 
 def test_ceilings(tiny: Arena):
     frames = tiny.archive("png", 14)
-    told = tiny.program("decode", {"frames": frames, "size": tiny.network_size, "threads": 1}).result
-    assert set(told) == {"ours_per_s", "tf_per_s"} and min(told.values()) > 0
+    rates = tiny.program("decode", {"frames": frames, "size": tiny.network_size, "threads": 1}).result
+    assert set(rates) == {"ours_per_s", "tf_per_s"} and min(rates.values()) > 0
 
 
 def test_a_program_that_ends_badly_is_told(tiny: Arena):
@@ -356,14 +365,14 @@ def test_a_program_that_ends_badly_is_told(tiny: Arena):
 
 
 def test_memory_is_that_of_the_process_itself(tiny: Arena):
-    code = "import sys; held = bytearray(b'x') * 120_000_000; print('held', flush=True); sys.stdin.read()"
+    code = "import sys; block = bytearray(b'x') * 120_000_000; print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout and process.stdout.readline() == b"held\n"
         memory = watchers.Memory()
         with memory.of(process.pid):
             pass
         process.stdin.close()
-    assert 110 < memory.found()["driver_mb"] < 200 and memory.found()["worker_mb"] == 0
+    assert 110 < memory.result()["driver_mb"] < 200 and memory.result()["worker_mb"] == 0
 
 
 # --- the job ---
@@ -384,7 +393,7 @@ def test_the_job_measures_writes_and_shows(tmp_path: Path):
     assert rows["listing"]["note"].startswith("300 files: ")
     assert re.match(r"reading [\d.]+ s, decoding alone ", rows["first_epoch"]["note"])
     assert "| png_tfdata " in done.stdout
-    shown = run("--table")
-    assert shown.returncode == 0 and shown.stdout == done.stdout[done.stdout.index("| row") :]
+    table = run("--table")
+    assert table.returncode == 0 and table.stdout == done.stdout[done.stdout.index("| row") :]
     usage = run("--only", "png_rain")
     assert usage.returncode == 2 and "invalid choice: 'png_rain'" in usage.stderr

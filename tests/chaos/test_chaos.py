@@ -79,7 +79,7 @@ def test_a_job_lives_through(name: str, stage: trials.Stage, request: pytest.Fix
 def test_a_job_whose_own_ray_is_killed_ends_at_once_and_the_rerun_finishes(stage):
     trial = trials.Trial(stage, "ray_killed")
     with trial.started() as job:
-        assert trials.wait_until(lambda: trial.has_records(2), job), trial.said()
+        assert trials.wait_until(lambda: trial.has_records(2), job), trial.output()
         below = set(faults.descendants(job.pid))
         (raylet,) = (pid for pid in below if Path(f"/proc/{pid}/comm").read_text() == "raylet\n")
         faults.kill([raylet])
@@ -96,7 +96,7 @@ def test_a_job_that_is_told_to_stop_while_it_lists_does_not_wait_for_the_storage
     os.mkfifo(tmp_path / "log.csv")  # who reads it waits for ever
     trial = trials.Trial(stage, "stopped_listing", archive=tmp_path / "log.csv")
     with trial.started() as job:
-        assert trials.wait_until(lambda: "Ray 2." in trial.said(), job), trial.said()
+        assert trials.wait_until(lambda: "Ray 2." in trial.output(), job), trial.output()
         trial.stop(job, signal.SIGTERM)  # SIGINT: `driver_stopped`
     trial.require_exit(128 + signal.SIGTERM, "the same command goes on where this one stopped")
     print(*trial.deeds)
@@ -105,9 +105,9 @@ def test_a_job_that_is_told_to_stop_while_it_lists_does_not_wait_for_the_storage
 
 def keepalive() -> dict[str, str]:
     """The settings with which `cluster.yaml` starts every node."""
-    told = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     head, worker = (
-        dict(re.findall(r"(RAY_(?:grpc|health)\w+)=(\S+)", told[f"{name}_start_ray_commands"][-1]))
+        dict(re.findall(r"(RAY_(?:grpc|health)\w+)=(\S+)", config[f"{name}_start_ray_commands"][-1]))
         for name in ("head", "worker")
     )
     assert head == worker and len(head) == 5
@@ -130,7 +130,7 @@ def test_a_job_goes_on_without_a_node_whose_link_is_cut(stage, monkeypatch, reco
         monkeypatch.setattr(stage, "environment", environment)
         trial = trials.Trial(stage, "cut_link", prefix=lambda command: [*network.on(0), *command])
         with trial.started("--actors", "2", on_cluster=True) as job:
-            assert trials.wait_until(lambda: trial.has_records(3), job), trial.said()
+            assert trials.wait_until(lambda: trial.has_records(3), job), trial.output()
             assert all(faults.titled_below(node.pid, "ray::MapWorker") for node in workers), "an actor on each node"
             network.cut(1)
             line = f"longest time without a finished chunk after a link was cut: {longest_gap_s(trial, job):.1f} s"

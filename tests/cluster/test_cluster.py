@@ -66,17 +66,17 @@ def test_a_ray_that_was_started_here_with_other_storage_options_is_refused_and_o
 
 def requested() -> object:
     """Returns what the autoscaler would find that it is asked for."""
-    told = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
-    return None if told is None else json.loads(told)
+    request = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    return None if request is None else json.loads(request)
 
 
 def test_a_cluster_is_waited_for_and_then_the_reason_is_said(local, monkeypatch, capsys):
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     with pytest.raises(ValueError, match=r"the cluster has \d+ CPUs? after 0\.6 s \(--wait-for-resources-s\); ask for"):
         resources.wait_for_resources([{"CPU": 1.0}] * 100, 0.6, "100 model actors")
-    said = capsys.readouterr().out
-    assert said.startswith("100 model actors want 100 CPUs (1 CPU each); the cluster has ")
-    assert said.endswith("; waiting up to 0.6 s for more nodes\n")
+    output = capsys.readouterr().out
+    assert output.startswith("100 model actors want 100 CPUs (1 CPU each); the cluster has ")
+    assert output.endswith("; waiting up to 0.6 s for more nodes\n")
     assert requested() == []
 
 
@@ -135,8 +135,8 @@ def test_the_cluster_of_ray_address_is_joined(local):
     )
     n_cpus = int(ray.cluster_resources()["CPU"])
     cpus = f"{n_cpus} CPU{'s' * (n_cpus != 1)}"
-    said = f"Ray {ray.__version__} at {address}, nodes: 1: {cpus}, 0 GPUs\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    expected = f"Ray {ray.__version__} at {address}, nodes: 1: {cpus}, 0 GPUs\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
 def test_what_is_said_while_ray_starts_comes_through_but_for_its_notice(capfd):
@@ -164,7 +164,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, capsys):
     ray.shutdown()
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setitem(
-        cli.COMMANDS, "segment", dataclasses.replace(cli.COMMANDS["segment"], run=lambda told: connection.connect())
+        cli.COMMANDS, "segment", dataclasses.replace(cli.COMMANDS["segment"], run=lambda config: connection.connect())
     )
     assert cli.run_command("segment", ["--model", "m", "--frames", "f", "--out", "o"]) == 75
     assert capsys.readouterr().err == (
@@ -177,12 +177,12 @@ def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     file = Path(__file__).parents[2] / "cluster.yaml"
-    told = prepare_config(yaml.safe_load(file.read_text()))
-    validate_config(told)
-    assert told["available_node_types"][told["head_node_type"]]["resources"]["CPU"] == 0
-    workers = {name: kind for name, kind in told["available_node_types"].items() if name != told["head_node_type"]}
+    config = prepare_config(yaml.safe_load(file.read_text()))
+    validate_config(config)
+    assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
+    workers = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
     assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in workers.values())
-    starts = [line for key in ("head", "worker") for line in told[f"{key}_start_ray_commands"] if "ray start" in line]
+    starts = [line for key in ("head", "worker") for line in config[f"{key}_start_ray_commands"] if "ray start" in line]
     settings = (
         *("RAY_AUTH_MODE=token", "RAY_grpc_client_keepalive_time_ms=5000", "RAY_grpc_client_keepalive_timeout_ms=5000"),
         *("RAY_health_check_period_ms=1000", "RAY_health_check_timeout_ms=3000"),
@@ -192,7 +192,7 @@ def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():
     assert "--dashboard-host=127.0.0.1" in starts[0]
     markets = [kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") for kind in workers.values()]
     assert set(markets) == {"spot"}
-    assert any("pip install" in line and "unet" in line for line in told["setup_commands"]), told["setup_commands"]
+    assert any("pip install" in line and "unet" in line for line in config["setup_commands"]), config["setup_commands"]
 
 
 def test_a_cluster_without_authentication_is_warned_of_in_one_line():
@@ -212,13 +212,16 @@ def test_a_cluster_without_authentication_is_warned_of_in_one_line():
 
 def test_the_kubernetes_job_gives_options_that_the_job_takes():
     jobs = Path(__file__).parents[2] / "jobs"
-    told = yaml.safe_load((jobs / "rayjob.yaml").read_text())
-    python, script, *arguments = told["spec"]["entrypoint"].split()
+    document = yaml.safe_load((jobs / "rayjob.yaml").read_text())
+    python, script, *arguments = document["spec"]["entrypoint"].split()
     assert python == "python" and (jobs / Path(script).name).is_file()
     assert cli.parse("segment", arguments).out == "s3://bucket/labels"
-    groups = [told["spec"]["rayClusterSpec"]["headGroupSpec"], *told["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    groups = [
+        document["spec"]["rayClusterSpec"]["headGroupSpec"],
+        *document["spec"]["rayClusterSpec"]["workerGroupSpecs"],
+    ]
     images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
     assert len(images) == 1 and f"-t {images.pop()} " in (jobs / "Dockerfile").read_text()
-    version = told["spec"]["rayClusterSpec"]["rayVersion"]
+    version = document["spec"]["rayClusterSpec"]["rayVersion"]
     assert version.split(".")[:2] == ray.__version__.split(".")[:2]
     assert f"rayproject/ray:{version}-" in (jobs / "Dockerfile").read_text()

@@ -173,9 +173,9 @@ def test_what_is_labelled_on_gpus_is_what_cpus_label(looks: Looks, command, tmp_
     for device in ("gpu", "cpu"):
         out = ["--out", str(tmp_path / device), "--device", device, "--precision", "float32"]
         assert cli.main([*command["segment"], *out]) == 0, capfd.readouterr().err
-        said = capfd.readouterr().out
-        assert f"device: {device}\n" in said and "11 frames: 11 labelled, 0 rejected\n" in said
-        assert f"; {'2 model actors' if device == 'gpu' else '1 model actor'} x " in said
+        output = capfd.readouterr().out
+        assert f"device: {device}\n" in output and "11 frames: 11 labelled, 0 rejected\n" in output
+        assert f"; {'2 model actors' if device == 'gpu' else '1 model actor'} x " in output
         assert looks.count() == 2, "each actor on a GPU looks once, and none on a CPU"
         assert verify.verify(str(tmp_path / device)) == []
     seen = set()
@@ -202,17 +202,17 @@ def test_a_gpu_that_tensorflow_does_not_see_ends_the_job_at_once(
     """Training and evaluation look before they read anything; where that node sees one, another may not."""
     looks.see(n_looks)
     assert cli.main([*command[job], "--device", "gpu", "--precision", "float32"]) == 1
-    said = capfd.readouterr()
+    captured = capfd.readouterr()
     hint = "; then the same command goes on" if job == "segment" else ""
-    assert said.err == REFUSED.format(SEES_NONE) + hint + "\n"
-    assert "Traceback" not in said.out
+    assert captured.err == REFUSED.format(SEES_NONE) + hint + "\n"
+    assert "Traceback" not in captured.out
     for second_try in ("once more", "a worker was lost", "the group has started again"):
-        assert second_try not in said.out
+        assert second_try not in captured.out
     if job == "segment":
         assert not list((tmp_path / "labels").rglob("part*")) and not (tmp_path / "labels/frames").exists()
     else:
         assert looks.count() == n_looks + 1
-    assert job != "train" or (" steps of 4 " in said.out) == bool(n_looks)
+    assert job != "train" or (" steps of 4 " in captured.out) == bool(n_looks)
 
 
 def test_the_first_receipt_that_tells_of_such_a_gpu_ends_the_labelling(monkeypatch) -> None:
@@ -237,9 +237,9 @@ def test_the_first_receipt_that_tells_of_such_a_gpu_ends_the_labelling(monkeypat
 def test_precision_auto_where_no_nvidia_smi_is_ends_the_job_at_once(looks: Looks, command, job: str, capfd) -> None:
     looks.see(ALWAYS)
     assert cli.main([*command[job], "--device", "gpu", "--precision", "auto"]) == 1
-    said = capfd.readouterr()
-    assert said.err == REFUSED.format(NO_NVIDIA_SMI) + "\n"
-    assert "Traceback" not in said.out and " steps of " not in said.out and " to do; " not in said.out
+    captured = capfd.readouterr()
+    assert captured.err == REFUSED.format(NO_NVIDIA_SMI) + "\n"
+    assert "Traceback" not in captured.out and " steps of " not in captured.out and " to do; " not in captured.out
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def pairs(log: Path) -> list[str]:
 def run(
     nodes: RayNodes, command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    told = {**nodes.environment, "RAY_ADDRESS": nodes.address, **(environment or {})}
-    return subprocess.run([sys.executable, *command], env=told, cwd=ROOT, capture_output=True, text=True)
+    variables = {**nodes.environment, "RAY_ADDRESS": nodes.address, **(environment or {})}
+    return subprocess.run([sys.executable, *command], env=variables, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.timeout(1800)
@@ -96,22 +96,22 @@ def test_a_path_that_another_machine_does_not_see_is_refused(nodes, folders):
         ({"--frames": ["s3://bucket/frames"]}, "s3://bucket/out"),
     ]
     before = {folder: os.listdir(folder) for folder in folders}
-    told = run(nodes, ["-c", ASK, json.dumps(cases)])
-    here = nodes.address.partition(":")[0]
+    done = run(nodes, ["-c", ASK, json.dumps(cases)])
+    this_address = nodes.address.partition(":")[0]
 
     def refused(option: str, path: str) -> str:
         return (
-            f"{option} {path} is a path of {here} that the node {ADDRESS} does not see; with several machines, give a "
-            "URI that all of them reach (s3://…), or mount that folder at the same place on each"
+            f"{option} {path} is a path of {this_address} that the node {ADDRESS} does not see; with several machines, "
+            "give a URI that all of them reach (s3://…), or mount that folder at the same place on each"
         )
 
-    assert told.stdout.splitlines()[1:] == [
+    assert done.stdout.splitlines()[1:] == [
         "seen",
         refused("--frames", f"{own}/frames"),
         refused("--frames", f"{own}/frames"),
         refused("--out", f"{own}/out"),
         "seen",
-    ], told.stderr
+    ], done.stderr
     assert {folder: os.listdir(folder) for folder in folders} == before
 
 
@@ -124,12 +124,12 @@ def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log
         "segment": ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", f"{own}/labels"],
     }
     for name, options in jobs.items():
-        told = run(nodes, [f"jobs/{name}.py", *options])
-        assert told.returncode == 2, told.stdout + told.stderr
-        assert told.stderr.splitlines()[-1].startswith(f"unet-ray: error: --out {options[-1]} is a path of "), (
-            told.stderr
+        done = run(nodes, [f"jobs/{name}.py", *options])
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"unet-ray: error: --out {options[-1]} is a path of "), (
+            done.stderr
         )
-        assert " steps of " not in told.stdout and " to do; " not in told.stdout
+        assert " steps of " not in done.stdout and " to do; " not in done.stdout
     assert os.listdir(own) == before
 
 
@@ -142,8 +142,8 @@ def test_the_machines_share_nothing_but_the_paths_that_are_given(nodes, folders,
         ["jobs/train.py", *pairs(log), *small, "--out", f"{shared}/run"],
         ["jobs/segment.py", "--model", f"{shared}/run", "--frames", f"{log}/CameraRGB", "--out", f"{shared}/labels"],
     ):
-        told = run(nodes, command, {"TMPDIR": str(own)})
-        assert told.returncode == 0, told.stdout + told.stderr
+        done = run(nodes, command, {"TMPDIR": str(own)})
+        assert done.returncode == 0, done.stdout + done.stderr
     assert verify.verify(f"{shared}/labels") == []
 
 
@@ -161,19 +161,28 @@ def test_auto_is_bfloat16_where_every_machine_that_works_has_it(nodes, folders):
     for flags, expected in ((("avx512_bf16", "avx2"), "float32"), (("avx512_bf16", "fpu amx_bf16"), "bfloat16")):
         for processor, of_processor in zip(processors, flags, strict=True):
             processor.write_text(f"flags : {of_processor}\n")
-        told = run(nodes, ["-c", PRECISION])
-        assert told.stdout.splitlines()[-1] == expected, told.stdout + told.stderr
+        done = run(nodes, ["-c", PRECISION])
+        assert done.stdout.splitlines()[-1] == expected, done.stdout + done.stderr
 
 
 @pytest.mark.timeout(1800)
 def test_a_machine_that_comes_when_the_job_waits_for_it_is_asked_too(nodes, folders, model, tmp_path):
     shared, own = folders
     synthetic.write_log(f"{own}/log", seed=0, drives=1, frames_per_drive=3, height_px=24, width_px=48)
-    told = ["--frames", f"{own}/log/CameraRGB", "--out", f"{shared}/late", "--precision", "float32", "--device", "cpu"]
-    with RayNodes() as growing, (tmp_path / "said").open("w+") as said:
+    options = [
+        "--frames",
+        f"{own}/log/CameraRGB",
+        "--out",
+        f"{shared}/late",
+        "--precision",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    with RayNodes() as growing, (tmp_path / "said").open("w+") as log_file:
         environment = {**growing.environment, "RAY_ADDRESS": growing.address}
-        command = [sys.executable, str(ROOT / "jobs/segment.py"), "--model", str(model), *told]
-        job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        command = [sys.executable, str(ROOT / "jobs/segment.py"), "--model", str(model), *options]
+        job = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
         try:
             waits = "the job wants 1 CPU; the cluster has 0 CPUs; waiting"
             assert trials.wait_until(lambda: waits in (tmp_path / "said").read_text(), job)

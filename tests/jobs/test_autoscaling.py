@@ -52,15 +52,15 @@ def n_workers(nodes: RayNodes) -> int:
     return len(nodes.running(RAYLET)) - 1
 
 
-def told(nodes: RayNodes, said: Path) -> str:
+def report(nodes: RayNodes, log_file: Path) -> str:
     """Returns what a failure is looked into with: the job's words and the autoscaler's."""
-    return f"{said.read_text()}\n{nodes.autoscaler_said()}"
+    return f"{log_file.read_text()}\n{nodes.autoscaler_output()}"
 
 
 @contextmanager
-def job(nodes: RayNodes, said: Path, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def job(nodes: RayNodes, log_file: Path, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**nodes.environment, "RAY_ADDRESS": nodes.address}
-    with said.open("wb") as file:
+    with log_file.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *options],
             env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
@@ -75,11 +75,11 @@ def job(nodes: RayNodes, said: Path, name: str, *options: str) -> Iterator[subpr
 
 @pytest.mark.timeout(1200)
 def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, gates, log, tmp_path):
-    model, out, said = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"
+    model, out, log_file = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"
     labels = ["--model", str(model), "--frames", f"{log}/CameraRGB", "--out", str(out), "--chunk-frames", "1"]
     pool = ["--actors", "1:3", "--cpus-per-actor", "1"]
     most_nodes, actors = 0, set[int]()
-    with job(nodes, said, "segment", *labels, *pool) as process:
+    with job(nodes, log_file, "segment", *labels, *pool) as process:
         while process.poll() is None:
             most_nodes = max(most_nodes, n_workers(nodes))
             actors.update(nodes.running("ray::MapWorker"))
@@ -87,25 +87,25 @@ def test_labelling_asks_for_nodes_uses_them_and_lets_them_go(nodes, gates, log, 
                 for function in MOST_S:
                     gates.open(function)
             time.sleep(0.5)
-    lines = said.read_text().splitlines()
-    assert process.returncode == 0, told(nodes, said)
+    lines = log_file.read_text().splitlines()
+    assert process.returncode == 0, report(nodes, log_file)
     assert "the job wants 1 CPU; the cluster has 0 CPUs; waiting up to 600 s for more nodes" in lines, lines
     assert any(line.startswith(f"{N_FRAMES} frames in {N_FRAMES} chunks") for line in lines)
-    assert most_nodes > 1 and len(actors) > 1, told(nodes, said)
+    assert most_nodes > 1 and len(actors) > 1, report(nodes, log_file)
     assert verify.verify(str(out)) == []
-    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600), told(nodes, said)
+    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600), report(nodes, log_file)
 
 
 @pytest.mark.timeout(1200)
 def test_training_waits_for_its_nodes_and_lets_them_go(nodes, log, tmp_path):
-    said = tmp_path / "said"
+    log_file = tmp_path / "said"
     pairs = ["--images", f"{log}/CameraRGB", "--masks", f"{log}/CameraMask", "--classes", "carla23"]
     small = ["--epochs", "2", "--image-size", "16", "32", "--n-filters", "4", "--depth", "2"]
-    with job(nodes, said, "train", *pairs, *small, "--out", str(tmp_path / "run"), "--workers", "3") as process:
+    with job(nodes, log_file, "train", *pairs, *small, "--out", str(tmp_path / "run"), "--workers", "3") as process:
         pass
-    lines = said.read_text().splitlines()
-    assert process.returncode == 0, told(nodes, said)
+    lines = log_file.read_text().splitlines()
+    assert process.returncode == 0, report(nodes, log_file)
     lack = "3 training workers want 3 CPUs (1 CPU each); the cluster has 2 CPUs; waiting"
-    assert any(line.startswith(lack) for line in lines), told(nodes, said)
+    assert any(line.startswith(lack) for line in lines), report(nodes, log_file)
     assert any(line.startswith("epoch 2/2") for line in lines)
-    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600), told(nodes, said)
+    assert wait_until(lambda: n_workers(nodes) == 0, timeout_s=600), report(nodes, log_file)

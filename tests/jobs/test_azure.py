@@ -87,8 +87,8 @@ def test_files_are_listed_read_and_put_as_on_every_store(proxy):
 
 
 def test_a_key_that_is_not_let_in_is_said_in_one_line(proxy, monkeypatch):
-    told = os.environ["AZURE_STORAGE_CONNECTION_STRING"].replace(KEY, "YW5vdGhlciBrZXk=")
-    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", told)
+    connection = os.environ["AZURE_STORAGE_CONNECTION_STRING"].replace(KEY, "YW5vdGhlciBrZXk=")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
     type(filesystems.filesystem(BUCKET)[0]).clear_instance_cache()
     with pytest.raises(storage.StorageRefused) as caught:
         storage.read_bytes(f"{BUCKET}/data/classes.yaml")
@@ -101,7 +101,7 @@ def test_both_jobs_read_and_write_there_and_go_on_after_the_store_was_away(proxy
     line = train_label_and_go_on(BUCKET, proxy, dark_on="PUT .*/records/", dark_at=4)
     assert "goes on" in line
 
-    code, said = run(BUCKET, "segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
-    assert code == 0, said
+    code, output = run(BUCKET, "segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
+    assert code == 0, output
     written = {file.uri: storage.read_bytes(file.uri) for file in storage.list_files(BUCKET)}
     assert len(written) > 50 and not any(KEY.encode() in content for content in written.values())

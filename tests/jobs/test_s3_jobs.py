@@ -48,7 +48,7 @@ class Store:
     """The store, how a command reaches it, and all that commands have said."""
 
     def __init__(self, proxy: Proxy, bucket: str):
-        self.proxy, self.bucket, self.said = proxy, bucket, list[str]()
+        self.proxy, self.bucket, self.outputs = proxy, bucket, list[str]()
 
     def run(
         self,
@@ -60,11 +60,13 @@ class Store:
         """Runs a command in some weather; returns its exit code and what it said."""
         self.proxy.reset_counts(weather or Weather())
         options = {"endpoint_url": self.proxy.url, "config_kwargs": {"read_timeout": patience_s["read_timeout"]}}
-        told = ("--storage-options", json.dumps(options), "--storage-retry-s", str(patience_s["retry"]))
+        storage_arguments = ("--storage-options", json.dumps(options), "--storage-retry-s", str(patience_s["retry"]))
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            code = cli.main([command, *(argument.replace("S3", self.bucket) for argument in arguments), *told])
-        self.said.append(output.getvalue())
+            code = cli.main(
+                [command, *(argument.replace("S3", self.bucket) for argument in arguments), *storage_arguments]
+            )
+        self.outputs.append(output.getvalue())
         self.proxy.clear_up()
         return code, output.getvalue()
 
@@ -127,22 +129,22 @@ def read_tree(uri: str, *, without: tuple[str, ...] = ("summary.json", "config.y
 
 @pytest.fixture(scope="module")
 def trained(store: Store) -> Store:
-    code, said = store.run("train", *TRAIN, "--out", "S3/run")
-    assert code == 0, said
+    code, output = store.run("train", *TRAIN, "--out", "S3/run")
+    assert code == 0, output
     return store
 
 
 @pytest.fixture(scope="module")
 def labelled(trained: Store) -> tuple[Store, Counter[str]]:
     """The store, and the requests of a labelling in fair weather."""
-    code, said = trained.run("segment", *SEGMENT, "--frames", "S3/data/images", "--out", "S3/labels")
-    assert code == 0, said
+    code, output = trained.run("segment", *SEGMENT, "--frames", "S3/data/images", "--out", "S3/labels")
+    assert code == 0, output
     return trained, trained.proxy.methods.copy()
 
 
 def test_a_data_set_is_checked(store: Store):
-    code, said = store.run("check", *DATA, "--classes", "S3/data/classes.yaml")
-    assert code == 0 and "Training would take this data set." in said
+    code, output = store.run("check", *DATA, "--classes", "S3/data/classes.yaml")
+    assert code == 0 and "Training would take this data set." in output
     n_frames = DRIVES * FRAMES
     assert store.proxy.methods["GET"] + store.proxy.methods["HEAD"] <= 2 * n_frames + 20
 
@@ -152,19 +154,19 @@ def test_a_training_leaves_its_run_and_is_not_repeated(trained: Store):
     assert {"model/model.json", "history.csv", "metrics.json", "samples.png", "config.yaml"} <= there
     config = storage.read_bytes(f"{trained.bucket}/run/config.yaml").decode()
     assert "storage_options" not in config and trained.proxy.url not in config
-    code, said = trained.run("train", *TRAIN, "--out", "S3/run")
-    assert code == 0 and "is finished already" in said
+    code, output = trained.run("train", *TRAIN, "--out", "S3/run")
+    assert code == 0 and "is finished already" in output
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras 3.15 with numpy 2.4, in save
 def test_an_evaluation_and_exports_read_and_write_there(labelled):
     store, _ = labelled
-    code, said = store.run("evaluate", "--model", "S3/run", *DATA, "--out", "S3/eval", "--device", "cpu")
-    assert code == 0, said
+    code, output = store.run("evaluate", "--model", "S3/run", *DATA, "--out", "S3/eval", "--device", "cpu")
+    assert code == 0, output
     assert storage.exists(f"{store.bucket}/eval/metrics.json")
-    code, said = store.run("export-model", "--model", "S3/run", "--out", "S3/model.keras")
+    code, output = store.run("export-model", "--model", "S3/run", "--out", "S3/model.keras")
     assert code == 0 and storage.read_bytes(f"{store.bucket}/model.keras")[:2] == b"PK"
-    code, said = store.run("export-masks", "S3/labels", "--out", "S3/masks-png")
+    code, output = store.run("export-masks", "S3/labels", "--out", "S3/masks-png")
     assert code == 0 and len(list(storage.list_files(f"{store.bucket}/masks-png"))) == DRIVES * FRAMES
 
 
@@ -175,22 +177,22 @@ def test_a_labelling_costs_a_request_a_frame_four_a_chunk_and_a_number_that_does
     # test_weather has the exact costs of frames and chunks. The rest was 194 where the job took a minute: four are for
     # each sign of life, every 15 s, so a slow machine has more of them.
     assert methods.total() <= n_frames + 4 * n_chunks + 400
-    code, said = store.run("verify", "S3/labels")
-    assert (code, said) == (0, f"{store.bucket}/labels: whole: every file and row agrees with its record\n")
+    code, output = store.run("verify", "S3/labels")
+    assert (code, output) == (0, f"{store.bucket}/labels: whole: every file and row agrees with its record\n")
     assert storage.read_bytes(f"{store.bucket}/labels/preview.png")[1:4] == b"PNG"
 
 
 def test_a_tar_is_read_by_range_and_gives_the_same_masks(labelled):
     store, _ = labelled
-    code, said = store.run("segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
-    assert code == 0, said
+    code, output = store.run("segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
+    assert code == 0, output
     (folder, *_), (tar,) = (
         [pq.read_table(io.BytesIO(storage.read_bytes(file.uri))) for file in storage.list_files(uri)]
         for uri in (f"{store.bucket}/labels/frames", f"{store.bucket}/tarred/frames")
     )
     assert tar["mask"].to_pylist() == folder["mask"].to_pylist()[:FRAMES]
-    code, said = store.run("segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
-    assert code == 0 and "0 in 0 to do" in said
+    code, output = store.run("segment", *SEGMENT, "--frames", "S3/data/log.tar", "--out", "S3/tarred")
+    assert code == 0 and "0 in 0 to do" in output
     assert store.proxy.methods["PUT"] == 0
 
 
@@ -198,26 +200,26 @@ def test_a_store_that_stays_away_ends_the_job_and_the_rerun_finishes(labelled):
     store, _ = labelled
     arguments = ("segment", *SEGMENT, "--frames", "S3/data/images", "--out", "S3/cut")
     gone = Weather(dark_on="PUT .*/records/", dark_at=4, dark_s=10_000)
-    code, said = store.run(*arguments, weather=gone)
-    assert code == errors.EXIT_TRY_AGAIN, said
-    (line,) = [line for line in said.splitlines() if "error" in line]
+    code, output = store.run(*arguments, weather=gone)
+    assert code == errors.EXIT_TRY_AGAIN, output
+    (line,) = [line for line in output.splitlines() if "error" in line]
     assert line.startswith("unet-ray: error: ") and "trying again may help" in line and "goes on" in line
     records = list(storage.list_files(f"{store.bucket}/cut/_work/records"))
     assert len(records) >= 3
-    code, said = store.run(*arguments)
-    assert code == 0 and f"{DRIVES * FRAMES - 4 * len(records)} in" in said, said
+    code, output = store.run(*arguments)
+    assert code == 0 and f"{DRIVES * FRAMES - 4 * len(records)} in" in output, output
     assert read_tree(f"{store.bucket}/cut") == read_tree(f"{store.bucket}/labels")
 
 
 def test_a_training_goes_on_after_its_store_was_gone_and_ends_with_the_same_weights(trained: Store):
     """The store is gone for good from the second checkpoint on; then the same command goes on in bad weather."""
     gone = Weather(dark_on="PUT .*epoch-000002/manifest", dark_at=1, dark_s=10_000)
-    code, said = trained.run("train", *TRAIN, "--out", "S3/again", "--max-failures", "0", weather=gone)
-    assert code == errors.EXIT_TRY_AGAIN, said
-    (line,) = [line for line in said.splitlines() if "error" in line]
+    code, output = trained.run("train", *TRAIN, "--out", "S3/again", "--max-failures", "0", weather=gone)
+    assert code == errors.EXIT_TRY_AGAIN, output
+    (line,) = [line for line in output.splitlines() if "error" in line]
     assert line.startswith("unet-ray: error: ") and "trying again may help" in line
-    code, said = trained.run("train", *TRAIN, "--out", "S3/again", weather=SHORTLY_BAD)
-    assert code == 0 and "going on after epoch" in said, said
+    code, output = trained.run("train", *TRAIN, "--out", "S3/again", weather=SHORTLY_BAD)
+    assert code == 0 and "going on after epoch" in output, output
     print(shares(trained.proxy.seen))
     for name in ("model/weights.safetensors", "metrics.json"):
         first, second = (storage.read_bytes(f"{trained.bucket}/{run}/{name}") for run in ("run", "again"))
@@ -233,8 +235,8 @@ def test_no_secret_is_left_anywhere(labelled):
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     logs = {str(path): path.read_bytes() for path in session.rglob("*") if path.is_file()}
     assert len(written) > 50 and len(logs) > 10
-    said = {"what was said": "".join(store.said).encode()}
-    for name, content in {**written, **logs, **said}.items():
+    outputs = {"what was said": "".join(store.outputs).encode()}
+    for name, content in {**written, **logs, **outputs}.items():
         assert SECRET.encode() not in content, name
         assert KEY_ID.encode() not in content, name
 
@@ -243,8 +245,8 @@ def test_labels_made_in_bad_weather_have_the_same_bytes_at_half_as_many_requests
     store, fair = labelled
     ray.shutdown()  # its workers have the impatient options
     arguments = ("segment", *SEGMENT, "--frames", "S3/data/images", "--out", "S3/foul")
-    code, said = store.run(*arguments, weather=BAD, patience_s=DEFAULTS_S)
-    assert code == 0, said
+    code, output = store.run(*arguments, weather=BAD, patience_s=DEFAULTS_S)
+    assert code == 0, output
     seen = store.proxy.seen.copy()
     print(f"{fair.total()} requests in fair weather, {seen.total()} in bad: {shares(seen)}")
     assert min(seen[name] for name in ("slow_down", "reset", "cut", "wait", "dark")) > 0

@@ -107,19 +107,19 @@ class Submission:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def wait_until(self, happened: Callable[[], object]) -> None:
-        assert wait_until(happened, self.process, timeout_s=TIMEOUT_S), self.said()
+        assert wait_until(happened, self.process, timeout_s=TIMEOUT_S), self.output()
 
     def has_said(self, text: str) -> bool:
-        return text in self.said()
+        return text in self.output()
 
     @property
     def job(self) -> str:
-        match = re.search(r"Job '(\S+)' submitted successfully", self.said())
-        assert match, self.said()
+        match = re.search(r"Job '(\S+)' submitted successfully", self.output())
+        assert match, self.output()
         return match[1]
 
 
@@ -153,22 +153,22 @@ class Desk:
         """Submits a job, waits for its end and returns its log."""
         with self.submitted(job) as submission:
             submission.process.wait()
-        assert submission.process.returncode == 0, submission.said()
-        return submission.said()
+        assert submission.process.returncode == 0, submission.output()
+        return submission.output()
 
     def stop(self, submission: Submission, *workers: str) -> None:
         """Stops a job in the middle of its work: its workers stand still until it is stopped."""
         frozen = self.nodes.running(*workers)
-        assert frozen, submission.said()
+        assert frozen, submission.output()
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
-        told = subprocess.run(
+        done = subprocess.run(
             ["ray", "job", "stop", submission.job], env=self.environment, capture_output=True, text=True
         )
         for pid in frozen:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        assert told.returncode == 0, told.stdout + told.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         submission.process.wait()
         assert submission.has_said("unet-ray: error: stopped; the same command goes on where this one stopped")
         assert submission.has_said(f"Job '{submission.job}' was stopped")
@@ -178,8 +178,8 @@ class Desk:
         """Returns the nodes on which the dashboard has seen `actors` or `tasks` whose name begins so."""
         url = f"{self.nodes.dashboard}/api/v0/{kind}?limit=10000&detail=1"
         with urllib.request.urlopen(authorized(url, self.nodes)) as answer:
-            found = json.load(answer)["data"]["result"]["result"]
-        return {entry["node_id"] for entry in found if entry[key].startswith(name) and entry["node_id"]}
+            entries = json.load(answer)["data"]["result"]["result"]
+        return {entry["node_id"] for entry in entries if entry[key].startswith(name) and entry["node_id"]}
 
 
 def authorized(url: str, nodes: RayNodes) -> urllib.request.Request:
@@ -200,7 +200,7 @@ def trained(desk: Desk, gates: Gates) -> tuple[str, str]:
         submission.wait_until(lambda: submission.has_said("epoch  2/12"))
         desk.stop(submission, "ray::RayTrainWorker")
     gates.open("write_checkpoint")
-    return submission.said(), desk.submit("train")
+    return submission.output(), desk.submit("train")
 
 
 @pytest.mark.timeout(TIMEOUT_S)
@@ -237,10 +237,10 @@ def labelled(trained: tuple[str, str], desk: Desk, bucket: AbstractFileSystem, g
 
 @pytest.mark.timeout(TIMEOUT_S)
 def test_a_submitted_labelling_is_stopped_and_the_same_line_goes_on(labelled):
-    said = labelled
-    assert "24 frames in 24 chunks, 23 in 23 to do" in said
-    assert "24 of 24 frames (100%), " in said
-    assert "24 frames: 24 labelled, 0 rejected" in said
+    output = labelled
+    assert "24 frames in 24 chunks, 23 in 23 to do" in output
+    assert "24 of 24 frames (100%), " in output
+    assert "24 frames: 24 labelled, 0 rejected" in output
     assert verify.verify("s3://bucket/labels") == []
 
 
@@ -254,11 +254,11 @@ def test_training_is_spread_and_all_nodes_decode_and_label(labelled, desk):
 def test_only_the_code_has_travelled(trained, nodes):
     """Into the folder that Ray unpacks at each node, and in which the job runs."""
     (arrived,) = (nodes.ray_folder / "session_latest").glob("runtime_resources/working_dir_files/_ray_pkg_*/")
-    found = {str(file.relative_to(arrived)) for file in arrived.rglob("*") if file.is_file()}
+    files = {str(file.relative_to(arrived)) for file in arrived.rglob("*") if file.is_file()}
     code = {
         str(file.relative_to(ROOT)) for file in (*ROOT.glob("jobs/*.py"), *ROOT.glob("unet_ray/**/*.py"))
     } | {"cluster.yaml", *(str(file.relative_to(ROOT)) for file in ROOT.glob("unet_ray/recipes/*.yaml"))}  # fmt: skip
-    assert {name for name in found if not name.endswith(".pyc")} == code
+    assert {name for name in files if not name.endswith(".pyc")} == code
 
 
 def test_without_the_token_the_job_api_answers_no(nodes):
@@ -276,12 +276,12 @@ def test_without_the_token_the_job_api_answers_no(nodes):
 def test_neither_the_token_nor_a_key_is_in_a_log_an_output_or_the_jobs_records(labelled, desk, bucket):
     token = Path(desk.nodes.environment["RAY_AUTH_TOKEN_PATH"])
     with urllib.request.urlopen(authorized(f"{desk.nodes.dashboard}/api/jobs/", desk.nodes)) as answer:
-        said = {"the jobs' records": answer.read()}
+        contents = {"the jobs' records": answer.read()}
     bucket.invalidate_cache()
-    said |= bucket.cat([path for path in bucket.find("bucket") if not path.endswith(".png")])
+    contents |= bucket.cat([path for path in bucket.find("bucket") if not path.endswith(".png")])
     for folder in (desk.nodes.folder, desk.folder):
         files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink() and file != token)
-        said |= {str(file): file.read_bytes() for file in files}
-    assert any("labels/config.yaml" in name for name in said) and any("job-driver" in name for name in said)
+        contents |= {str(file): file.read_bytes() for file in files}
+    assert any("labels/config.yaml" in name for name in contents) and any("job-driver" in name for name in contents)
     for secret in (token.read_text(), SECRET, KEY_ID):
-        assert [name for name, content in said.items() if secret.encode() in content] == []
+        assert [name for name, content in contents.items() if secret.encode() in content] == []

@@ -16,7 +16,7 @@ CHUNK = Chunk(chunk_id="000-000000", key="k", manifest_uri="m", row_start=0, n_r
 
 def test_small_chunks_share_tasks_where_there_are_enough_of_them():
     def shared(sizes, most_frames=96, n_actors=1):
-        chunks = [dataclasses.replace(CHUNK, row_start=place, n_rows=size) for place, size in enumerate(sizes)]
+        chunks = [dataclasses.replace(CHUNK, row_start=index, n_rows=size) for index, size in enumerate(sizes)]
         blocks = allocation.share_tasks(chunks, most_frames, n_actors)
         assert [chunk for block in blocks for chunk in block] == chunks
         return [[chunk.n_rows for chunk in block] for block in blocks]

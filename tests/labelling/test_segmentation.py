@@ -204,9 +204,9 @@ def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     assert events.seen == [("opened", archive / "bb/0.png")], "frames of a finished output were read"
     assert (result.listed, result.ok, result.frames_per_s) == (18, 18, 0.0)
     assert {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()} == before
-    said = capsys.readouterr().out
-    assert "18 frames in 5 chunks, 0 in 0 to do" in said
-    assert f"check them with: unet-ray verify {labelled}" in said
+    output = capsys.readouterr().out
+    assert "18 frames in 5 chunks, 0 in 0 to do" in output
+    assert f"check them with: unet-ray verify {labelled}" in output
 
 
 def test_another_option_on_a_finished_output_is_refused(labelled: Path, model: str, archive: Path) -> None:
@@ -362,8 +362,8 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     before, counted = digests(tmp_path / "out"), prometheus.scrape()
     with prometheus.watching() as seen:
         run(model, archive, tmp_path / "out", max_rejected=0.5, retry_rejected=("crashed",), **options)
-    said = capsys.readouterr().out
-    assert "rejected frames that are tried again: 1\n" in said and "18 frames in 5 chunks, 1 in 1 to do" in said
+    output = capsys.readouterr().out
+    assert "rejected frames that are tried again: 1\n" in output and "18 frames in 5 chunks, 1 in 1 to do" in output
     assert digests(tmp_path / "out") == before
 
     now = prometheus.scrape()
@@ -430,8 +430,8 @@ def test_a_frame_that_is_again_as_it_was_listed_is_labelled_when_it_is_tried_aga
     result = run(model, archive, out, max_rejected=0.1, retry_rejected=("truncated", "changed"))
     assert (result.ok, result.rejected) == (18, {})
     assert digests(out) == undisturbed and verify.verify(str(out)) == []
-    said = capsys.readouterr().out
-    assert "rejected frames that are tried again: 1\n" in said and "other files now" not in said
+    output = capsys.readouterr().out
+    assert "rejected frames that are tried again: 1\n" in output and "other files now" not in output
 
 
 def test_a_frame_that_is_still_another_is_rejected_again_and_that_is_said_before(changed, model: str, capsys) -> None:
@@ -443,10 +443,10 @@ def test_a_frame_that_is_still_another_is_rejected_again_and_that_is_said_before
     assert digests(out) == before and verify.verify(str(out)) == []
     (row,) = (row for row in rows_of(out).to_pylist() if row["frame_id"] == "bb/4.png")
     assert row["mask"] is None and row["error"] == f"{archive}/bb/4.png has changed since it was listed"
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "warning: 1 of the frames to do are other files now than when they were listed, and will be rejected as "
-        "changed; to label them as they are now, give another --out, or --overwrite for all of it\n" in said
+        "changed; to label them as they are now, give another --out, or --overwrite for all of it\n" in output
     )
 
 
@@ -465,8 +465,8 @@ def test_a_folder_that_cannot_be_listed_fails_the_job_by_its_name(
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    told = ["--model", model, "--frames", str(archive), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert cli.main(["segment", *told]) == 1
+    arguments = ["--model", model, "--frames", str(archive), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(["segment", *arguments]) == 1
     assert capsys.readouterr().err == (
         f"unet-ray: error: {archive}/bb could not be listed: Permission denied; mend it or leave it out, so that no "
         "frame is passed over\n"
@@ -493,8 +493,17 @@ def test_a_catalogue_of_one_frame_twice_or_of_the_output_is_refused(
     (tmp_path / "log").symlink_to(archive)
     (tmp_path / "link").symlink_to("out")
     (tmp_path / "all.csv").write_text(f"uri,frame_id\n{rows}\n")
-    told = ["--model", model, "--frames", str(tmp_path / "all.csv"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert cli.main(["segment", *told]) == 2
+    arguments = [
+        "--model",
+        model,
+        "--frames",
+        str(tmp_path / "all.csv"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(["segment", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"unet-ray: error: {message.format(here=tmp_path)}") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

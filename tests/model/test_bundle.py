@@ -68,9 +68,9 @@ def resign(folder: Path, change=lambda document: None) -> None:
         data = (folder / name).read_bytes()
         document["files"][name] = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     change(document)
-    said = {key: value for key, value in document.items() if key not in ("digest", "files")}
-    said["weights_file"] = document["files"]["weights.safetensors"]
-    document["digest"] = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    content = {key: value for key, value in document.items() if key not in ("digest", "files")}
+    content["weights_file"] = document["files"]["weights.safetensors"]
+    document["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     (folder / "model.json").write_text(json.dumps(document))
 
 
@@ -169,15 +169,15 @@ def test_every_missing_torn_and_altered_file_is_named(folder, name):
 def test_every_changed_byte_of_model_json_is_noticed(folder):
     path, whole = folder / "model.json", (folder / "model.json").read_bytes()
     intact = read_bundle(str(folder))
-    for place in range(0, len(whole), 23):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    for position in range(0, len(whole), 23):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         try:
             bundle = read_bundle(str(folder))
         except ValueError as error:
             assert "\n" not in str(error) and str(folder) in str(error)
         else:  # white space
             assert (bundle.digest, bundle.model_config) == (intact.digest, intact.model_config)
-        path.write_bytes(whole[:place])
+        path.write_bytes(whole[:position])
         refusal(folder)
 
 

@@ -52,9 +52,9 @@ def naive(logits_HWK: np.ndarray):
 
 def assert_equals_naive(labels: Labels, index: int, logits_HWK: np.ndarray) -> None:
     mask, pixels, confidence_K, confidence, low = naive(logits_HWK)
-    found = labels.masks[index]
-    assert found.dtype == np.uint8 and found.shape == mask.shape
-    np.testing.assert_array_equal(found, mask)
+    actual = labels.masks[index]
+    assert actual.dtype == np.uint8 and actual.shape == mask.shape
+    np.testing.assert_array_equal(actual, mask)
     np.testing.assert_array_equal(labels.pixels_NK[index], pixels)
     np.testing.assert_allclose(labels.confidence_NK[index], confidence_K, rtol=1e-5)
     np.testing.assert_allclose(labels.confidence_N[index], confidence, rtol=1e-5)
@@ -137,8 +137,8 @@ def test_neighbours_place_and_batch_change_no_bit(bundle: Bundle, precision: str
     order = np.random.default_rng(1).permutation(9)
     other = Labeler(bundle, precision=precision, batch_size=8, mask_size=mask_size, n_threads=N_THREADS)
     shuffled = other.label(images[order], [size] * 9)
-    for place, index in enumerate(order):
-        assert_same(one, index, shuffled, place)
+    for position, index in enumerate(order):
+        assert_same(one, index, shuffled, position)
         assert_same(one, index, other.label(images[index : index + 1], [size]), 0)
 
 
@@ -169,11 +169,11 @@ for precision in ("float32", "bfloat16", "float16"):
 def test_threads_and_batch_size_change_no_bit() -> None:
     """With threads in an operation instead of in the batch, 2 differ from 1: bfloat16 on AVX-512, float32 on AVX2."""
     runs = [("1", "4"), ("2", "3"), ("4", "4")]  # batches of 4, 2 and 1 in each thread
-    said = [
+    outputs = [
         subprocess.run([sys.executable, "-c", THREADS, *arguments], capture_output=True, text=True, check=True).stdout
         for arguments in runs
     ]
-    assert len(said[0].splitlines()) == 3 and len(set(said)) == 1
+    assert len(outputs[0].splitlines()) == 3 and len(set(outputs)) == 1
 
 
 def test_float16_and_bfloat16_mostly_agree_with_float32(bundle: Bundle) -> None:

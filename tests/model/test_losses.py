@@ -126,8 +126,8 @@ def test_perfect_and_extreme_predictions_stay_finite():
     for sign, expected in ((1.0, {"ce": 0, "dice": 0, "focal": 0}), (-1.0, {"ce": 1e4, "dice": 1, "focal": 1e4})):
         logits_BHWK = (sign * 1e4 * np.eye(K, dtype=np.float32)[:3])[np.newaxis, np.newaxis]
         for loss, value in expected.items():
-            found, gradient = value_and_gradient(logits_BHWK, mask_BHW, [slice(0, 1)], loss, None)
-            assert found == pytest.approx(value, rel=2e-4)
+            actual, gradient = value_and_gradient(logits_BHWK, mask_BHW, [slice(0, 1)], loss, None)
+            assert actual == pytest.approx(value, rel=2e-4)
             assert np.isfinite(gradient).all()
 
 

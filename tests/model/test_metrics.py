@@ -32,8 +32,8 @@ def masks() -> tuple[np.ndarray, np.ndarray]:
 def naive_scores(true: np.ndarray, predicted: np.ndarray, label: int) -> dict[str, float | None]:
     """Pixel sets of one class, as in the textbook."""
     pairs = [(t, p) for t, p in zip(true.ravel().tolist(), predicted.ravel().tolist(), strict=True) if t != IGNORED]
-    is_true = {place for place, (t, _) in enumerate(pairs) if t == label}
-    is_predicted = {place for place, (_, p) in enumerate(pairs) if p == label}
+    is_true = {index for index, (t, _) in enumerate(pairs) if t == label}
+    is_predicted = {index for index, (_, p) in enumerate(pairs) if p == label}
 
     def share(part, whole):
         return len(part) / len(whole) if whole else None
@@ -144,8 +144,8 @@ def naive_edges(mask: np.ndarray, valid: np.ndarray, label: int) -> set[tuple[in
     for y in range(height):
         for x in range(width):
             beside = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
-            inside = [place for place in beside if 0 <= place[0] < height and 0 <= place[1] < width and valid[place]]
-            if mask[y, x] == label and valid[y, x] and any(mask[place] != label for place in inside):
+            inside = [pixel for pixel in beside if 0 <= pixel[0] < height and 0 <= pixel[1] < width and valid[pixel]]
+            if mask[y, x] == label and valid[y, x] and any(mask[pixel] != label for pixel in inside):
                 edges.add((y, x))
     return edges
 
@@ -163,16 +163,16 @@ def test_boundary_counts_are_those_of_a_naive_search():
     for label in range(3):
         edges = [naive_edges(mask, true != IGNORED, label) for mask in (predicted, true)]
         expected = []
-        for some, others in (edges, edges[::-1]):
+        for own, others in (edges, edges[::-1]):
             near = [
                 any(
                     (y + dy, x + dx) in others
                     for dy in range(-near_px, near_px + 1)
                     for dx in range(-near_px, near_px + 1)
                 )
-                for y, x in some
+                for y, x in own
             ]
-            expected += [sum(near), len(some)]
+            expected += [sum(near), len(own)]
         assert counts[label].tolist() == expected
 
 

@@ -174,8 +174,8 @@ def test_another_process_draws_the_same_weights():
     )
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    here = named_weights(build_unet(TINY, seed=11))
-    assert done.stdout.strip() == hashlib.sha256(b"".join(t.tobytes() for t in here.values())).hexdigest()
+    weights = named_weights(build_unet(TINY, seed=11))
+    assert done.stdout.strip() == hashlib.sha256(b"".join(t.tobytes() for t in weights.values())).hexdigest()
 
 
 def test_dropout_acts_in_training_only_and_zero_leaves_it_out():

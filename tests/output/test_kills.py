@@ -100,14 +100,14 @@ def test_the_next_run_gives_the_same_bytes(name, after, base, monkeypatch):
     expected = settled(undisturbed)
     assert len(changes) >= at_least, changes
     assert verify.verify(undisturbed) == []
-    for place in range(len(changes)):
-        out = storage.join(base, f"{name}-{place}")
+    for index in range(len(changes)):
+        out = storage.join(base, f"{name}-{index}")
         start(out)
-        with pytest.raises(Killed), killed_at(monkeypatch, place, after=after):
+        with pytest.raises(Killed), killed_at(monkeypatch, index, after=after):
             run(out)
         run(out)
-        assert settled(out) == expected, (place, changes[place])
-        assert verify.verify(out) == [], (place, changes[place])
+        assert settled(out) == expected, (index, changes[index])
+        assert verify.verify(out) == [], (index, changes[index])
 
 
 @pytest.mark.parametrize("base", ["memory"], indirect=True)
@@ -118,13 +118,13 @@ def test_a_committed_chunk_is_never_labelled_again(name, base, monkeypatch):
     start(undisturbed)
     with killed_at(monkeypatch, -1, after=True) as changes:
         all_chunks = run(undisturbed)
-    for place in range(len(changes)):
-        out = storage.join(base, f"{name}-{place}")
+    for index in range(len(changes)):
+        out = storage.join(base, f"{name}-{index}")
         start(out)
-        with pytest.raises(Killed), killed_at(monkeypatch, place, after=True) as done:
+        with pytest.raises(Killed), killed_at(monkeypatch, index, after=True) as done:
             run(out)
         n_committed = sum("/records/" in change and change.startswith("put_if_absent") for change in done)
-        assert run(out) == all_chunks[n_committed:], (place, changes[place])
+        assert run(out) == all_chunks[n_committed:], (index, changes[index])
 
 
 FEW = {("a", ""): 5, ("b", "left"): 1}
@@ -154,20 +154,20 @@ def test_killed_inside_any_write_the_next_run_gives_the_same_bytes(begun, drives
         shutil.copytree(start, undisturbed)
     segment(undisturbed, listing(drives))
     expected, n_frames = contents(undisturbed), sum(drives.values())
-    place, killed = 0, True
+    index, killed = 0, True
     while killed:
         if begun:
             shutil.copytree(start, out)
-        killed = killed_inside(place, lambda: segment(out, listing(drives)))
+        killed = killed_inside(index, lambda: segment(out, listing(drives)))
         for rows, frames in read_by_duckdb(out):
-            assert rows == frames, f"a frame twice after a kill at step {place}"
+            assert rows == frames, f"a frame twice after a kill at step {index}"
         segment(out, listing(drives))
-        assert contents(out) == expected, f"killed at step {place}"  # of all files: nothing unfinished is left
+        assert contents(out) == expected, f"killed at step {index}"  # of all files: nothing unfinished is left
         assert verify.verify(out) == []
         assert read_by_duckdb(out) == [(n_frames, n_frames)] * 2
         shutil.rmtree(out)
-        place += 1
-    assert place > at_least
+        index += 1
+    assert index > at_least
 
 
 @pytest.mark.parametrize("left", ["temporary", "empty", "half", "flipped"])
@@ -212,9 +212,9 @@ def test_a_kill_while_planning_and_an_archive_that_grew_meanwhile_list_no_frame_
     segment(storage.join(base, "undisturbed"))
     with killed_at(monkeypatch, -1, after=True) as changes:
         make_plan(storage.join(base, "planned"))
-    for place in range(len(changes)):
-        out = storage.join(base, f"out-{place}")
-        with pytest.raises(Killed), killed_at(monkeypatch, place, after=True):
+    for index in range(len(changes)):
+        out = storage.join(base, f"out-{index}")
+        with pytest.raises(Killed), killed_at(monkeypatch, index, after=True):
             make_plan(out)
         segment(out, listing({**FIRST_DRIVES, ("a", ""): 6}))
         ids = [
@@ -223,7 +223,7 @@ def test_a_kill_while_planning_and_an_archive_that_grew_meanwhile_list_no_frame_
             if path.endswith(".parquet")
             for frame_id in pq.read_table(io.BytesIO(data))["frame_id"].to_pylist()
         ]
-        assert len(ids) == len(set(ids)) == 12, changes[place]
+        assert len(ids) == len(set(ids)) == 12, changes[index]
         assert verify.verify(out) == []
 
 

@@ -94,7 +94,7 @@ def test_a_chunks_key_depends_on_its_frames_and_on_all_of_the_lineage(tmp_path):
         plans.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "model", "stride": None}),
         plans.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options=LINEAGE.options, result_version=2),
     ]
-    keys = {make_plan(str(tmp_path / f"{n}"), lineage=told).chunks[0].key for n, told in enumerate(lineages)}
+    keys = {make_plan(str(tmp_path / f"{n}"), lineage=lineage).chunks[0].key for n, lineage in enumerate(lineages)}
     assert len(keys) == len(lineages)
     changed = make_plan(str(tmp_path / "changed"), listing(versions={"b/left/1.png": "v9"}))
     same = [a.key == b.key for a, b in zip(changed.chunks, make_plan(str(tmp_path / "0")).chunks, strict=True)]
@@ -212,8 +212,12 @@ def test_the_folder_of_a_training_is_refused_and_left_alone(out, overwrite):
 
 def damage(uri: str, how: str) -> None:
     data = storage.read_bytes(uri)
-    place = data.index(b"\n") + 9
-    torn = {"cut": data[:place], "0xff": data[:place] + b"\xff" + data[place + 1 :], "bit": flipped(data, place)}
+    position = data.index(b"\n") + 9
+    torn = {
+        "cut": data[:position],
+        "0xff": data[:position] + b"\xff" + data[position + 1 :],
+        "bit": flipped(data, position),
+    }
     storage.delete(uri)
     if how != "gone":
         storage.write_whole(uri, torn[how])

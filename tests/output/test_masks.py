@@ -197,9 +197,9 @@ def test_pycocotools_reads_every_mask_back(labels, tmp_path, capsys):
         (3, "pedestrian"),
     ]
     assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
-    shown = coco.loadImgs(coco.getImgIds())
-    assert [image["file_name"] for image in shown] == LABELLED and sorted(coco.imgs) == list(range(1, 10))
-    for image in shown:
+    images = coco.loadImgs(coco.getImgIds())
+    assert [image["file_name"] for image in images] == LABELLED and sorted(coco.imgs) == list(range(1, 10))
+    for image in images:
         expected = small_output.mask_of(image["file_name"])
         assert (image["height"], image["width"]) == expected.shape
         rebuilt = np.full(expected.shape, 255, np.uint8)

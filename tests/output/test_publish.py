@@ -75,8 +75,8 @@ def test_a_finished_output_is_neither_read_nor_written(root, tmp_path, monkeypat
 MUTATIONS = ("write_whole", "put_if_absent", "delete", "delete_tree")
 
 
-def killed_at(monkeypatch, place: int, moment: str, act) -> bool:
-    """Runs `act`, killed before or after the `place`-th change of the store; says whether it came so far."""
+def killed_at(monkeypatch, number: int, moment: str, act) -> bool:
+    """Runs `act`, killed before or after the `number`-th change of the store; says whether it came so far."""
     count = 0
     with monkeypatch.context() as patch:
         for name in MUTATIONS:
@@ -85,10 +85,10 @@ def killed_at(monkeypatch, place: int, moment: str, act) -> bool:
             def mutate(*args, original=original):
                 nonlocal count
                 count += 1
-                if count == place and moment == "before":
+                if count == number and moment == "before":
                     raise KeyboardInterrupt
                 result = original(*args)
-                if count == place and moment == "after":
+                if count == number and moment == "after":
                     raise KeyboardInterrupt
                 return result
 
@@ -107,40 +107,40 @@ def test_killed_between_any_two_steps_the_next_run_gives_the_same_bytes(where, m
     base = str(tmp_path) if where == "local" else f"memory://{tmp_path.name}"
     run(root, f"{base}/undisturbed", reject=("b/6.png",))
     expected = published(f"{base}/undisturbed")
-    place, killed = 0, True
+    number, killed = 0, True
     while killed:
-        place += 1
-        out = f"{base}/{moment}{place}"
-        killed = killed_at(monkeypatch, place, moment, lambda out=out: run(root, out, reject=("b/6.png",)))
+        number += 1
+        out = f"{base}/{moment}{number}"
+        killed = killed_at(monkeypatch, number, moment, lambda out=out: run(root, out, reject=("b/6.png",)))
         run(root, out, reject=("b/6.png",))
-        assert published(out) == expected, f"killed {moment} change {place}"
+        assert published(out) == expected, f"killed {moment} change {number}"
         assert verify.verify(out) == []
-    assert place > 20  # 3 files of the plan, 2 a chunk, 3 shards, statistics, summary
+    assert number > 20  # 3 files of the plan, 2 a chunk, 3 shards, statistics, summary
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_killed_while_publishing_a_rerun_labels_nothing(moment, tmp_path, root, monkeypatch):
     run(root, str(tmp_path / "undisturbed"))
-    expected, place, killed = published(str(tmp_path / "undisturbed")), 0, True
+    expected, number, killed = published(str(tmp_path / "undisturbed")), 0, True
     while killed:
-        place += 1
-        out = str(tmp_path / f"{place}")
+        number += 1
+        out = str(tmp_path / f"{number}")
         plan = make_plan(root, out)
         for chunk in plan.chunks:
             ledger.commit(out, chunk, label(chunk), writer="test")
-        killed = killed_at(monkeypatch, place, moment, lambda plan=plan: publish.publish(plan, max_rejected=0))
+        killed = killed_at(monkeypatch, number, moment, lambda plan=plan: publish.publish(plan, max_rejected=0))
         if killed and plans.read_summary(out) is None:
             assert verify.verify(out)[0].endswith(" 0 of 6 chunks are to be done; run segment again")
         seen: list[str] = []
         run(root, out, seen=seen)
-        assert (seen, published(out)) == ([], expected), f"killed {moment} change {place}"
-    assert place > 20  # a file, a note and a mark for each of 3 shards, 6 records, 6 parts, statistics, summary, work
+        assert (seen, published(out)) == ([], expected), f"killed {moment} change {number}"
+    assert number > 20  # a file, a note and a mark for each of 3 shards, 6 records, 6 parts, statistics, summary, work
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_retry_killed_anywhere_ends_as_one_that_was_not(moment, tmp_path, root, monkeypatch):
     run(root, str(tmp_path / "clean"))
-    expected, place, killed = published(str(tmp_path / "clean")), 0, True
+    expected, number, killed = published(str(tmp_path / "clean")), 0, True
 
     def retry(out: str) -> list[str]:
         rejected.retry_rejected(make_plan(root, out), ["truncated"])
@@ -149,16 +149,16 @@ def test_a_retry_killed_anywhere_ends_as_one_that_was_not(moment, tmp_path, root
         return seen
 
     while killed:
-        place += 1
-        out = str(tmp_path / f"{place}")
+        number += 1
+        out = str(tmp_path / f"{number}")
         run(root, out, reject=("b/4.png",))
-        killed = killed_at(monkeypatch, place, moment, lambda out=out: retry(out))
+        killed = killed_at(monkeypatch, number, moment, lambda out=out: retry(out))
         if killed:
             verify.verify(out)  # which marks what it takes for damage
         assert set(retry(out)) <= {"000-000003"}
-        assert published(out) == expected, f"killed {moment} change {place}"
+        assert published(out) == expected, f"killed {moment} change {number}"
         assert verify.verify(out) == []
-    assert place > 10
+    assert number > 10
 
 
 def test_parts_go_as_their_shards_are_published(root, tmp_path, monkeypatch):

@@ -64,12 +64,12 @@ def documented(table: int) -> list[tuple[str, str]]:
 
 def test_the_schemas_are_the_documented_ones():
     schema = results.frames_schema(CLASSES)
-    shown = [(name, dtype) for name, dtype in documented(0) if "<class>" not in name]
+    columns = [(name, dtype) for name, dtype in documented(0) if "<class>" not in name]
     for prefix, dtype in (("pixels_", "int64"), ("confidence_", "float32")):
         assert (f"{prefix}<class>", dtype) in documented(0)
-        shown += [(prefix + name, dtype) for name in CLASSES.names]
+        columns += [(prefix + name, dtype) for name in CLASSES.names]
     types = {"float": "float32", "double": "float64"}
-    assert [(column.name, types.get(str(column.type), str(column.type))) for column in schema] == shown
+    assert [(column.name, types.get(str(column.type), str(column.type))) for column in schema] == columns
     assert [(c.name, types.get(str(c.type), str(c.type))) for c in results.statistics_schema()] == documented(1)
 
 
@@ -137,9 +137,9 @@ def test_class_statistics_equal_sql(tmp_path):
     )
     expected = duckdb.sql(f"{by_class} order by sequence, camera, class_id").fetchall()
     assert len(expected) == 9 and expected[-1][-1] is None
-    found = [tuple(row.values()) for row in statistics.to_pylist()]
-    assert [row[:7] for row in found] == [row[:7] for row in expected]
-    for ours, sql in zip(found, expected, strict=True):
+    rows = [tuple(row.values()) for row in statistics.to_pylist()]
+    assert [row[:7] for row in rows] == [row[:7] for row in expected]
+    for ours, sql in zip(rows, expected, strict=True):
         assert ours[7] == pytest.approx(sql[7], rel=1e-12)
         assert ours[8] == (None if sql[8] is None else pytest.approx(sql[8], rel=1e-12))
 

@@ -117,11 +117,11 @@ def test_a_chunk_has_a_name_of_ours(column, value, root, victim, tmp_path):
     mark = unsealed((out / "manifest/_g000.json").read_bytes())
     (file,) = mark["files"]
     table = pq.ParquetFile(out / file["path"]).read()
-    place = table.column_names.index(column)
+    index = table.column_names.index(column)
     if value is None:
         table = table.drop_columns([column])
     else:
-        table = table.set_column(place, table.schema.field(column), pa.array([value] * len(table), table[column].type))
+        table = table.set_column(index, table.schema.field(column), pa.array([value] * len(table), table[column].type))
     (out / file["path"]).unlink()
     data = parquet_bytes(table)
     path = f"manifest/g000-00000-{storage.sha256(data)[:16]}.parquet"
@@ -268,11 +268,11 @@ def test_an_export_names_a_damaged_file(format_options, root, tmp_path, capsys):
     assert not target.is_file()
 
 
-def shown(capsys, *arguments: str) -> tuple[int, str]:
+def run_command(capsys, *arguments: str) -> tuple[int, str]:
     """Exit code and the whole of what a command says."""
     code = cli.main(list(arguments))
-    told = capsys.readouterr()
-    return code, told.out + told.err
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
 
 
 JSON_FILES = (
@@ -286,8 +286,8 @@ def test_brackets_without_end_are_damage(path, root, tmp_path, capsys):
     out = tmp_path / "out"
     run(root, str(out))
     storage.write_whole(str(out / path), b"[" * 200_000 + b"]" * 200_000)
-    code, told = shown(capsys, "verify", str(out))
-    assert code in (0, 1) and len(told) < 2_000
+    code, output = run_command(capsys, "verify", str(out))
+    assert code in (0, 1) and len(output) < 2_000
     heartbeats.refuse_living(str(out))
     with contextlib.suppress(ValueError, JobFailed):
         run(root, str(out))
@@ -305,8 +305,8 @@ def test_a_mark_of_other_types_is_damaged(change, root, tmp_path, capsys):
     out = tmp_path / "out"
     run(root, str(out))
     reseal(out / "manifest/_g000.json", lambda mark: mark.update(change))
-    code, told = shown(capsys, "verify", str(out))
-    assert code == 1 and f"{out}/manifest/_g000.json: damaged (" in told
+    code, output = run_command(capsys, "verify", str(out))
+    assert code == 1 and f"{out}/manifest/_g000.json: damaged (" in output
     with pytest.raises(JobFailed, match=r"_g000.json: damaged \("):
         run(root, str(out))
 
@@ -337,8 +337,8 @@ def test_a_run_of_other_types_is_damaged(change, root, tmp_path, capsys):
     out = tmp_path / "out"
     run(root, str(out))
     reseal(out / "run.json", change)
-    code, told = shown(capsys, "verify", str(out))
-    assert code == 1 and f"{out}/run.json: damaged (" in told
+    code, output = run_command(capsys, "verify", str(out))
+    assert code == 1 and f"{out}/run.json: damaged (" in output
     with pytest.raises(JobFailed, match=r"run.json: damaged \("):
         run(root, str(out))
 
@@ -430,7 +430,7 @@ def test_a_null_in_the_manifest_is_damage(column, root, tmp_path, capsys):
     (out / path).write_bytes(data)
     mark["files"] = [{**file, "path": path, "bytes": len(data), "sha256": storage.sha256(data)}]
     (out / "manifest/_g000.json").write_bytes(sealed(mark))
-    assert f"{path}: damaged (its column {column} has nulls)" in shown(capsys, "verify", str(out))[1]
+    assert f"{path}: damaged (its column {column} has nulls)" in run_command(capsys, "verify", str(out))[1]
 
 
 def _set(table: pa.Table, column: str, value, dtype: pa.DataType | None = None) -> pa.Table:
@@ -467,12 +467,12 @@ def test_a_published_file_of_other_columns_is_named(path, column, dtype, root, t
     prepare(out, path, table.drop_columns([column]) if dtype is None else _set(table, column, None, dtype))
     if path.startswith("frames/") and not column.endswith("_sky"):
         for target in ([str(tmp_path / "masks")], [str(tmp_path / "masks.json"), "--format", "coco"]):
-            code, told = shown(capsys, "export-masks", str(out), "--out", *target)
+            code, output = run_command(capsys, "export-masks", str(out), "--out", *target)
             needs = dtype is None or column != "mask_encoding"
             assert code == 1 or not needs
-            assert told.startswith(f"unet-ray: error: {out / path} is damaged (") and told.count("\n") == 1
-    code, told = shown(capsys, "verify", str(out))
-    assert code == 1 and f"{path}: damaged (" in told
+            assert output.startswith(f"unet-ray: error: {out / path} is damaged (") and output.count("\n") == 1
+    code, output = run_command(capsys, "verify", str(out))
+    assert code == 1 and f"{path}: damaged (" in output
     run(root, str(out))
     assert verify.verify(str(out)) == [] and published(str(out)).keys() == before.keys()
 
@@ -507,10 +507,10 @@ def test_a_sign_of_life_may_say_anything(change, root, tmp_path, monkeypatch):
     heartbeats.refuse_living(out)
     heartbeats.other_job(out, "y")
     assert next(clock) <= 2 * 60 + 15
-    here = heartbeats._this_process()
+    this_process = heartbeats._this_process()
     for process in (
-        {name: here[name] for name in here if name != "pid"},
-        {**here, "pid": "1\0"},
-        {**here, "started": 1},
+        {name: this_process[name] for name in this_process if name != "pid"},
+        {**this_process, "pid": "1\0"},
+        {**this_process, "started": 1},
     ):
         assert heartbeats._lives({"process": process}) is None

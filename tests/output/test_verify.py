@@ -35,12 +35,12 @@ def test_damage_is_found_and_only_that_file_is_done_again(damage, root, tmp_path
         victim.write_bytes(data[:-9])
     else:
         victim.unlink()
-    said = {
+    problem = {
         "flip": "its content is not what was published (sha256 differs)",
         "truncate": f"{len(data) - 9:,} bytes, summary.json says {len(data):,}",
         "delete": "missing",
     }[damage]
-    assert verify.verify(out) == [f"frames/part-00001.parquet: {said}"]
+    assert verify.verify(out) == [f"frames/part-00001.parquet: {problem}"]
     seen: list[str] = []
     run(root, out, seen=seen)
     assert seen == ["000-000002", "000-000003"]
@@ -71,10 +71,10 @@ def test_any_flipped_bit_of_what_proves_the_output_is_named(name, root, tmp_path
     run(root, out, reject=("b/4.png",))
     path = tmp_path / "out" / name
     data = path.read_bytes()
-    for place in range(0, len(data), 5):
-        path.write_bytes(flipped(data, place, place % 8))
+    for position in range(0, len(data), 5):
+        path.write_bytes(flipped(data, position, position % 8))
         (problem,) = verify.verify(out)
-        assert name in problem and "\n" not in problem, place
+        assert name in problem and "\n" not in problem, position
     path.write_bytes(data)
     assert verify.verify(out) == []
 
@@ -86,8 +86,8 @@ def test_a_flipped_bit_of_the_summary_is_mended_and_no_frame_labelled(after, roo
     run(root, out)
     expected = published(out)
     data = expected["summary.json"]
-    place = data.index(after.encode()) + len(after) - (not after.endswith('"'))
-    (tmp_path / "out/summary.json").write_bytes(flipped(data, place, 1))
+    position = data.index(after.encode()) + len(after) - (not after.endswith('"'))
+    (tmp_path / "out/summary.json").write_bytes(flipped(data, position, 1))
     (problem,) = verify.verify(out)
     assert "/summary.json: missing or damaged" in problem
     seen: list[str] = []
@@ -113,8 +113,12 @@ def test_the_command_fails_for_damage_and_names_the_file(how, name, root, tmp_pa
     else:
         path.write_bytes(flipped(data, middle) if how == "flip" else data[:middle] + b"\xff" + data[middle + 1 :])
     assert cli.main(["verify", out]) == 1
-    said = capsys.readouterr()
-    assert f"{path.relative_to(out)}: " in said.out and said.out.endswith(f"\n{out}: damaged\n") and not said.err
+    captured = capsys.readouterr()
+    assert (
+        f"{path.relative_to(out)}: " in captured.out
+        and captured.out.endswith(f"\n{out}: damaged\n")
+        and not captured.err
+    )
 
 
 def test_a_folder_that_is_no_output_is_a_wrong_command(tmp_path, capsys):
@@ -135,8 +139,8 @@ def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, 
 def change_record(out: str, chunk: Chunk, write) -> None:
     """Makes a record tell of frames that were never rejected."""
     (receipt,) = ledger.read_receipts(out, [chunk.key])
-    told = dataclasses.replace(receipt, ok=receipt.ok - 2, rejected={"crashed": 2})
-    storage.write_whole(ledger.record_uri(out, chunk.key), write(dataclasses.asdict(told)))
+    changed = dataclasses.replace(receipt, ok=receipt.ok - 2, rejected={"crashed": 2})
+    storage.write_whole(ledger.record_uri(out, chunk.key), write(dataclasses.asdict(changed)))
 
 
 def committed(root, tmp_path):

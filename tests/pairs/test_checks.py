@@ -44,7 +44,7 @@ def check(root: Path, **options: str) -> CheckReport:
     return check_data_set(CheckConfig(images=str(root / "rgb"), masks=str(root / "seg"), classes="camvid", **options))
 
 
-def found(report: CheckReport, *, refused: bool) -> dict[str, tuple[int, tuple[str, ...]]]:
+def findings(report: CheckReport, *, refused: bool) -> dict[str, tuple[int, tuple[str, ...]]]:
     return {item.what: (item.n_files, item.examples) for item in report.findings if item.refused == refused}
 
 
@@ -103,8 +103,8 @@ def test_all_that_training_refuses(tmp_path: Path) -> None:
     save(rgb / "7.png", np.full((12, 20), 40_000, np.uint16))
     report = check(tmp_path)
     assert report.refused
-    assert found(report, refused=False) == {}
-    refused = found(report, refused=True)
+    assert findings(report, refused=False) == {}
+    refused = findings(report, refused=True)
     assert refused.pop("frames are cut short or damaged")[1][0].startswith(
         "a/5.png (PNG of 300 bytes that is cut short"
     )
@@ -154,8 +154,8 @@ def test_all_that_is_only_to_be_known(tmp_path: Path) -> None:
     save(seg / "6.png", halves(11, 11))
     report = check(tmp_path)
     assert not report.refused
-    assert found(report, refused=True) == {}
-    assert found(report, refused=False) == {
+    assert findings(report, refused=True) == {}
+    assert findings(report, refused=False) == {
         "frames have a palette": (1, ("a/0.png (its colours are taken)",)),
         "frames have an alpha channel": (1, ("a/1.png (dropped)",)),
         "frames are grey": (1, ("a/2.png",)),
@@ -179,17 +179,17 @@ def test_colors_between_those_of_classes(tmp_path: Path) -> None:
     stray[4, 5:7] = (1, 250, 3)
     save(seg / "4.png", stray)
     report = check(tmp_path, mask_format="colors")
-    refused = found(report, refused=True)
+    refused = findings(report, refused=True)
     n_files, examples = refused.pop("masks have colours between those of classes: saved as JPEG or resized smoothly")
     assert n_files == 2
     assert [example.split(" (")[0] for example in examples] == ["a/2.png", "a/3.jpg"]
     assert refused == {"masks have the unknown colour (1, 250, 3)": (1, ("a/4.png (2 pixels)",))}
-    assert found(report, refused=False) == {
+    assert findings(report, refused=False) == {
         "masks are saved as JPEG": (1, ("a/3.jpg (which changes pixels; save masks as PNG)",))
     }
     assert report.n_masks_counted == 2
     # Without the option nothing says for certain what the masks mean, but each is still looked at as what it resembles.
-    by_itself = found(check(tmp_path), refused=True)
+    by_itself = findings(check(tmp_path), refused=True)
     assert "masks leave open what their pixels mean" in by_itself
     assert {"masks have the unknown colour (1, 250, 3)"} <= by_itself.keys()
 
@@ -208,7 +208,7 @@ def test_names_that_a_pattern_does_not_match(tmp_path: Path) -> None:
     save(tmp_path / "rgb" / "cover.png", random_frame())
     save(tmp_path / "seg" / "cover.png", halves(0, 3))
     report = check(tmp_path, path_pattern=r"^(?P<sequence>[^/]+)/(?P<frame_index>\d+)")
-    assert found(report, refused=False) == {
+    assert findings(report, refused=False) == {
         "frames do not match --path-pattern: their drive has no name": (1, ("cover.png",))
     }
     assert [(item.sequence, item.n_frames) for item in report.sequences] == [("", 1), ("a", 2)]
@@ -216,10 +216,10 @@ def test_names_that_a_pattern_does_not_match(tmp_path: Path) -> None:
 
 def test_progress_is_told(tmp_path: Path) -> None:
     write_pairs(tmp_path, 3)
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     config = CheckConfig(images=str(tmp_path / "rgb"), masks=str(tmp_path / "seg"), classes="camvid")
-    check_data_set(config, on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(3, 3)]
+    check_data_set(config, on_progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(3, 3)]
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:

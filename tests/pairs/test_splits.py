@@ -130,7 +130,8 @@ def test_neighbours_in_time_leak() -> None:
     frames = drive("a", 20, step=30)
     split = Split(train=tuple(frames[:10]), validation=tuple(frames[12:]), left_out=tuple(frames[10:12]), how="")
     naive = [
-        any(abs(held.frame_index - known.frame_index) <= 4 * 30 for known in split.train) for held in split.validation
+        any(abs(unseen.frame_index - known.frame_index) <= 4 * 30 for known in split.train)
+        for unseen in split.validation
     ]
     assert leak_rate(split, guard_frames=4) == pytest.approx(np.mean(naive)) == pytest.approx(2 / 8)
     assert leak_rate(split, guard_frames=2) == 0
@@ -148,7 +149,7 @@ def test_own_folders_with_equal_names_are_drives_of_their_own(tmp_path: Path, be
                 Image.fromarray(np.full((4, 5), 7, np.uint8)).save(file)
 
     def leaks(val_images: str, path_pattern: str | None = None) -> float:
-        told = TrainConfig(
+        config = TrainConfig(
             images=str(tmp_path / "town01/rgb"),
             masks=str(tmp_path / "town01/seg"),
             val_images=str(tmp_path / val_images),
@@ -158,7 +159,7 @@ def test_own_folders_with_equal_names_are_drives_of_their_own(tmp_path: Path, be
             out=str(tmp_path / "run"),
             mask_format="ids",
         )
-        return leak_rate(find_data(told).split)
+        return leak_rate(find_data(config).split)
 
     assert leaks("town02/rgb") == 0
     assert leaks("town02/rgb", r"(?P<frame_index>\d+)\.png") == 0

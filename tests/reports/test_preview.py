@@ -42,11 +42,11 @@ def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(
     plan = make_plan(root, out)
     files = [pq.ParquetFile(path) for path in sorted((tmp_path / "out" / "frames").iterdir())]
     (tmp_path / "log" / "b" / "2.png").unlink()
-    shown = list(preview._shown(plan, list_archives([root]), files, list(range(13))))
+    samples = list(preview._read_samples(plan, list_archives([root]), files, list(range(13))))
     names = [f"{drive}/{index}.png" for drive, n_frames in DRIVES.items() for index in range(n_frames)]
-    assert [caption.split()[0] for *_, caption in shown] == [name for name in names if name != "b/2.png"]
+    assert [caption.split()[0] for *_, caption in samples] == [name for name in names if name != "b/2.png"]
     rows = {row["frame_id"]: row for file in files for row in file.read().to_pylist()}
-    for frame_HWC, mask_HW, caption in shown:
+    for frame_HWC, mask_HW, caption in samples:
         name = caption.split()[0]
         np.testing.assert_array_equal(frame_HWC, pixels[name])
         assert mask_HW.tobytes() == rows[name]["mask"]

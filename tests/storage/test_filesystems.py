@@ -78,12 +78,12 @@ def test_what_only_looks_like_credentials_is_a_name(uri):
 
 
 def test_an_option_is_given_as_json_or_yaml_and_never_written_down(tmp_path, capsys):
-    told = cli.parse("verify", ["s3://b/labels", "--storage-options", "{anon: true}"])
-    assert told._storage_options() == {"s3": {"anon": True}}
+    parsed = cli.parse("verify", ["s3://b/labels", "--storage-options", "{anon: true}"])
+    assert parsed._storage_options() == {"s3": {"anon": True}}
     file = tmp_path / "mine.yaml"
     file.write_text("model: s3://b/m\nimages: i\nmasks: m\nstorage_options: {s3: {anon: true, profile: null}}\n")
     assert cli.parse("evaluate", ["--config", str(file)])._storage_options() == {"s3": {"anon": True, "profile": None}}
-    assert "storage_options" not in options.to_plain(told)
+    assert "storage_options" not in options.to_plain(parsed)
     config = SegmentConfig(model="m", frames=("s3://b",), out="o", storage_options={"anon": True})
     assert "anon" not in options.to_yaml(config)
     assert cli.main(["verify", "s3://b/labels", "--storage-options", "[1]"]) == errors.EXIT_USAGE
@@ -141,9 +141,9 @@ def test_endpoint_profile_and_anonymous_access_by_option_and_by_environment(prox
         "nobody": {"anon": True},
         "OTHERKEY": {"profile": "logs"},
     }
-    for signer, told in by_option.items():
+    for signer, settings in by_option.items():
         proxy.reset_counts(Weather())
-        filesystems.configure({"s3": {"endpoint_url": proxy.url, **told}}, 5)
+        filesystems.configure({"s3": {"endpoint_url": proxy.url, **settings}}, 5)
         assert storage.read_bytes("s3://drives/x") == b"content"
         assert set(proxy.signers) == {signer}
     filesystems.configure({}, 5)  # and what an earlier job was told counts no more

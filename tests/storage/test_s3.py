@@ -54,7 +54,7 @@ class Recorded:
             requests = [json.loads(line) for line in answer.read().splitlines()]
         self.by_method.update(request["method"] for request in requests)
         headers = ({name.lower(): value for name, value in request["headers"].items()} for request in requests)
-        self.ranges += [told["range"] for told in headers if "range" in told]
+        self.ranges += [fields["range"] for fields in headers if "range" in fields]
 
 
 def write_log(bucket: str, n_frames: int = 6) -> dict[str, bytes]:
@@ -123,8 +123,8 @@ def test_a_version_is_read_in_one_request_or_not_at_all(bucket, server):
     assert requests.by_method == {"GET": len(frames)}  # no look after it: the version is in the request
     storage.write_whole(f"{bucket}/log/cam0/0001.png", b"other content")
     storage.delete(f"{bucket}/log/cam0/0002.png")
-    found = list(read_frames(rows))
-    assert [item.reason if isinstance(item, FrameGone) else item for item in found] == [
+    contents = list(read_frames(rows))
+    assert [item.reason if isinstance(item, FrameGone) else item for item in contents] == [
         frames["cam0/0000.png"],
         "changed",
         "missing",

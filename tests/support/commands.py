@@ -13,14 +13,14 @@ def run_to_end(command: Sequence[str], timeout_s: float) -> subprocess.Completed
     """Runs a command and returns what it said; after a timeout raises AssertionError with all Python stacks."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            said, errors = process.communicate(timeout=timeout_s)
+            output, errors = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             started = [process.pid, *sorted(descendants(process.pid))]
             stacks = "\n".join(map(_python_stacks, started))
             faults.kill(started)
-            said, errors = process.communicate()
-            raise AssertionError(f"not over after {timeout_s:.0f} s\n{said}\n{errors}\n{stacks}") from None
-    return subprocess.CompletedProcess(command, process.returncode, said, errors)
+            output, errors = process.communicate()
+            raise AssertionError(f"not over after {timeout_s:.0f} s\n{output}\n{errors}\n{stacks}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def _python_stacks(pid: int) -> str:

@@ -30,10 +30,10 @@ def scrape(deadline_s: float = 60) -> dict[str, float]:
     for _ in range(2):
         mark = next(_marks)
         gauge.set(mark)
-        while (found := _read()).get("ray_unet_ray_test_mark") != mark:
-            assert time.monotonic() < deadline, f"mark {mark} is not there: {found}"
+        while (metrics := _read()).get("ray_unet_ray_test_mark") != mark:
+            assert time.monotonic() < deadline, f"mark {mark} is not there: {metrics}"
             time.sleep(0.05)
-    return found
+    return metrics
 
 
 @contextmanager
@@ -61,8 +61,8 @@ def _read() -> dict[str, float]:
     url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(url, timeout=30) as answer:
         text = answer.read().decode()
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, labels, value in _LINE.findall(text):
         reason = re.search(r'reason="(\w+)"', labels)
-        found[f"{name} {reason[1]}" if reason else name] = float(value)
-    return found
+        metrics[f"{name} {reason[1]}" if reason else name] = float(value)
+    return metrics

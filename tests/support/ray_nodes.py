@@ -115,15 +115,15 @@ class RayNodes:
     def _start(self, *options: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """Starts a node and waits until it is there: two that start at once choose one name for a socket (Ray 2.60)."""
         for _ in range(START_TRIES):
-            process, said = self._launch([*prefix, "ray", "start", "--block", *options])
-            if wait_until(lambda: WAITING in said.read_bytes(), process, timeout_s=START_TIMEOUT_S):  # noqa: B023
+            process, log = self._launch([*prefix, "ray", "start", "--block", *options])
+            if wait_until(lambda: WAITING in log.read_bytes(), process, timeout_s=START_TIMEOUT_S):  # noqa: B023
                 return process
-        raise AssertionError(self.said())
+        raise AssertionError(self.output())
 
     def _launch(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
         settings = ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"]
-        said = self.folder / f"node-{len(self.processes)}.log"
-        with said.open("wb") as log:
+        path = self.folder / f"node-{len(self.processes)}.log"
+        with path.open("wb") as log:
             process = subprocess.Popen(
                 [*command, "--dashboard-agent-listen-port=0", *settings],
                 stdin=subprocess.DEVNULL,
@@ -133,13 +133,13 @@ class RayNodes:
                 start_new_session=True,  # Ctrl-C is for the tests, which then end the nodes in order
             )
         self.processes.append(process)
-        return process, said
+        return process, path
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Returns what the `ray start` commands have written."""
         return "\n".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("node-*.log")))
 
-    def autoscaler_said(self) -> str:
+    def autoscaler_output(self) -> str:
         """Returns the end of the autoscaler's log: what it has done, and its last look at nodes and requests."""
         log = self.ray_folder / "session_latest" / "logs" / "monitor.log"
         lines = log.read_text(errors="replace").splitlines() if log.exists() else ["no autoscaler has written a log"]

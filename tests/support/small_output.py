@@ -93,8 +93,8 @@ def label(rows: pa.Table, broken: Mapping[str, str] = BROKEN, mask_encoding: str
 
 
 def make_plan(out: str, archive: Listing | None = None, **options: Any) -> plans.Plan:
-    told = {"lineage": LINEAGE, "cutting": CUTTING, "config_yaml": "chunk_frames: 3\n", **options}
-    return plans.plan(out, archive or listing(), told.pop("lineage"), told.pop("cutting"), **told)
+    arguments = {"lineage": LINEAGE, "cutting": CUTTING, "config_yaml": "chunk_frames: 3\n", **options}
+    return plans.plan(out, archive or listing(), arguments.pop("lineage"), arguments.pop("cutting"), **arguments)
 
 
 def work(
@@ -143,8 +143,8 @@ class Killed(BaseException):
 
 
 @contextmanager
-def killed_at(monkeypatch: Any, place: int, *, after: bool) -> Iterator[list[str]]:
-    """Ends the process before or after its `place`-th change to the storage (from 0); a negative place: never.
+def killed_at(monkeypatch: Any, index: int, *, after: bool) -> Iterator[list[str]]:
+    """Ends the process before or after its `index`-th change to the storage (from 0); a negative index: never.
 
     A tree's deletion is the deletions of its files, one after another, from the last to the first and so that odd ones
     come before even ones: no order may be relied on.
@@ -153,11 +153,11 @@ def killed_at(monkeypatch: Any, place: int, *, after: bool) -> Iterator[list[str
 
     def step(name: str, act: Callable[..., Any], *arguments: Any) -> Any:
         changes.append(f"{name} {arguments[0]}")
-        here = len(changes) - 1 == place
-        if here and not after:
+        is_last = len(changes) - 1 == index
+        if is_last and not after:
             raise Killed
         result = act(*arguments)
-        if here:
+        if is_last:
             raise Killed
         return result
 
@@ -180,13 +180,13 @@ def killed_at(monkeypatch: Any, place: int, *, after: bool) -> Iterator[list[str
         yield changes
 
 
-def flipped(data: bytes, place: int, bit: int = 0) -> bytes:
+def flipped(data: bytes, index: int, bit: int = 0) -> bytes:
     """The bytes with one bit changed."""
-    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+    return data[:index] + bytes([data[index] ^ 1 << bit]) + data[index + 1 :]
 
 
-def killed_inside(place: int, act: Callable[[], Any]) -> bool:
-    """Runs `act` in a process that is gone at its `place`-th step (from 0) of writing or deleting local files.
+def killed_inside(index: int, act: Callable[[], Any]) -> bool:
+    """Runs `act` in a process that is gone at its `index`-th step (from 0) of writing or deleting local files.
 
     Nothing of it runs after that, as after SIGKILL. A file has none of its bytes after `open` and half before `fsync`.
 
@@ -197,7 +197,7 @@ def killed_inside(place: int, act: Callable[[], Any]) -> bool:
     if child == 0:
         done = False
         try:
-            _die_at(place)
+            _die_at(index)
             act()
             done = True
         finally:
@@ -205,15 +205,15 @@ def killed_inside(place: int, act: Callable[[], Any]) -> bool:
                 traceback.print_exc()
             os._exit(not done)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9), f"step {place}: {code}"
+    assert code in (0, 9), f"step {index}: {code}"
     return code == 9
 
 
-def _die_at(place: int) -> None:
+def _die_at(index: int) -> None:
     steps = itertools.count()
 
     def step(act: Callable[..., Any], *arguments: Any, before: Callable[[], Any] = int, **options: Any) -> Any:
-        if next(steps) == place:
+        if next(steps) == index:
             before()
             os._exit(9)
         return act(*arguments, **options)

@@ -52,7 +52,7 @@ def write_data(root: Path) -> None:
 
 
 def make_config(root: Path, out: Path, **changes) -> TrainConfig:
-    told = {
+    options = {
         "images": str(root / "frames"),
         "masks": str(root / "masks"),
         "classes": str(root / "classes.yaml"),
@@ -72,7 +72,7 @@ def make_config(root: Path, out: Path, **changes) -> TrainConfig:
         "device": "cpu",
         "wait_for_resources_s": 0,
     }
-    return TrainConfig(**(told | changes))
+    return TrainConfig(**(options | changes))
 
 
 def final_weights(run: str | Path) -> dict[str, np.ndarray]:
@@ -95,7 +95,7 @@ def assert_same_end(one: str | Path, other: str | Path, epochs: int) -> None:
 
 def wait_for_epoch(run: str | Path, epoch: int, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
-    while not any(found >= epoch for found in checkpoints.list_epochs(str(run))):
+    while not any(saved >= epoch for saved in checkpoints.list_epochs(str(run))):
         assert time.monotonic() < deadline, f"epoch {epoch} did not come"
         time.sleep(0.01)
 
@@ -136,8 +136,8 @@ def held_up(kind: type[HeldFrames], marker: Path) -> Iterator[None]:
 
     def prepare_held(*arguments):
         task, hashes = prepare(*arguments)
-        held = {part: kind(getattr(task, part), part, marker) for part in kind.PARTS}
-        return dataclasses.replace(task, **held), hashes
+        parts = {part: kind(getattr(task, part), part, marker) for part in kind.PARTS}
+        return dataclasses.replace(task, **parts), hashes
 
     modules = {sys.modules[HeldFrames.__module__], sys.modules[kind.__module__]}
     for module in modules:

@@ -108,7 +108,7 @@ OFF = {"flip": False, "scale": (1.0, 1.0), "brightness": 0, "contrast": 0, "satu
 def views_of_a_worker(**changes) -> list[tuple[np.ndarray, np.ndarray]]:
     """A training worker's views, 24x32, of a dozen frames that tell their own places: red = row, green = column."""
     config = make_config(Path("data"), Path("run"), augment=True, **(OFF | changes))
-    nothing = dict.fromkeys(("class_weights_K", "pixels_K", "image_pixels_K", "train", "validation", "shown"))
+    nothing = dict.fromkeys(("class_weights_K", "pixels_K", "image_pixels_K", "train", "validation", "samples"))
     task = WorkerTask(config=config, class_set=PRESETS["camvid"], device="cpu", cpus=1, start_timeout_s=600, **nothing)
     view = Worker(task, Group(rank=0, n_workers=1, agree=lambda value: value, tell=print))._view(epoch=3)
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]

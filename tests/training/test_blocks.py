@@ -38,14 +38,14 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     arrays = []
-    for place, (height, width) in enumerate(SIZES):
+    for index, (height, width) in enumerate(SIZES):
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
         ids = rng.choice(np.array([0, 7, 10, 11, 13], np.uint8), (height, width))
         mask = np.zeros((height, width, 3), np.uint8)
         mask[..., 0] = ids
         for folder, array in (("frames", image), ("masks", mask)):
             (root / folder).mkdir(exist_ok=True)
-            Image.fromarray(array).save(root / folder / f"{place:03d}.png")
+            Image.fromarray(array).save(root / folder / f"{index:03d}.png")
         arrays.append((image, np.select([ids == 7, ids == 13, ids >= 10, ids == 0], [0, 1, 2, 255]).astype(np.uint8)))
     return root, find_pairs(str(root / "frames"), str(root / "masks")).pairs, arrays
 
@@ -144,8 +144,8 @@ def test_pairs_that_cannot_be_used_are_one_line(data, cluster, tmp_path):
     root = data[0]
     for folder in ("frames", "masks"):
         (tmp_path / folder).mkdir()
-        for place in range(5):
-            (tmp_path / folder / f"{place:03d}.png").write_bytes((root / folder / f"{place:03d}.png").read_bytes())
+        for index in range(5):
+            (tmp_path / folder / f"{index:03d}.png").write_bytes((root / folder / f"{index:03d}.png").read_bytes())
     bad = np.full((*SIZES[1], 3), 0, np.uint8)
     bad[:2, :3, 0] = 99
     Image.fromarray(bad).save(tmp_path / "masks" / "001.png")

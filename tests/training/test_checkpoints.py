@@ -77,7 +77,7 @@ def state_file(folder: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("part", "damage", "said"),
+    ("part", "damage", "message"),
     [
         ("state", lambda data: data[:-9], "the state has 671 of 680 bytes"),
         (
@@ -92,7 +92,7 @@ def state_file(folder: str) -> str:
         ("manifest", None, "manifest.json is missing: it was never whole"),
     ],
 )
-def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, part, damage, said):
+def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, part, damage, message):
     checkpoints.write_checkpoint(run, make(1))
     folder = checkpoints.write_checkpoint(run, make(2))
     uri = state_file(folder) if part == "state" else storage.join(folder, "manifest.json")
@@ -109,7 +109,7 @@ def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, part, damage, sa
     assert newest is not None
     assert_equal(newest, make(1))
     assert len(lines) == 1 and "\n" not in lines[0]
-    assert lines[0].startswith(folder + ": ") and said in lines[0]
+    assert lines[0].startswith(folder + ": ") and message in lines[0]
 
 
 def test_only_those_to_keep_stay(run):
@@ -135,15 +135,15 @@ def test_what_appears_while_the_newest_is_looked_for_is_found(run):
 
 def test_where_the_best_is_damaged_another_stands_for_it(run):
     best, last = make(3, best=3), make(5, best=3)
-    said = []
+    warnings = []
     for checkpoint in (best, last):
         checkpoints.write_checkpoint(run, checkpoint)
-    assert checkpoints.best_or_this(run, last, on_damaged=said.append).epoch == 3
-    assert checkpoints.best_or_this(run, best, on_damaged=said.append) is best
-    assert said == []
+    assert checkpoints.best_or_this(run, last, on_damaged=warnings.append).epoch == 3
+    assert checkpoints.best_or_this(run, best, on_damaged=warnings.append) is best
+    assert warnings == []
     checkpoints.delete_older(run, 5, ())
-    assert checkpoints.best_or_this(run, last, on_damaged=said.append) is last
-    (line,) = said
+    assert checkpoints.best_or_this(run, last, on_damaged=warnings.append) is last
+    (line,) = warnings
     assert line.endswith("; epoch 5 stands for the best, 3") and "epoch-000003" in line
 
 

@@ -58,10 +58,10 @@ def norm_of_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
 def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, tmp_path, capsys):
     cluster, nodes = cluster
     training.connect()
-    told = make_config(data, tmp_path / "run", workers=2, wait_for_resources_s=5)
+    config = make_config(data, tmp_path / "run", workers=2, wait_for_resources_s=5)
     with ThreadPoolExecutor(1) as pool, held_up(Gated, tmp_path / "gate"):
-        run = pool.submit(training.train, told)
-        while checkpoints.newest_valid(told.out, on_damaged=print) is None:
+        run = pool.submit(training.train, config)
+        while checkpoints.newest_valid(config.out, on_damaged=print) is None:
             assert not run.done(), run.result()
             time.sleep(0.05)
         cluster.remove_node(nodes[1], allow_graceful=False)
@@ -69,9 +69,9 @@ def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, t
             TryAgain, match="a node was lost, and 2 workers had no room for 5 s .*; the same command goes"
         ):
             run.result()
-    said = capsys.readouterr().out
-    assert "warning: a node was lost, and 2 workers lack room; waiting up to 5 s for another\n" in said
-    assert said.count(f"Ray {ray.__version__} at ") == 1
+    output = capsys.readouterr().out
+    assert "warning: a node was lost, and 2 workers lack room; waiting up to 5 s for another\n" in output
+    assert output.count(f"Ray {ray.__version__} at ") == 1
 
 
 @pytest.mark.timeout(600)
@@ -79,9 +79,9 @@ def test_workers_that_have_lost_their_node_go_on_when_another_comes_in_time(clus
     cluster, nodes = cluster
     heard: list[str] = []
     training.connect()
-    told = make_config(data, tmp_path / "run", workers=2, wait_for_resources_s=300)
+    config = make_config(data, tmp_path / "run", workers=2, wait_for_resources_s=300)
     with ThreadPoolExecutor(1) as pool, held_up(Gated, tmp_path / "gate"):  # Ray starts a node in the main thread only
-        run = pool.submit(training.train, told)
+        run = pool.submit(training.train, config)
         wait_for_line("epoch  1/", run, heard, capsys)
         cluster.remove_node(nodes[1], allow_graceful=False)
         wait_for_line("2 workers lack room; waiting up to 300 s for another", run, heard, capsys)
@@ -89,7 +89,7 @@ def test_workers_that_have_lost_their_node_go_on_when_another_comes_in_time(clus
         (tmp_path / "gate").touch()
         run.result()
     training.train(make_config(data, tmp_path / "whole", workers=2))
-    assert_same_end(tmp_path / "run", tmp_path / "whole", told.epochs)
+    assert_same_end(tmp_path / "run", tmp_path / "whole", config.epochs)
 
 
 @pytest.mark.timeout(600)

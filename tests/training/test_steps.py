@@ -41,7 +41,7 @@ for frame in range(16):
 part = 16 // n_workers
 mine = slice(rank * part, (rank + 1) * part)
 config = ModelConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.0)
-found = {}
+arrays = {}
 for name, loss, clip_norm, weights in [
     ("ce", "ce", 0.0, None), ("clipped", "ce", 0.05, None), ("clipped-sgd", "ce", 0.05, None),
     ("dice", "ce+dice", 0.0, (1.0, 2.0, 0.5))
@@ -52,26 +52,26 @@ for name, loss, clip_norm, weights in [
     step = steps.TrainStep(model, optimizer, strategy, loss=loss, class_weights_K=weights, clip_norm=clip_norm)
     seeds = steps.dropout_seeds(0, 0, rank, step.n_dropouts)
     _, gradients = step.reduced_gradients(*map(tf.constant, (images[0, mine], masks[0, mine], seeds)))
-    for place, gradient in enumerate(gradients):
-        found[f"{name}/gradient/{place}"] = gradient.numpy()
+    for index, gradient in enumerate(gradients):
+        arrays[f"{name}/gradient/{index}"] = gradient.numpy()
     results = [step(images[t, mine], masks[t, mine], seeds) for t in range(10)]
-    found[f"{name}/loss"] = np.array([float(result.loss) for result in results])
-    found[f"{name}/valid"] = np.array([float(result.valid_pixels) for result in results])
-    found[f"{name}/correct"] = np.array([float(result.correct_pixels) for result in results])
+    arrays[f"{name}/loss"] = np.array([float(result.loss) for result in results])
+    arrays[f"{name}/valid"] = np.array([float(result.valid_pixels) for result in results])
+    arrays[f"{name}/correct"] = np.array([float(result.correct_pixels) for result in results])
     for variable in model.trainable_variables:
-        found[f"{name}/weight/{variable.path}"] = variable.numpy()
+        arrays[f"{name}/weight/{variable.path}"] = variable.numpy()
 add_up = steps.WorkerSum(strategy)
-found["sum"] = add_up(np.array([2**53 + 1 + rank, rank], np.int64))
-np.savez(f"{out}/{n_workers}-{rank}.npz", **found)
+arrays["sum"] = add_up(np.array([2**53 + 1 + rank, rank], np.int64))
+np.savez(f"{out}/{n_workers}-{rank}.npz", **arrays)
 """
 
 
 def start_ranks(program: str, *arguments: object) -> list[subprocess.Popen]:
     """Starts the program as each of two workers that know of each other."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    addresses = [f"127.0.0.1:{held.getsockname()[1]}" for held in sockets]
-    for held in sockets:
-        held.close()
+    addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in sockets]
+    for listener in sockets:
+        listener.close()
     processes = []
     for rank in range(2):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
@@ -210,12 +210,12 @@ def test_padding_changes_nothing():
     image, mask = batch(np.random.default_rng(5))
     padded_image = np.concatenate([image, np.zeros_like(image)])
     padded_mask = np.concatenate([mask, np.full_like(mask, IGNORED_ID)])
-    found = []
+    results = []
     for frames in ((image, mask), (padded_image, padded_mask)):
         step = make_step(CONFIG)
         _, gradients = step.reduced_gradients(*map(tf.constant, (*frames, no_seeds(step))))
-        found.append([gradient.numpy() for gradient in gradients])
-    for one, other in zip(*found, strict=True):
+        results.append([gradient.numpy() for gradient in gradients])
+    for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
@@ -232,7 +232,7 @@ def test_the_first_frames_do_not_wait_for_a_trace(monkeypatch):
     traced = []
     loss_sums = steps.losses.loss_sums
     monkeypatch.setattr(
-        steps.losses, "loss_sums", lambda *args, **told: (traced.append(1), loss_sums(*args, **told))[1]
+        steps.losses, "loss_sums", lambda *args, **options: (traced.append(1), loss_sums(*args, **options))[1]
     )
     step = make_step(CONFIG)
     step.trace(3)
@@ -304,13 +304,13 @@ def test_a_mask_of_another_size_comes_from_bilinear_logits():
     logits = np.random.default_rng(0).normal(size=(24, 32, 3)).astype(np.float32)
     mask = predict.resized_mask(tf.constant(logits), 37, 53)
 
-    def place(out: int, n_in: int, n_out: int) -> tuple[int, int, float]:
+    def neighbours(out: int, n_in: int, n_out: int) -> tuple[int, int, float]:
         at = min(max((out + 0.5) * n_in / n_out - 0.5, 0.0), n_in - 1.0)
         return int(at), min(int(at) + 1, n_in - 1), at - int(at)
 
     for y in range(37):
         for x in range(53):
-            (y0, y1, fy), (x0, x1, fx) = place(y, 24, 37), place(x, 32, 53)
+            (y0, y1, fy), (x0, x1, fx) = neighbours(y, 24, 37), neighbours(x, 32, 53)
             above = logits[y0, x0] * (1 - fx) + logits[y0, x1] * fx
             below = logits[y1, x0] * (1 - fx) + logits[y1, x1] * fx
             assert mask[y, x] == np.argmax(above * (1 - fy) + below * fy)

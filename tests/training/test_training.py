@@ -19,9 +19,8 @@ import yaml
 from PIL import Image
 from small_training import HeldFrames, held_up, last_state, make_config, write_data
 
-from unet_ray import config
 from unet_ray.chaos import faults
-from unet_ray.config import EvaluateConfig, TrainConfig
+from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.errors import JobFailed
 from unet_ray.images import resize_nearest
 from unet_ray.model.bundle import read_bundle
@@ -60,8 +59,8 @@ def test_prometheus_reads_the_last_epoch(cluster, tmp_path):
     with monitor.gauges:
         monitor.handle({"kind": "epoch", "row": {**row, "epoch": 2, "loss": 0.75}})
         monitor.handle({"kind": "epoch", "row": row})
-        found = {name: value for name, value in prometheus.scrape().items() if "train" in name}
-    assert found == {
+        metrics = {name: value for name, value in prometheus.scrape().items() if "train" in name}
+    assert metrics == {
         "ray_unet_ray_train_epoch": 3,
         "ray_unet_ray_train_loss": 0.5,
         "ray_unet_ray_train_images_per_second": 40,
@@ -80,14 +79,14 @@ class Recorded(HeldFrames):
 def undisturbed(data, cluster, tmp_path_factory):
     """A run of two workers that nothing happened to; what they read is beside it in `read/`, openings in `opened`."""
     root = tmp_path_factory.mktemp("runs")
-    told = make_config(data, root / "undisturbed")
+    config = make_config(data, root / "undisturbed")
     (root / "read").mkdir()
     events = faults.FileEvents(folder for kind in ("frames", "masks") for folder in (data / kind).iterdir())
     with held_up(Recorded, root / "read"):
-        result = train(told)
+        result = train(config)
     opened = Counter(str(file) for what, file in events.seen if what == "opened")
     (root / "opened.json").write_text(json.dumps(opened))
-    return told, result
+    return config, result
 
 
 # --- what a run leaves ---
@@ -95,9 +94,9 @@ def undisturbed(data, cluster, tmp_path_factory):
 
 @pytest.mark.timeout(180)
 def test_two_workers_learn_and_leave_everything(undisturbed):
-    told, result = undisturbed
-    run = Path(told.out)
-    assert result.run == told.out and result.model == f"{told.out}/model"
+    config, result = undisturbed
+    run = Path(config.out)
+    assert result.run == config.out and result.model == f"{config.out}/model"
     losses = [row["loss"] for row in result.history]
     assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
     assert result.metrics["val/mean_iou"] > 0.5
@@ -118,33 +117,33 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
 
 @pytest.mark.timeout(300)
 def test_every_frame_is_read_once_an_epoch_in_the_order_of_seed_and_epoch(undisturbed):
-    told, _ = undisturbed
+    config, _ = undisturbed
     for rank in range(2):
-        read = [int(line) for line in (Path(told.out).parent / "read" / f"rank{rank}.txt").read_text().split()]
-        orders = [batches.epoch_order(14, told.seed, epoch) for epoch in range(12)]
+        read = [int(line) for line in (Path(config.out).parent / "read" / f"rank{rank}.txt").read_text().split()]
+        orders = [batches.epoch_order(14, config.seed, epoch) for epoch in range(12)]
         expected = [batches.batch_slice(order, batch, 4, rank, 2) for order in orders for batch in range(4)]
         assert read == np.concatenate(expected).tolist()
 
 
 @pytest.mark.timeout(300)
 def test_files_are_read_once_not_once_an_epoch(undisturbed, data):
-    told, _ = undisturbed
-    opened = json.loads((Path(told.out).parent / "opened.json").read_text())
+    config, _ = undisturbed
+    opened = json.loads((Path(config.out).parent / "opened.json").read_text())
     assert opened.keys() == {str(path) for kind in ("frames", "masks") for path in (data / kind).rglob("*.png")}
-    shown = {uri for pair in validation_frames(told) for uri in (pair.image_uri, pair.mask_uri)}
-    assert max(opened[file] for file in shown) <= 5  # for samples.png again, by the network and by what draws
-    assert {opened[file] for file in opened if "/frames/" in file and file not in shown} == {1}
+    validated = {uri for pair in validation_frames(config) for uri in (pair.image_uri, pair.mask_uri)}
+    assert max(opened[file] for file in validated) <= 5  # for samples.png again, by the network and by what draws
+    assert {opened[file] for file in opened if "/frames/" in file and file not in validated} == {1}
     # Some masks once more, to find out their format.
-    assert {opened[file] for file in opened if "/masks/" in file and file not in shown} == {1, 2}
+    assert {opened[file] for file in opened if "/masks/" in file and file not in validated} == {1, 2}
 
 
 @pytest.mark.timeout(300)
 def test_best_and_last_checkpoint_are_kept(undisturbed):
-    told, result = undisturbed
+    config, result = undisturbed
     best = result.metrics["best_epoch"]
     values = [row["val/mean_iou"] for row in result.history]
     assert values[best - 1] == max(values) and best == values.index(max(values)) + 1
-    assert set(checkpoints.list_epochs(told.out)) == {12, 11, best}
+    assert set(checkpoints.list_epochs(config.out)) == {12, 11, best}
 
 
 @pytest.mark.timeout(300)
@@ -152,17 +151,17 @@ def test_tensorboard_events_hold_the_history(undisturbed):
     from tensorflow.core.util import event_pb2
     from tensorflow.data import TFRecordDataset
 
-    told, result = undisturbed
-    (file,) = (Path(told.out) / "tensorboard").iterdir()
+    config, result = undisturbed
+    (file,) = (Path(config.out) / "tensorboard").iterdir()
     events = [event_pb2.Event.FromString(record.numpy()) for record in TFRecordDataset(str(file))]
-    found = {(v.tag, event.step): v.simple_value for event in events for v in event.summary.value}
+    recorded = {(v.tag, event.step): v.simple_value for event in events for v in event.summary.value}
     for row in result.history:
-        assert found["loss", row["epoch"]] == pytest.approx(row["loss"], rel=1e-6)
-        assert found["val/mean_iou", row["epoch"]] == pytest.approx(row["val/mean_iou"], rel=1e-6)
+        assert recorded["loss", row["epoch"]] == pytest.approx(row["loss"], rel=1e-6)
+        assert recorded["val/mean_iou", row["epoch"]] == pytest.approx(row["val/mean_iou"], rel=1e-6)
 
 
-def validation_frames(told: TrainConfig) -> list[ImagePair]:
-    return list(training_data.find_data(run_folder.resolved(told)).split.validation)
+def validation_frames(config: TrainConfig) -> list[ImagePair]:
+    return list(training_data.find_data(run_folder.resolved(config)).split.validation)
 
 
 @pytest.mark.timeout(300)
@@ -170,10 +169,10 @@ def test_the_metrics_are_those_of_a_naive_count(undisturbed):
     """Five frames over two workers: each counted once, by the saved model, one frame at a time."""
     import tensorflow as tf
 
-    told, result = undisturbed
-    pairs = validation_frames(told)
+    config, result = undisturbed
+    pairs = validation_frames(config)
     assert len(pairs) == 5
-    model = read_bundle(told.out).build_model()
+    model = read_bundle(config.out).build_model()
     own, small = np.zeros((3, 3), np.int64), np.zeros((3, 3), np.int64)
     for pair in pairs:
         image, raw = (np.asarray(Image.open(uri)) for uri in (pair.image_uri, pair.mask_uri))
@@ -189,21 +188,21 @@ def test_the_metrics_are_those_of_a_naive_count(undisturbed):
         assert result.metrics[f"{prefix}/pixel_accuracy"] == pytest.approx(
             np.trace(confusion) / confusion.sum(), abs=1e-3
         )
-    total = last_state(told.out, result.metrics["best_epoch"])["confusion/own_size"].sum()
+    total = last_state(config.out, result.metrics["best_epoch"])["confusion/own_size"].sum()
     assert total == own.sum()  # every valid pixel of every frame, once
 
 
 @pytest.mark.timeout(300)
 def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys):
-    told, result = undisturbed
-    for pair in validation_frames(told):
+    config, result = undisturbed
+    for pair in validation_frames(config):
         for folder, uri in (("frames", pair.image_uri), ("masks", pair.mask_uri)):
             target = tmp_path / folder / f"{pair.pair_id}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(Path(uri).read_bytes())
-    found = evaluate(
+    results = evaluate(
         EvaluateConfig(
-            model=told.out,
+            model=config.out,
             images=str(tmp_path / "frames"),
             masks=str(tmp_path / "masks"),
             out=str(tmp_path / "out"),
@@ -212,12 +211,12 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
             device="cpu",
         )
     )
-    assert found["val/mean_iou"] == pytest.approx(result.metrics["val/mean_iou"], abs=1e-3)
-    assert found["val/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-3)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
-    assert 0 < found["val/boundary_f1/car"] <= 1
+    assert results["val/mean_iou"] == pytest.approx(result.metrics["val/mean_iou"], abs=1e-3)
+    assert results["val/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-3)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
+    assert 0 < results["val/boundary_f1/car"] <= 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "samples.png", "confusion.png"}
-    assert f"mean IoU {found['val/mean_iou']:.3f} over 3 of 3 classes" in capsys.readouterr().out
+    assert f"mean IoU {results['val/mean_iou']:.3f} over 3 of 3 classes" in capsys.readouterr().out
 
 
 # --- the same command, another command ---
@@ -225,40 +224,40 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
 
 @pytest.mark.timeout(300)
 def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
-    told, result = undisturbed
-    before = {path: path.stat().st_mtime_ns for path in Path(told.out).rglob("*")}
-    again = train(told)
-    assert capsys.readouterr().out == f"{told.out} is finished already; --overwrite trains it anew\n"
+    config, result = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
+    again = train(config)
+    assert capsys.readouterr().out == f"{config.out} is finished already; --overwrite trains it anew\n"
     assert again == result
-    assert {path: path.stat().st_mtime_ns for path in Path(told.out).rglob("*")} == before
-    train(dataclasses.replace(told, max_failures=9, collective_timeout_s=5))  # changes nothing in the result
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
+    train(dataclasses.replace(config, max_failures=9, collective_timeout_s=5))  # changes nothing in the result
 
 
 @pytest.mark.timeout(300)
 def test_another_configuration_is_refused_with_the_difference(undisturbed):
-    told, _ = undisturbed
+    config, _ = undisturbed
     with pytest.raises(ValueError) as caught:
-        train(dataclasses.replace(told, seed=6, image_size=(32, 24)))
+        train(dataclasses.replace(config, seed=6, image_size=(32, 24)))
     assert str(caught.value) == (
-        f"--out {told.out} holds a run of another configuration: --image-size was 24 32, now 32 24;"
+        f"--out {config.out} holds a run of another configuration: --image-size was 24 32, now 32 24;"
         " --seed was 5, now 6; give the same options, another --out, or --overwrite to delete that run and start anew"
     )
 
 
-def about_of(told: TrainConfig) -> dict[str, Any]:
-    found = training_data.find_data(told)
-    return run_folder.describe(found.split, found.class_set, found.mask_format, found.class_weights_K)
+def about_of(config: TrainConfig) -> dict[str, Any]:
+    inputs = training_data.find_data(config)
+    return run_folder.describe(inputs.split, inputs.class_set, inputs.mask_format, inputs.class_weights_K)
 
 
 @pytest.mark.timeout(300)
 def test_other_data_are_refused(data, tmp_path):
-    told = make_config(data, tmp_path / "run")
-    about = about_of(told)
-    run_folder.begin(told, about | {"train_frames": 99, "frames_sha256": "0"})
+    config = make_config(data, tmp_path / "run")
+    about = about_of(config)
+    run_folder.begin(config, about | {"train_frames": 99, "frames_sha256": "0"})
     with pytest.raises(
         ValueError, match=r"holds a run that began with other data: train_frames was 99, now 14, frames_"
     ):
-        train(told)
+        train(config)
 
 
 @pytest.mark.timeout(300)
@@ -266,21 +265,21 @@ def test_files_of_classes_and_weights_that_were_edited_are_refused(data, tmp_pat
     weights, classes = tmp_path / "weights.yaml", tmp_path / "classes.yaml"
     weights.write_text("{sky: 2, road: 0.5, car: 1}")
     classes.write_text((data / "classes.yaml").read_text())
-    told = make_config(data, tmp_path / "run", classes=str(classes), class_weights=str(weights))
-    run_folder.begin(told, about_of(told))
+    config = make_config(data, tmp_path / "run", classes=str(classes), class_weights=str(weights))
+    run_folder.begin(config, about_of(config))
     weights.write_text("{car: 1.0, sky: 2, road: 0.5} # as before")
-    run_folder.require_same_data(told, about_of(told))
+    run_folder.require_same_data(config, about_of(config))
     weights.write_text("{sky: 3, road: 0.5, car: 1}")
     with pytest.raises(ValueError) as caught:
-        train(told)
+        train(config)
     assert str(caught.value) == (
-        f"--out {told.out} holds a run that began with other data: class_weights/sky was 2.0, now 3.0; restore the"
+        f"--out {config.out} holds a run that began with other data: class_weights/sky was 2.0, now 3.0; restore the"
         " data, give another --out, or --overwrite to delete that run and start anew"
     )
     weights.write_text("{sky: 2, road: 0.5, car: 1}")
     classes.write_text(classes.read_text().replace("142", "143"))
     with pytest.raises(ValueError, match=r"began with other data: classes_sha256 was [0-9a-f]{64}, now [0-9a-f]{64};"):
-        train(told)
+        train(config)
 
 
 @pytest.mark.timeout(300)
@@ -296,14 +295,14 @@ def test_a_folder_that_is_no_run_is_never_touched(data, tmp_path, overwrite):
 
 @pytest.mark.timeout(300)
 def test_overwrite_deletes_the_run_and_nothing_else(undisturbed, data, tmp_path):
-    told = make_config(data, tmp_path)
+    config = make_config(data, tmp_path)
     checkpoints.write_checkpoint(
-        told.out, checkpoints.Checkpoint(epoch=1, step=1, tensors={}, history=(), best_epoch=1)
+        config.out, checkpoints.Checkpoint(epoch=1, step=1, tensors={}, history=(), best_epoch=1)
     )
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "metrics.json").write_text("{}")
     (tmp_path / "thesis.tex").write_text("mine")
-    run_folder.begin(dataclasses.replace(told, overwrite=True), {})
+    run_folder.begin(dataclasses.replace(config, overwrite=True), {})
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "run.json", "thesis.tex"}
 
 
@@ -327,19 +326,19 @@ def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
     mask = np.array(Image.open(bad))
     mask[3, 4:9, 0] = 200
     Image.fromarray(mask).save(bad)
-    told = make_config(data, tmp_path / "run", images=str(tmp_path / "frames"), masks=str(tmp_path / "masks"))
+    config = make_config(data, tmp_path / "run", images=str(tmp_path / "frames"), masks=str(tmp_path / "masks"))
     with pytest.raises(ValueError, match=rf"^{bad}: .*200 \(5 pixels\)"):
-        train(dataclasses.replace(told, mask_format="channel-max"))
+        train(dataclasses.replace(config, mask_format="channel-max"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.timeout(300)
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
-    told = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)
+    config = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)
     with pytest.raises(
         JobFailed, match="weights are not finite after step 1; the frames of its batch: drive.*--clip-n"
     ):
-        train(told)
+        train(config)
     assert checkpoints.list_epochs(str(tmp_path / "run")) == []
 
 
@@ -356,7 +355,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_frames(data, cluster, tmp
 
 
 def test_class_weights_from_a_file(data, tmp_path):
-    class_set = config.load_class_set(str(data / "classes.yaml"))
+    class_set = load_class_set(str(data / "classes.yaml"))
     file = tmp_path / "weights.yaml"
 
     def read(text: str) -> tuple[float, ...] | None:
@@ -397,13 +396,13 @@ def test_class_weights_from_a_file_weigh_the_loss(data, cluster, tmp_path):
     """All frames are in one batch: the only step's loss is that of the untrained network."""
     (tmp_path / "weights.yaml").write_text("{sky: 2, road: 0.5, car: 8}")
     changes = {"workers": 1, "epochs": 1, "batch_size": 14, "dropout": 0.0}
-    told = make_config(data, tmp_path / "run", class_weights=str(tmp_path / "weights.yaml"), **changes)
-    result = train(told)
-    split = training_data.find_data(told).split
-    untrained = build_unet(told.model_config(3), seed=told.seed)
-    found = [cross_entropy(untrained, split.train, weights) for weights in ((0.5, 2, 8), (1, 1, 1))]
-    assert result.history[0]["loss"] == pytest.approx(found[0], rel=1e-4)
-    assert found[0] != pytest.approx(found[1], rel=1e-2)
+    config = make_config(data, tmp_path / "run", class_weights=str(tmp_path / "weights.yaml"), **changes)
+    result = train(config)
+    split = training_data.find_data(config).split
+    untrained = build_unet(config.model_config(3), seed=config.seed)
+    losses = [cross_entropy(untrained, split.train, weights) for weights in ((0.5, 2, 8), (1, 1, 1))]
+    assert result.history[0]["loss"] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)
     trained = read_bundle(result.run).build_model()
     assert result.metrics["val/loss"] == pytest.approx(cross_entropy(trained, split.validation, (0.5, 2, 8)), rel=1e-4)
 
@@ -435,7 +434,7 @@ def test_memory_of_driver_and_workers_stays_flat_over_fifty_epochs(data, cluster
     for rank in range(2):
         seen = [json.loads(line) for line in (tmp_path / f"rank{rank}.jsonl").read_text().splitlines()]
         for name in ("worker", "driver"):
-            print(f"{name}, MB after 10, 20, … 70 epochs:", *(told[name] for told in seen))
+            print(f"{name}, MB after 10, 20, … 70 epochs:", *(row[name] for row in seen))
             assert len(seen) == 7 and seen[6][name] - seen[1][name] < 10
 
 
@@ -460,7 +459,7 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    told = make_config(
+    config = make_config(
         data,
         tmp_path / "run",
         val_images=str(tmp_path / "frames"),
@@ -480,14 +479,14 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
         mlflow=True,
     )
     with held_up(Measured, tmp_path / "sizes"):
-        result = train(told)
+        result = train(config)
     assert set((tmp_path / "sizes").read_text().splitlines()) == {"(37, 53, 3) (37, 53)"}  # crops are cut from these
     best = result.metrics["best_epoch"]
     assert result.metrics["epochs"] == len(result.history) == best + 3 < 40
-    said = capsys.readouterr().out
-    assert f"19 pairs; 19 other frames of {tmp_path / 'frames'} validate\n" in said
-    assert "leak rate: 100.0% of the validation frames have a neighbour in time or a near-dup" in said
-    assert "\nwarning: " in said
+    output = capsys.readouterr().out
+    assert f"19 pairs; 19 other frames of {tmp_path / 'frames'} validate\n" in output
+    assert "leak rate: 100.0% of the validation frames have a neighbour in time or a near-dup" in output
+    assert "\nwarning: " in output
     assert result.history[0]["learning_rate"] == pytest.approx(1e-2)  # the warm-up is over
     recorded = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
     points = MlflowClient().get_metric_history(recorded, "loss")

@@ -45,9 +45,9 @@ def cluster():
 @pytest.fixture(scope="module")
 def undisturbed(data, cluster, tmp_path_factory):
     """A run of two workers, with dropout and augmentation, that nothing happened to."""
-    told = make_config(data, tmp_path_factory.mktemp("runs") / "undisturbed", augment=True)
-    train(told)
-    return told
+    config = make_config(data, tmp_path_factory.mktemp("runs") / "undisturbed", augment=True)
+    train(config)
+    return config
 
 
 class Fault(NamedTuple):
@@ -66,7 +66,7 @@ FAULTS = (
     Fault(rank=0, part="train", at_read=5, after_epoch=0, how=signal.SIGKILL),  # there is no checkpoint yet
     Fault(rank=1, part="train", at_read=9, after_epoch=1, how=signal.SIGSTOP),  # in the middle of an epoch
     Fault(rank=0, part="validation", at_read=2, after_epoch=6, how=signal.SIGKILL),
-    Fault(rank=0, part="shown", at_read=1, after_epoch=12, how=signal.SIGKILL),  # for samples.png, after the end
+    Fault(rank=0, part="samples", at_read=1, after_epoch=12, how=signal.SIGKILL),  # for samples.png, after the end
 )
 
 
@@ -77,7 +77,7 @@ class Struck(HeldFrames):
     group read, `back0`.
     """
 
-    PARTS = ("train", "validation", "shown")
+    PARTS = ("train", "validation", "samples")
 
     def open(self):
         self.at_start = self.n_happened()
@@ -114,11 +114,11 @@ def test_workers_that_die_or_stop_anywhere_change_nothing(undisturbed, data, tmp
     struck.mkdir()
     with held_up(Struck, struck):
         train(make_config(data, tmp_path / "run", augment=True, checkpoint_every_epochs=3, max_failures=len(FAULTS)))
-    said = capsys.readouterr().out
-    assert "are read and decoded again in every epoch" in said
-    assert said.count("a worker was lost; the group has started again") == len(FAULTS)
+    output = capsys.readouterr().out
+    assert "are read and decoded again in every epoch" in output
+    assert output.count("a worker was lost; the group has started again") == len(FAULTS)
     newest = [int(path.read_text()) for path in sorted(struck.glob("fault*"))]
-    resumed = [int(epoch) for epoch in re.findall("going on after epoch ([0-9]+) of 12", said)]
+    resumed = [int(epoch) for epoch in re.findall("going on after epoch ([0-9]+) of 12", output)]
     assert newest[0] == 0 and len(resumed) == len(FAULTS) - 1
     assert all(epoch >= at_least for epoch, at_least in zip(resumed, newest[1:], strict=True))
     took_s = [
@@ -143,9 +143,9 @@ class StuckOnce(HeldFrames):
 def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
     with held_up(StuckOnce, tmp_path / "stuck"):
         train(make_config(data, tmp_path / "run", augment=True, collective_timeout_s=30))
-    said = capsys.readouterr().out
-    assert " has got nowhere for 30 s (--collective-timeout-s) and ends itself; it was in " in said
-    assert said.count("a worker was lost; the group has started again") == 1
+    output = capsys.readouterr().out
+    assert " has got nowhere for 30 s (--collective-timeout-s) and ends itself; it was in " in output
+    assert output.count("a worker was lost; the group has started again") == 1
     assert_same_end(tmp_path / "run", undisturbed.out, 12)
 
 
@@ -153,12 +153,14 @@ def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_pat
 def test_a_worker_that_is_stuck_alone_ends_itself(data, cluster, tmp_path, capsys):
     with held_up(StuckOnce, tmp_path / "stuck"):
         result = train(make_config(data, tmp_path / "run", workers=1, epochs=4, collective_timeout_s=15))
-    said = capsys.readouterr().out
-    (line,) = [line for line in said.splitlines() if line.startswith("warning: worker 0 has got nowhere for 15 s ")]
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if line.startswith("warning: worker 0 has got nowhere for 15 s ")]
     assert re.search(
         r"\(--collective-timeout-s\) and ends itself; it was in training/worker.py:[0-9]+ \(_batches\) -> ", line
     )
-    assert said.count("a worker was lost; the group has started again") == 1 and "going on after epoch 2 of 4" in said
+    assert (
+        output.count("a worker was lost; the group has started again") == 1 and "going on after epoch 2 of 4" in output
+    )
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
 
 
@@ -187,8 +189,10 @@ def test_a_worker_that_is_stopped_alone_is_given_up(impatient_cluster, data, tmp
     """No other worker waits for it, and what watches over it is stopped, too: Ray's own check is left."""
     with held_up(StoppedOnce, tmp_path / "stopped"):
         result = train(make_config(data, tmp_path / "run", workers=1, epochs=4, max_failures=1))
-    said = capsys.readouterr().out
-    assert said.count("a worker was lost; the group has started again") == 1 and "going on after epoch 2 of 4" in said
+    output = capsys.readouterr().out
+    assert (
+        output.count("a worker was lost; the group has started again") == 1 and "going on after epoch 2 of 4" in output
+    )
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
 
 
@@ -210,9 +214,9 @@ def test_a_worker_that_is_stuck_before_its_first_epoch_ends_itself(data, cluster
     monkeypatch.setattr(training, "START_TIMEOUT_S", 30.0)
     with held_up(StuckAtStart, tmp_path / "stuck"):
         result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, collective_timeout_s=15))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert re.search(
-        "warning: worker 0 has come to no epoch for 30 s and ends itself; it was in training/worker.py:.* -> ", said
+        "warning: worker 0 has come to no epoch for 30 s and ends itself; it was in training/worker.py:.* -> ", output
     )
     assert [row["epoch"] for row in result.history] == [1, 2]
 

@@ -26,6 +26,6 @@ def test_a_process_that_is_stuck_says_where_and_ends(tmp_path):
         [sys.executable, "-c", STUCK, str(tmp_path / "nobody_writes")], capture_output=True, text=True
     )
     assert done.returncode == 1, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0] == "in time" and len(said) == 2
-    assert re.fullmatch(r"storage/files\.py:[0-9]+ \(\w+\)( -> .+ \(\w+\))?", said[1]), said[1]
+    lines = done.stdout.splitlines()
+    assert lines[0] == "in time" and len(lines) == 2
+    assert re.fullmatch(r"storage/files\.py:[0-9]+ \(\w+\)( -> .+ \(\w+\))?", lines[1]), lines[1]
