@@ -24,7 +24,7 @@ READ = """
 import json, sys
 from collections import Counter
 from unet_ray.archives.reading import FrameGone, read_frames
-from unet_ray.frames import list_archives
+from unet_ray.archives.listing import list_archives
 
 counts, unlistable = Counter(), []
 try:
