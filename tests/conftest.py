@@ -24,3 +24,19 @@ def storage_environment() -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(_STORAGE)]:
         del os.environ[name]
     os.environ.update(before)
+
+
+LONGEST = ("test_chaos", "test_training_faults", "test_submit", "test_s3_jobs", "test_segmentation", "test_training")
+"""Files that take longest come first, so that none of them is alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files: `LONGEST`, others that start a Ray, and then what takes seconds."""
+    order = {name: index for index, name in enumerate(LONGEST)}
+    with_ray = ("/jobs/", "/cluster/", "/training/", "/labelling/", "/bench/", "test_labels_stay", "test_weather")
+
+    def position(item: pytest.Item) -> int:
+        path = str(item.path)
+        return order.get(item.path.stem, len(order) + (not any(part in path for part in with_ray)))
+
+    items.sort(key=position)

@@ -311,6 +311,7 @@ def test_peers_label_every_frame_as_plain_keras_does(program: str, tiny: Arena, 
     assert number == 14 and len(first_masks) == 5 and first_masks.items() <= masks.items()
 
 
+@pytest.mark.slow
 def test_all_steps_compute_the_same_loss(tiny: Arena):
     arguments: dict[str, Any] = {
         "images": tiny.log() / "CameraRGB", "masks": tiny.log() / "CameraMask", "model": tiny.model(),
@@ -324,6 +325,7 @@ def test_all_steps_compute_the_same_loss(tiny: Arena):
     assert [result["loss"] for result in losses] == pytest.approx([losses[0]["loss"]] * len(losses), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_steps_apart_and_decoding_of_pairs(tiny: Arena):
     images, masks = tiny.pairs()
     arguments = {"images": images, "masks": masks, "size": tiny.network_size, "threads": 1}
@@ -378,6 +380,7 @@ def test_memory_is_that_of_the_process_itself(tiny: Arena):
 # --- the job ---
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_job_measures_writes_and_shows(tmp_path: Path):
     def run(*options: str) -> subprocess.CompletedProcess[str]:

@@ -33,6 +33,8 @@ SHOWN_ELSEWHERE = {
     "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
     "work_damaged": "the same, for parts and records",
 }
+SHOWN_FIRST = ("driver_killed", "processes_killed", "two_jobs", "overwriting_killed")
+"""A fault of each kind: the others are marked slow."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,14 @@ def test_each_broken_or_odd_file_is_what_it_says(stage):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [name for name in scenarios.SCENARIOS if name not in SHOWN_ELSEWHERE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SHOWN_FIRST else pytest.mark.slow)
+        for name in scenarios.SCENARIOS
+        if name not in SHOWN_ELSEWHERE
+    ],
+)
 def test_a_job_lives_through(name: str, stage: trials.Stage, request: pytest.FixtureRequest) -> None:
     if name.startswith("disk_full"):
         request.getfixturevalue("can_mount")
@@ -75,6 +84,7 @@ def test_a_job_lives_through(name: str, stage: trials.Stage, request: pytest.Fix
     assert outcome.same in ("bytes", "rows") and outcome.frames == sum(stage.size.drives)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_whose_own_ray_is_killed_ends_at_once_and_the_rerun_finishes(stage):
     trial = trials.Trial(stage, "ray_killed")
@@ -91,6 +101,7 @@ def test_a_job_whose_own_ray_is_killed_ends_at_once_and_the_rerun_finishes(stage
     assert not trial.problems, trial.problems
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_job_that_is_told_to_stop_while_it_lists_does_not_wait_for_the_storage(stage, tmp_path):
     os.mkfifo(tmp_path / "log.csv")  # who reads it waits for ever
@@ -114,6 +125,7 @@ def keepalive() -> dict[str, str]:
     return head
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_job_goes_on_without_a_node_whose_link_is_cut(stage, monkeypatch, record_property):
     expected = stage.undisturbed

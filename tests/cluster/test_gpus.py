@@ -194,7 +194,11 @@ def test_what_is_labelled_on_gpus_is_what_cpus_label(looks: Looks, command, tmp_
 
 
 @pytest.mark.parametrize(
-    ("job", "n_looks"), [("segment", 0), ("train", 0), ("train", 1), ("evaluate", 0), ("evaluate", 1)]
+    ("job", "n_looks"),
+    [
+        *(("segment", 0), ("train", 0)),
+        *(pytest.param(job, n, marks=pytest.mark.slow) for job, n in (("train", 1), ("evaluate", 0), ("evaluate", 1))),
+    ],
 )
 def test_a_gpu_that_tensorflow_does_not_see_ends_the_job_at_once(
     looks: Looks, command, job: str, n_looks: int, tmp_path: Path, capfd

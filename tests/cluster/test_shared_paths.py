@@ -133,6 +133,7 @@ def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log
     assert os.listdir(own) == before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_machines_share_nothing_but_the_paths_that_are_given(nodes, folders, log):
     """All work is the other machine's, and what the driver's puts into temporary files it does not see."""
@@ -155,6 +156,7 @@ print(segmentation.resolve_precision("auto", "cpu"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_auto_is_bfloat16_where_every_machine_that_works_has_it(nodes, folders):
     processors = folders[0] / f"cpuinfo-{ADDRESS}", add_machine(nodes, "127.0.0.3", folders)
@@ -165,6 +167,7 @@ def test_auto_is_bfloat16_where_every_machine_that_works_has_it(nodes, folders):
         assert done.stdout.splitlines()[-1] == expected, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_machine_that_comes_when_the_job_waits_for_it_is_asked_too(nodes, folders, model, tmp_path):
     shared, own = folders

@@ -19,6 +19,8 @@ from unet_ray.chaos.trials import wait_until
 from unet_ray.demo import synthetic
 from unet_ray.output import verify
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RAYLET = f"{Path(ray.__file__).parent}/core/src/ray/raylet/raylet"
 N_FRAMES = 64

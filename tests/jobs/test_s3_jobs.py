@@ -196,6 +196,7 @@ def test_a_tar_is_read_by_range_and_gives_the_same_masks(labelled):
     assert store.proxy.methods["PUT"] == 0
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_ends_the_job_and_the_rerun_finishes(labelled):
     store, _ = labelled
     arguments = ("segment", *SEGMENT, "--frames", "S3/data/images", "--out", "S3/cut")
@@ -211,6 +212,7 @@ def test_a_store_that_stays_away_ends_the_job_and_the_rerun_finishes(labelled):
     assert read_tree(f"{store.bucket}/cut") == read_tree(f"{store.bucket}/labels")
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_after_its_store_was_gone_and_ends_with_the_same_weights(trained: Store):
     """The store is gone for good from the second checkpoint on; then the same command goes on in bad weather."""
     gone = Weather(dark_on="PUT .*epoch-000002/manifest", dark_at=1, dark_s=10_000)
@@ -241,6 +243,7 @@ def test_no_secret_is_left_anywhere(labelled):
         assert KEY_ID.encode() not in content, name
 
 
+@pytest.mark.slow
 def test_labels_made_in_bad_weather_have_the_same_bytes_at_half_as_many_requests_more(labelled):
     store, fair = labelled
     ray.shutdown()  # its workers have the impatient options

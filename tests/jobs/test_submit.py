@@ -30,6 +30,8 @@ from unet_ray.chaos.trials import wait_until
 from unet_ray.demo import synthetic
 from unet_ray.output import verify
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PLANTED = (
     *("venv/lib/site.py", "env/pyvenv.cfg", ".venv/bin/python", ".git/config", ".env", "data/0.png", "drives.tar"),

@@ -195,7 +195,7 @@ def test_the_output_verifies_and_the_result_names_the_classes(labelled: Path, mo
 def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     labelled: Path, model: str, archive: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segmentation.cluster, "connect", None)
+    monkeypatch.setattr(segmentation, "connect", None)
     before = {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()}
     events = faults.FileEvents([archive / "a", archive / "bb"])
     result = run(model, archive, labelled, shard_rows=10)
@@ -421,6 +421,7 @@ def overwrite(frame: Path, data: bytes, mtime_ns: int) -> None:
     os.utime(frame, ns=(mtime_ns, mtime_ns))
 
 
+@pytest.mark.slow
 def test_a_frame_that_is_again_as_it_was_listed_is_labelled_when_it_is_tried_again(
     changed, model: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -434,6 +435,7 @@ def test_a_frame_that_is_again_as_it_was_listed_is_labelled_when_it_is_tried_aga
     assert "rejected frames that are tried again: 1\n" in output and "other files now" not in output
 
 
+@pytest.mark.slow
 def test_a_frame_that_is_still_another_is_rejected_again_and_that_is_said_before(changed, model: str, capsys) -> None:
     archive, out, _ = changed
     before = digests(out)

@@ -186,6 +186,7 @@ def test_a_moved_archive_is_read_where_it_lies_now(stage, archive, tmp_path, cap
     assert cli.main(["verify", str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_overwriting_waits_for_no_dead_job_and_never_goes_beside_a_living_one(stage, archive, tmp_path, capsys):
     out = tmp_path / "labels"
     assert segment(stage, archive, out) == 0
@@ -248,6 +249,7 @@ def test_a_job_whose_output_was_overwritten_says_so(stage, archive, tmp_path, ca
     assert not (out / "frames").exists() and not (out / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_new_frame_beside_a_damaged_file_is_labelled_and_the_damage_named(stage, archive, tmp_path, capsys):
     out = tmp_path / "labels"
     assert segment(stage, archive, out) == 0

@@ -142,6 +142,7 @@ def test_a_body_that_was_cut_short_is_never_the_file(read, bucket, proxy, monkey
         list(read_frames(rows))
 
 
+@pytest.mark.slow
 def test_an_output_made_in_bad_weather_has_the_same_bytes(bucket, proxy):
     proxy.reset_counts(Weather())
     segment(f"{bucket}/fair")

@@ -74,6 +74,7 @@ def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, t
     assert output.count(f"Ray {ray.__version__} at ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_workers_that_have_lost_their_node_go_on_when_another_comes_in_time(cluster, data, tmp_path, capsys):
     cluster, nodes = cluster
@@ -92,6 +93,7 @@ def test_workers_that_have_lost_their_node_go_on_when_another_comes_in_time(clus
     assert_same_end(tmp_path / "run", tmp_path / "whole", config.epochs)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_group_shrinks_when_a_node_is_killed_and_grows_when_one_comes(cluster, data, tmp_path, monkeypatch, capsys):
     """The batch is that of all workers together, so their number changes neither it nor the learning rate."""

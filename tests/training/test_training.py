@@ -426,6 +426,7 @@ def own_mb(pid: int) -> float:
     return int(line.split()[1]) / 1000
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_of_driver_and_workers_stays_flat_over_fifty_epochs(data, cluster, tmp_path):
     (tmp_path / "driver").write_text(str(os.getpid()))
