@@ -17,11 +17,12 @@ import pytest
 import ray
 import yaml
 from PIL import Image
+from ray.util.placement_group import placement_group
 from small_training import HeldFrames, held_up, last_state, make_config, write_data
 
 from unet_ray.chaos import faults
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
-from unet_ray.errors import JobFailed
+from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.images import resize_nearest
 from unet_ray.model.bundle import read_bundle
 from unet_ray.model.metrics import confusion_matrix
@@ -314,6 +315,20 @@ def test_more_workers_than_the_cluster_has(data, cluster, tmp_path):
     with pytest.raises(ValueError, match=r"^9 training workers want 9 CPUs \(1 CPU each\); the cluster has 2 CPUs"):
         train(make_config(data, tmp_path / "run", workers=9, batch_size=9))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(300)
+def test_workers_that_other_jobs_leave_no_room_are_given_up(data, cluster, tmp_path, monkeypatch):
+    """The cluster has 2 CPUs, so that the job begins; Ray Train would wait for the one that is held without a word."""
+    monkeypatch.setattr(training, "START_TIMEOUT_S", 5.0)
+    other = placement_group([{"CPU": 1}])
+    ray.get(other.ready())
+    config = make_config(data, tmp_path / "run", workers=2, collective_timeout_s=1)
+    with pytest.raises(TryAgain, match="^no worker has started for 5 s; perhaps other jobs hold"):
+        train(config)
+    assert not ray.is_initialized()  # so that it holds nothing there any more
+    monkeypatch.undo()
+    train(dataclasses.replace(config, epochs=1, overwrite=True, collective_timeout_s=600))
 
 
 @pytest.mark.timeout(300)

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from unet_ray.cluster.processes import KEEP_MEMORY, descendants
+from unet_ray.cluster.watchdog import Watchdog
 from unet_ray.errors import EXIT_TRY_AGAIN, TryAgain
 from unet_ray.messages import amounts, say
 from unet_ray.storage import filesystems
@@ -26,6 +27,9 @@ WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorFlow's C++ notices of every worker, which name no trouble of the user's
     **KEEP_MEMORY,
 }
+
+START_TIMEOUT_S = 300.0
+"""After which a Ray that has neither started nor let us in is given up."""
 
 _handed: tuple[tuple[str, str], dict[str, str]] | None = None
 """The connection to a Ray that was made here, and what that Ray's workers know of storage."""
@@ -61,14 +65,15 @@ def connect() -> None:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         # Workers have this environment anyway; with one of its own, none of those that Ray starts ahead would do.
         os.environ.update({**WORKER_ENVIRONMENT, **os.environ, **storage_variables})
-        _start_ray(arguments)
+        with limited("the start of Ray on this machine", START_TIMEOUT_S):
+            _start_ray(arguments)
         atexit.register(end_ray)
         _end_with_ray()
     else:
         address = os.environ["RAY_ADDRESS"]
         try:
             _knock(address)
-            with _without_notice():
+            with _without_notice(), limited(f"joining the Ray cluster at {address}", START_TIMEOUT_S):
                 ray.init(runtime_env={"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}}, **arguments)
         except (OSError, RuntimeError) as error:
             cause = " ".join(str(error).split())
@@ -82,6 +87,26 @@ def connect() -> None:
     say(f"Ray {ray.__version__} {where}: {amounts({key: have.get(key, 0) for key in ('CPU', 'GPU')})}")
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         say("warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token")
+
+
+@contextlib.contextmanager
+def limited(phase: str, timeout_s: float) -> Iterator[None]:
+    """Ends this process, as one that may be tried again, where the block takes longer: a line says where it was.
+
+    Nothing else would end a driver that waits inside Ray for what does not come.
+    """
+
+    def give_up(place: str) -> None:
+        print(
+            f"unet-ray: error: {phase} took longer than {timeout_s:.0f} s; it was in {place}; the same command goes on "
+            "where this one stopped",
+            file=sys.stderr,
+            flush=True,
+        )
+        end_ray(in_order=False)
+
+    with Watchdog(timeout_s, give_up, exit_code=EXIT_TRY_AGAIN).watching():
+        yield
 
 
 def _connection() -> tuple[str, str]:
@@ -141,6 +166,15 @@ def end_ray(*, in_order: bool = True) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
         os.close(process)
+
+
+def disconnect() -> None:
+    """Ends the connection that `connect` has made, and with it all that this job holds in the cluster.
+
+    A connection of the caller's own stays: only that caller knows what else it is for.
+    """
+    if ray.is_initialized() and _handed and _handed[0] == _connection():
+        end_ray()
 
 
 def _end_with_ray() -> None:

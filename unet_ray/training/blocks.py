@@ -35,6 +35,7 @@ import ray
 import ray.data
 from ray.data import DataContext
 
+from unet_ray.cluster.connection import limited
 from unet_ray.cluster.tasks import without_ray_warnings
 from unet_ray.errors import JobFailed
 from unet_ray.images import ImageRefused, count_values, frame_size
@@ -49,6 +50,9 @@ BLOCK_BYTES = 16_000_000
 
 STORE_SHARE = 0.5
 """Blocks beyond this share of a node's object store are not kept: workers read the files again in every epoch."""
+
+READ_TIMEOUT_S, PAIR_TIMEOUT_S = 600.0, 2.0
+"""Reading is given up after the first and the second for each pair: a hundred times what a slow store needs."""
 
 READ_RETRIES = 2
 """Times that a block is read again whose process died; Ray Data itself would go on for ever (Ray 2.60)."""
@@ -150,7 +154,8 @@ def ingest(pairs: Sequence[ImagePair], plan: IngestPlan, *, kept_bytes: int = 0)
     n_bytes = len(pairs) * row_bytes
     fits = kept_bytes + n_bytes <= STORE_SHARE * _smallest_store_bytes()
     kept = plan if fits else dataclasses.replace(plan, keep_pixels=False)
-    blocks = _run(pairs, kept, row_bytes)
+    with limited(f"reading {count(len(pairs), 'pair')}", READ_TIMEOUT_S + PAIR_TIMEOUT_S * len(pairs)):
+        blocks = _run(pairs, kept, row_bytes)
     summary = pa.concat_tables(ray.get([_summarize.remote(block) for block in blocks])).sort_by("index")
     _refuse_problems(summary)
     assert summary["index"].to_pylist() == list(range(len(pairs)))

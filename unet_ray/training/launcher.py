@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 import types
 from typing import Any
 
@@ -16,13 +17,15 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from unet_ray.cluster.connection import disconnect
 from unet_ray.cluster.processes import without_plots
 from unet_ray.cluster.resources import (
     Room,
     worker_resources,
 )
+from unet_ray.cluster.watchdog import Watchdog
 from unet_ray.config import TrainConfig
-from unet_ray.errors import JobFailed
+from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.messages import count
 from unet_ray.model.devices import UnusableGpu
 from unet_ray.training.mlflow_record import MlflowRecord
@@ -59,17 +62,24 @@ LAST_WORD_S = 10.0
 
 def _work(loop_config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker."""
-    with without_plots():  # here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s)
+    context, mailbox, task = ray.train.get_context(), loop_config["mailbox"], loop_config["task"]
+    rank = context.get_world_rank()
+
+    def give_up(place: str) -> None:
+        line = f"worker {rank} has not loaded TensorFlow for {task.start_timeout_s:.0f} s and ends itself"
+        _tell(mailbox, {"kind": "stuck", "line": f"{line}; it was in {place}"})
+
+    # Here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s).
+    with Watchdog(task.start_timeout_s, give_up).watching(), without_plots():
         from unet_ray.training.worker import Worker
 
-    context, mailbox = ray.train.get_context(), loop_config["mailbox"]
     group = Group(
-        rank=context.get_world_rank(),
+        rank=rank,
         n_workers=context.get_world_size(),
         agree=broadcast_from_rank_zero,
         tell=lambda event: _tell(mailbox, event),
     )
-    Worker(loop_config["task"], group).run()
+    Worker(task, group).run()
 
 
 def _tell(mailbox: Any, event: dict[str, Any]) -> None:
@@ -176,6 +186,18 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
 
 
+def _take(launcher: Any, timeout_s: float) -> list[dict[str, Any]]:
+    """Returns the workers' events since the last call."""
+    try:
+        return ray.get(launcher.take.remote(), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise _no_start(f"Ray has not started the process that starts the workers for {timeout_s:.0f} s") from error
+
+
+def _no_start(what: str) -> TryAgain:
+    return TryAgain(f"{what}; perhaps other jobs hold the cluster's CPUs or GPUs; the same command goes on")
+
+
 def run_workers(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRecord | None) -> Monitor:
     """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
     monitor = Monitor(config.out, config.epochs, record)
@@ -185,13 +207,22 @@ def run_workers(config: TrainConfig, task: WorkerTask, launcher: Any, record: Ml
         [worker_resources(task.cpus, task.device)] * fewest, config.wait_for_resources_s, count(fewest, "worker")
     )
     done: list[Any] = []
-    with monitor.gauges:
-        while not done:
-            room.look()
-            done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
-            for event in ray.get(launcher.take.remote()):
-                monitor.handle(event)
-    causes = ray.get(fitting)
+    start_timeout_s = task.start_timeout_s + config.wait_for_resources_s
+    deadline_s = time.monotonic() + start_timeout_s
+    try:
+        with monitor.gauges:
+            while not done:
+                room.look()
+                done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
+                for event in _take(launcher, start_timeout_s):
+                    monitor.handle(event)
+                if not monitor.n_workers and time.monotonic() > deadline_s:
+                    raise _no_start(f"no worker has started for {start_timeout_s:.0f} s")
+        causes = ray.get(fitting)
+    except TryAgain:
+        # Ray Train's reservation of CPUs outlives all of its actors, and would take them when there is room (Ray 2.60).
+        disconnect()
+        raise
     if monitor.error is not None:
         raise monitor.error
     for cause in causes:

@@ -36,6 +36,7 @@ class Monitor:
         history: the rows of all epochs that are done.
         error: what a worker said before it stopped for good.
         gauges: the last epoch's numbers for the cluster's Prometheus.
+        n_workers: of the group, 0 until it has started.
         samples: predicted masks by place among the validation frames, once training is done.
     """
 
@@ -44,7 +45,7 @@ class Monitor:
         self.error: Exception | None = None
         self.samples: dict[int, Any] = {}
         self._run, self._n_epochs, self._record = run, n_epochs, record
-        self._n_workers = 0
+        self.n_workers = 0
         self._terminal = sys.stdout.isatty()
         self.gauges = Gauges("unet_ray_train", dict(GAUGES.values()))
 
@@ -53,7 +54,7 @@ class Monitor:
         match event["kind"]:
             case "started":
                 self._say(self._start_line(event["policy"], event["n_workers"]))
-                self._n_workers = event["n_workers"]
+                self.n_workers = event["n_workers"]
             case "restored":
                 self.history = list(event["history"])
                 for row in self.history[-1:]:
@@ -76,11 +77,11 @@ class Monitor:
                 self.samples = event["samples"]
 
     def _start_line(self, policy: str, n_workers: int) -> str:
-        if self._n_workers == 0:
+        if self.n_workers == 0:
             return f"precision: {policy}"
-        if n_workers > self._n_workers:
+        if n_workers > self.n_workers:
             return f"there is room for more workers; the group has started again with {n_workers}"
-        with_fewer = f" with {n_workers}" if n_workers < self._n_workers else ""
+        with_fewer = f" with {n_workers}" if n_workers < self.n_workers else ""
         return f"a worker was lost; the group has started again{with_fewer}"
 
     def _set_gauges(self, row: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 from unet_ray import storage
+from unet_ray.cluster.watchdog import Watchdog
 from unet_ray.errors import JobFailed
 from unet_ray.model import losses, unet
 from unet_ray.model.devices import choose_policy, configure_tensorflow
@@ -27,7 +28,6 @@ from unet_ray.training import batches, checkpoints, evaluator, steps
 from unet_ray.training.augmentation import AugmentConfig, augment
 from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
 from unet_ray.training.task import Group, WorkerTask
-from unet_ray.training.watchdog import Watchdog
 
 PROGRESS_INTERVAL_S = 0.25
 """Least time between two reports of progress within an epoch."""

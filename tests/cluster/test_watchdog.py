@@ -10,7 +10,7 @@ import sys
 STUCK = """
 import sys, threading
 from unet_ray import storage
-from unet_ray.training import watchdog
+from unet_ray.cluster import watchdog
 
 threading.Thread(target=threading.Event().wait, daemon=True).start()  # another thread, which nobody asked about
 with watchdog.Watchdog(600, print).watching():
@@ -18,6 +18,30 @@ with watchdog.Watchdog(600, print).watching():
 with watchdog.Watchdog(0.2, print).watching():
     storage.read_bytes(sys.argv[1])
 """
+
+
+LIMITED = """
+import sys
+from unet_ray import storage
+from unet_ray.cluster.connection import limited
+
+with limited("one read", 600):
+    print("in time")
+with limited("the other read", 0.2):
+    storage.read_bytes(sys.argv[1])
+"""
+
+
+def test_a_driver_that_is_stuck_says_in_which_phase_and_may_be_tried_again(tmp_path):
+    os.mkfifo(tmp_path / "nobody_writes")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "nobody_writes")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (75, "in time\n"), done.stderr
+    pattern = (
+        r"unet-ray: error: the other read took longer than 0 s; it was in storage/files\.py:[0-9]+ .+; the same .+\n"
+    )
+    assert re.fullmatch(pattern, done.stderr), done.stderr
 
 
 def test_a_process_that_is_stuck_says_where_and_ends(tmp_path):

@@ -21,12 +21,12 @@ class Watchdog:
     worker, has only this.
     """
 
-    def __init__(self, timeout_s: float, on_stuck: Callable[[str], None]):
-        """Takes the seconds without a beat after which it ends the process with exit code 1.
+    def __init__(self, timeout_s: float, on_stuck: Callable[[str], None], *, exit_code: int = 1):
+        """Takes the seconds without a beat after which it ends the process with an exit code.
 
         `on_stuck` is called before that, with the place in the watched thread: `training/steps.py:62 (start_strategy)`.
         """
-        self._timeout_s, self._on_stuck = timeout_s, on_stuck
+        self._timeout_s, self._on_stuck, self._exit_code = timeout_s, on_stuck, exit_code
         self._beaten_at = 0.0
         self._over = threading.Event()
 
@@ -50,7 +50,7 @@ class Watchdog:
                 try:
                     self._on_stuck(_position(thread))
                 finally:
-                    os._exit(1)  # what is stuck runs no handler and sees no exception
+                    os._exit(self._exit_code)  # what is stuck runs no handler and sees no exception
 
     def _left_s(self) -> float:
         return max(0.0, self._beaten_at + self._timeout_s - time.monotonic())
