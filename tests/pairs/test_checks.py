@@ -214,12 +214,11 @@ def test_names_that_a_pattern_does_not_match(tmp_path: Path) -> None:
     assert [(item.sequence, item.n_frames) for item in report.sequences] == [("", 1), ("a", 2)]
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
+def test_progress_goes_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pairs(tmp_path, 3)
-    progress: list[tuple[int, int]] = []
-    config = CheckConfig(images=str(tmp_path / "rgb"), masks=str(tmp_path / "seg"), classes="camvid")
-    check_data_set(config, on_progress=lambda done, total: progress.append((done, total)))
-    assert progress == [(3, 3)]
+    check(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("3 of 3 pairs (100%), ") and captured.out == ""
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:

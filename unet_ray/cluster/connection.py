@@ -96,9 +96,9 @@ def limited(phase: str, timeout_s: float) -> Iterator[None]:
     Nothing else would end a driver that waits inside Ray for what does not come.
     """
 
-    def give_up(place: str) -> None:
+    def give_up(position: str) -> None:
         print(
-            f"unet-ray: error: {phase} took longer than {timeout_s:.0f} s; it was in {place}; the same command goes on "
+            f"unet-ray: error: {phase} took longer than {timeout_s:.0f} s; it was in {position}; the same command goes on "
             "where this one stopped",
             file=sys.stderr,
             flush=True,

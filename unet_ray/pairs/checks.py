@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from unet_ray.pairs.pairs import (
     find_pairs,
     guess_mask_format,
 )
+from unet_ray.progress import Progress
 
 EXAMPLES = 3
 """Example files kept of a finding."""
@@ -145,12 +147,8 @@ class _PairFacts:
     """int64 [256] by encoded id; None where training would refuse the mask."""
 
 
-def check_data_set(config: CheckConfig, *, on_progress: Callable[[int, int], None] | None = None) -> CheckReport:
-    """Reads a whole data set and says what is wrong with it.
-
-    Args:
-        config: the data set.
-        on_progress: called now and then with the numbers of pairs that were read and of all.
+def check_data_set(config: CheckConfig) -> CheckReport:
+    """Reads a whole data set and says what is wrong with it; progress goes to standard error.
 
     Raises:
         ValueError: folders in which there is nothing to check, a class set that is none.
@@ -171,7 +169,7 @@ def check_data_set(config: CheckConfig, *, on_progress: Callable[[int, int], Non
         mask_format = _detect(listing.pairs, class_set, findings)
     _add_orphans(findings, listing)
     _add_unmatched(findings, listing.pairs, config.path_pattern)
-    facts = list(_inspect_all(listing.pairs, class_set, mask_format, on_progress))
+    facts = list(_inspect_all(listing.pairs, class_set, mask_format))
     frame_sizes = _add_facts(findings, facts)
     counted = [fact.pixels_of for fact in facts if fact.pixels_of is not None]
     return CheckReport(
@@ -241,20 +239,17 @@ def _add_unmatched(findings: _Findings, pairs: Sequence[ImagePair], path_pattern
             findings.add("frames do not match --path-pattern: their drive has no name", pair.image_uri, refused=False)
 
 
-def _inspect_all(
-    pairs: Sequence[ImagePair],
-    class_set: ClassSet,
-    mask_format: str | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> Iterator[_PairFacts]:
+def _inspect_all(pairs: Sequence[ImagePair], class_set: ClassSet, mask_format: str | None) -> Iterator[_PairFacts]:
     at_once = 256  # so that a million pairs are not a million futures
     local = all(storage.is_local(pair.image_uri) for pair in pairs)
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 4 if local else storage.REQUESTS_IN_FLIGHT) as pool:
+    n_threads = (os.cpu_count() or 1) + 4 if local else storage.REQUESTS_IN_FLIGHT
+    with ThreadPoolExecutor(n_threads) as pool, Progress(len(pairs), "pairs", stream=sys.stderr) as progress:
         for start in range(0, len(pairs), at_once):
             batch = pairs[start : start + at_once]
-            yield from pool.map(lambda pair: _inspect(pair, class_set, mask_format), batch)
-            if on_progress is not None:
-                on_progress(start + len(batch), len(pairs))
+            for facts in pool.map(lambda pair: _inspect(pair, class_set, mask_format), batch):
+                progress.advance(1)
+                yield facts
+    progress.finish()
 
 
 def _inspect(pair: ImagePair, class_set: ClassSet, mask_format: str | None) -> _PairFacts:

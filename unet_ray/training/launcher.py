@@ -65,9 +65,9 @@ def _work(loop_config: dict[str, Any]) -> None:
     context, mailbox, task = ray.train.get_context(), loop_config["mailbox"], loop_config["task"]
     rank = context.get_world_rank()
 
-    def give_up(place: str) -> None:
+    def give_up(position: str) -> None:
         line = f"worker {rank} has not loaded TensorFlow for {task.start_timeout_s:.0f} s and ends itself"
-        _tell(mailbox, {"kind": "stuck", "line": f"{line}; it was in {place}"})
+        _tell(mailbox, {"kind": "stuck", "line": f"{line}; it was in {position}"})
 
     # Here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s).
     with Watchdog(task.start_timeout_s, give_up).watching(), without_plots():
