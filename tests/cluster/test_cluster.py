@@ -1,23 +1,19 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
-from ray.autoscaler.sdk import request_resources
 from ray.experimental.internal_kv import _internal_kv_get
 from ray_nodes import RayNodes
 
 from unet_ray import cli
-from unet_ray.chaos.trials import wait_until
 from unet_ray.cluster import connection, resources
 
 pytestmark = pytest.mark.timeout(300)
@@ -80,31 +76,49 @@ def test_a_cluster_is_waited_for_and_then_the_reason_is_said(local, monkeypatch,
     assert requested() == []
 
 
-def test_the_autoscaler_is_asked_again_when_another_has_put_its_own_request_there_and_no_more_once_there_is_room(
-    local, monkeypatch
-):
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    too_many = [{"CPU": 1.0}] * 100
-    is_room = threading.Event()
-    monkeypatch.setattr(resources, "_fits", lambda bundles: is_room.is_set())
-    waiting = threading.Thread(target=resources.wait_for_resources, args=[too_many, 3600, "100 model actors"])
-    waiting.start()
-    try:
-        for _ in range(2):
-            assert wait_until(lambda: requested() == too_many)
-            request_resources(bundles=[])  # as Ray Data's AutoscalingCoordinator does every 20 s (Ray 2.60)
-    finally:
-        is_room.set()
-        waiting.join()
-    assert requested() == []
+WAIT_FOR_A_HUNDRED_CPUS = """
+import json, threading
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.autoscaler.sdk import request_resources
+from ray.experimental.internal_kv import _internal_kv_get
+from unet_ray.chaos.trials import wait_until
+from unet_ray.cluster import connection, resources
+
+def requested():
+    return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "null")
+
+connection.connect()
+actors = [{"CPU": 1.0}] * 100
+waiting = threading.Thread(target=resources.wait_for_resources, args=[actors, 3600, "100 model actors"])
+waiting.start()
+for _ in range(2):
+    assert wait_until(lambda: requested() == actors)
+    request_resources(bundles=[])  # as Ray Data's AutoscalingCoordinator does every 20 s (Ray 2.60)
+print("asked twice", flush=True)
+waiting.join()
+print(requested())
+"""
 
 
-def test_a_bundle_must_fit_on_one_node(monkeypatch):
-    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2 + [{"Alive": False, "Resources": {"CPU": 64.0}}]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert resources._fits([{"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}])
-    assert not resources._fits([{"CPU": 3.0}])
-    assert not resources._fits([{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
+def test_the_autoscaler_is_asked_again_when_another_asks_for_less_and_no_more_once_there_is_room():
+    """The node that comes says that it has 100 CPUs."""
+    with RayNodes() as nodes:
+        job = subprocess.Popen(
+            [sys.executable, "-c", WAIT_FOR_A_HUNDRED_CPUS],
+            env={**nodes.environment, "RAY_ADDRESS": nodes.address}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert job.stdout
+        assert any(line == "asked twice\n" for line in job.stdout)
+        nodes.add(num_cpus=100)
+        assert job.communicate()[0].splitlines()[-1] == "[]"
+    assert job.returncode == 0
+
+
+def test_a_bundle_must_fit_on_one_node():
+    nodes = [{"CPU": 2.0}] * 2
+    assert resources.fits(nodes, [{"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}])
+    assert not resources.fits(nodes, [{"CPU": 3.0}])
+    assert not resources.fits(nodes, [{"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 1.0}])
 
 
 @pytest.mark.parametrize(
@@ -118,10 +132,9 @@ def test_a_bundle_must_fit_on_one_node(monkeypatch):
         (4, [{"CPU": 64.0}, {"CPU": 48.0, "GPU": 2.0}], 24),
     ],
 )
-def test_a_worker_gets_its_share_of_the_nodes_that_are_there(workers, nodes, cpus, monkeypatch):
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+def test_a_worker_gets_its_share_of_the_nodes_that_are_there(workers, nodes, cpus):
     device = "gpu" if any("GPU" in node for node in nodes) else "cpu"
-    assert resources.default_cpus(workers, device) == cpus
+    assert resources.cpus_each(nodes, workers, device) == cpus
 
 
 def test_the_cluster_of_ray_address_is_joined(local):
@@ -156,21 +169,19 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, capsys):
-    def fail(**arguments):
-        raise Exception("The current node\ntimed out during startup.")  # as ray/_private/node.py does
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray.shutdown()
-    monkeypatch.setattr(ray, "init", fail)
-    monkeypatch.setitem(
-        cli.COMMANDS, "segment", dataclasses.replace(cli.COMMANDS["segment"], run=lambda config: connection.connect())
-    )
-    assert cli.run_command("segment", ["--model", "m", "--frames", "f", "--out", "o"]) == 75
-    assert capsys.readouterr().err == (
-        "unet-ray: error: Ray did not start on this machine: The current node timed out during startup; is it very "
-        "busy? Try the same command again\n"
-    )
+def test_a_ray_that_does_not_start_is_one_line(tmp_path):
+    """A file stands where Ray makes its folder."""
+    (tmp_path / "file").touch()
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / "file")}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", "from unet_ray.cluster.connection import connect; connect()"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("unet_ray.errors.TryAgain: Ray did not start on this machine: "), done.stderr
+    assert error.endswith("; is it very busy? Try the same command again")
 
 
 def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():

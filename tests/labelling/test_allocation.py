@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import ray
-
 from unet_ray.cluster import resources
 from unet_ray.config import SegmentConfig
 from unet_ray.labelling import allocation
@@ -35,11 +33,10 @@ def config(**options) -> SegmentConfig:
     return SegmentConfig(model="m", frames=("f",), out="o", **options)
 
 
-def test_actors_leave_room_for_the_tasks_that_feed_them(monkeypatch):
+def test_actors_leave_room_for_the_tasks_that_feed_them():
     def on(nodes, device, **options):
-        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-        shares = allocation.allocate(config(**options), device)
-        return shares, resources._fits(shares.bundles())
+        shares = allocation.share_out(nodes, config(**options), device)
+        return shares, resources.fits(nodes, shares.bundles())
 
     two = {"CPU": 2.0}
     for options in ({}, {"cpus_per_actor": 2}, {"actors": "2"}, {"actors": "2", "cpus_per_actor": 1}):

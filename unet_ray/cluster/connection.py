@@ -73,7 +73,10 @@ def connect() -> None:
         address = os.environ["RAY_ADDRESS"]
         try:
             _knock(address)
-            with _without_notice(), limited(f"joining the Ray cluster at {address}", START_TIMEOUT_S):
+            with (
+                _without_notice(),
+                limited(f"joining the Ray at {address}, which may want another token,", START_TIMEOUT_S),
+            ):
                 ray.init(runtime_env={"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}}, **arguments)
         except (OSError, RuntimeError) as error:
             cause = " ".join(str(error).split())
@@ -98,8 +101,8 @@ def limited(phase: str, timeout_s: float) -> Iterator[None]:
 
     def give_up(position: str) -> None:
         print(
-            f"unet-ray: error: {phase} took longer than {timeout_s:.0f} s; it was in {position}; the same command goes on "
-            "where this one stopped",
+            f"unet-ray: error: {phase} took longer than {timeout_s:.0f} s; it was in {position}; the same command "
+            "goes on where this one stopped",
             file=sys.stderr,
             flush=True,
         )

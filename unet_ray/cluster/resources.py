@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -60,7 +61,7 @@ def wait_for_resources(bundles: list[dict[str, float]], wait_s: float, what: str
     deadline = time.monotonic() + wait_s
     asked_s = -math.inf
     try:
-        while not _fits(bundles):
+        while not fits(alive_nodes(), bundles):
             want = {key: sum(bundle[key] for bundle in bundles) for key in bundles[0]}
             have = ray.cluster_resources()
             there = amounts({key: have.get(key, 0) for key in want})
@@ -89,11 +90,15 @@ def worker_resources(cpus: int, device: str) -> dict[str, float]:
 
 
 def default_cpus(workers: int, device: str) -> int:
+    """Returns `cpus_each` of the cluster as it is."""
+    return cpus_each(alive_nodes(), workers, device)
+
+
+def cpus_each(nodes: Sequence[Mapping[str, float]], workers: int, device: str) -> int:
     """Returns the most CPUs that each of the workers can have at once, at least 1.
 
     Where some of the nodes with GPUs are yet to come: a GPU's share of the CPUs of those that are there.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = [node for node in nodes if device == "cpu" or node.get("GPU", 0) >= 1]
 
     def room(cpus: int) -> int:
@@ -129,7 +134,7 @@ class Room:
         if now_s - self._checked_s < ROOM_EVERY_S:
             return
         self._checked_s = now_s
-        if _fits(self._bundles):
+        if fits(alive_nodes(), self._bundles):
             self._missing_since_s = -math.inf
         elif self._missing_since_s == -math.inf:
             self._missing_since_s = now_s
@@ -141,9 +146,14 @@ class Room:
             )
 
 
-def _fits(bundles: list[dict[str, float]]) -> bool:
-    """Whether all bundles fit on the nodes that are alive, placed first-fit, the largest first."""
-    free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+def alive_nodes() -> list[dict[str, float]]:
+    """Returns the resources of each node that is alive, as Ray names them."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def fits(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Whether all bundles fit on nodes with these resources, placed first-fit, the largest first."""
+    free = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda bundle: -sum(bundle.values())):
         room = next((node for node in free if all(node.get(k, 0) >= v for k, v in bundle.items())), None)
         if room is None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
-
+from unet_ray.cluster.resources import alive_nodes
 from unet_ray.config import SegmentConfig
 from unet_ray.output.ledger import Chunk
 
@@ -55,8 +54,12 @@ class Allocation:
 
 
 def allocate(config: SegmentConfig, device: str) -> Allocation:
-    """Shares out the cluster: on GPUs an actor a GPU and decoding on every CPU left, on CPUs an actor a node."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Shares out the cluster as it is; see `share_out`."""
+    return share_out(alive_nodes(), config, device)
+
+
+def share_out(nodes: Sequence[Mapping[str, float]], config: SegmentConfig, device: str) -> Allocation:
+    """Shares out nodes: on GPUs an actor a GPU and decoding on every CPU left, on CPUs an actor a node."""
     if device == "gpu":
         n_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         cpus = config.cpus_per_actor or 1
