@@ -219,21 +219,20 @@ def test_a_gpu_that_tensorflow_does_not_see_ends_the_job_at_once(
     assert job != "train" or (" steps of 4 " in captured.out) == bool(n_looks)
 
 
-def test_the_first_receipt_that_tells_of_such_a_gpu_ends_the_labelling(monkeypatch) -> None:
+def test_the_first_receipt_that_tells_of_such_a_gpu_ends_the_labelling() -> None:
     asked: list[int] = []
 
-    def receipts(job: object, blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+    def receipts(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
         for block in blocks:
             asked.append(block)
             kind = ("storage", "failed", "unusable")[block]
             yield [{"trouble": f"{kind} on node-7", "kind": kind, "rejected": "{}", "n_rows": 4}]
 
-    monkeypatch.setattr(labelling, "run_wave", receipts)
     with (
         Progress(40, "frames") as progress,
         pytest.raises(JobFailed, match="^unusable on node-7; then the same command goes on$"),
     ):
-        labelling._label(None, range(10), progress, labelling._Tally(40, 0.0), None, int, carefully=False)
+        labelling._label(receipts, range(10), progress, labelling._Tally(40, 0.0), None, int, carefully=False)
     assert asked == [0, 1, 2]
 
 

@@ -9,9 +9,8 @@ import json
 import os
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import prometheus
@@ -511,38 +510,39 @@ def test_a_catalogue_of_one_frame_twice_or_of_the_output_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_too_many_rejected_frames_end_a_job_while_it_works(monkeypatch) -> None:
+def test_too_many_rejected_frames_end_a_job_while_it_works() -> None:
     asked: list[int] = []
+    measured: list[tuple[int, int]] = []
 
-    def receipts(job: object, blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+    def receipts(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
         for block in blocks:
             asked.append(block)
             yield [{"trouble": None, "kind": None, "rejected": json.dumps({"truncated": block % 2}), "n_rows": 4}]
 
-    monkeypatch.setattr(labelling, "run_wave", receipts)
-    meters = SimpleNamespace(add=lambda rejected, n_rows: None)
+    def measure(rejected: Mapping[str, int], n_rows: int) -> None:
+        measured.append((rejected["truncated"], n_rows))
+
     with (
         Progress(40, "frames") as progress,
         pytest.raises(JobFailed, match="^2 of 16 frames are rejected "),
     ):
-        labelling._label(None, range(10), progress, labelling._Tally(40, 0.025), meters, int, carefully=False)
-    assert asked == [0, 1, 2, 3]
+        labelling._label(receipts, range(10), progress, labelling._Tally(40, 0.025), measure, int, carefully=False)
+    assert asked == [0, 1, 2, 3] and measured == [(0, 4), (1, 4), (0, 4), (1, 4)] and progress.done == 12
 
 
-def test_tasks_that_all_fail_end_the_careful_pass_and_only_that(monkeypatch) -> None:
+def test_tasks_that_all_fail_end_the_careful_pass_and_only_that() -> None:
     asked: list[int] = []
 
-    def receipts(job: object, blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+    def receipts(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
         for block in blocks:
             asked.append(block)
             yield [{"trouble": "RuntimeError in labeler.py:1: OOM", "kind": "failed", "rejected": "{}", "n_rows": 4}]
 
-    monkeypatch.setattr(labelling, "run_wave", receipts)
     tally = labelling._Tally(4000, 0.0)
     with Progress(4000, "frames") as progress:
-        labelling._label(None, range(3000), progress, tally, None, int, carefully=False)
+        labelling._label(receipts, range(3000), progress, tally, None, int, carefully=False)
         with pytest.raises(JobFailed, match="^8 tasks could not be done: RuntimeError in labeler.py:1: OOM; for "):
-            labelling._label(None, range(1000), progress, tally, None, int, carefully=True)
+            labelling._label(receipts, range(1000), progress, tally, None, int, carefully=True)
     assert asked == [*range(labelling.WAVE_TASKS), *range(8)]
 
 

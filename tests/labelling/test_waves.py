@@ -3,140 +3,196 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import re
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from pathlib import Path
 
+import fsspec
+import labelled
 import pyarrow as pa
 import pytest
 import ray
 
 from unet_ray import storage
 from unet_ray.chaos import trials
-from unet_ray.classes import PRESETS
 from unet_ray.cluster import tasks
 from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA
 from unet_ray.labelling import stages, waves
 from unet_ray.labelling import work as labelling
 from unet_ray.labelling.decoding import DecodeOptions
-from unet_ray.model import devices
-from unet_ray.model.bundle import read_bundle
-from unet_ray.output.ledger import Chunk
+from unet_ray.model.bundle import Bundle, read_bundle
+from unet_ray.model.labeler import Labeler
+from unet_ray.output import ledger, manifest, plans
+from unet_ray.output.chunks import Chunk, Cutting
+from unet_ray.output.tables import read_parquet
 
-CHUNK = Chunk(chunk_id="000-000000", key="k", manifest_uri="m", row_start=0, n_rows=1, shard=0)
 LABELER = {
-    **{"precision": "float32", "batch_size": 2, "mask_size": "model", "tiling": None, "tta": None},
+    **{"precision": "float32", "batch_size": 2, "mask_size": "model", "tiling": None, "tta": "none"},
     **{"device": "cpu", "n_threads": 1},
 }
+CHUNK = Chunk(chunk_id="000-000000", key="k", manifest_uri="m", row_start=0, n_rows=1, shard=0)
+SIZE = (24, 32)
+OPTIONS = DecodeOptions(network_size=SIZE, max_pixels=10_000, timeout_s=10)
+DRIVES = {"a": 2, "b": 1}
 
 
-def decoded() -> pa.Table:
-    """A chunk of one rejected frame, after decoding."""
-    columns = dict.fromkeys(("_trouble", "_image", "_height_px", "_width_px"), None)
-    row = {"frame_id": "0.png", "_chunk": json.dumps({}), "_reason": "missing", "_error": "gone", **columns}
-    return pa.Table.from_pylist([row])
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> trials.Stage:
+    """An archive of images, and a network for them."""
+    return trials.Stage(tmp_path_factory.mktemp("stage"), trials.SIZES["small"])
 
 
-def test_an_actor_whose_store_is_away_says_so_chunk_by_chunk_and_starts_when_it_is_back(tmp_path, monkeypatch):
-    model = trials.Stage(tmp_path / "stage", trials.SIZES["small"]).model
-    digest = read_bundle(str(model)).digest
-
-    def away(uri: str) -> None:
-        raise storage.StorageError(5, "no answer; trying again may help", uri)
-
-    monkeypatch.setattr(devices, "configure_tensorflow", lambda *arguments, **options: None)  # this process has begun
-    with monkeypatch.context() as patch:
-        patch.setattr(waves, "read_bundle", away)
-        actor = waves._ModelActor(str(model), digest, LABELER, (24, 32))
-        (row,) = actor(decoded()).to_pylist()
-        assert row["_trouble"] == f"[Errno 5] no answer; trying again may help: '{model}'" and row["_kind"] == "storage"
-    assert "_mask" in actor(decoded()).column_names
-    other = waves._ModelActor(str(model), "another digest", LABELER, (24, 32))
-    assert "the model has changed since this job began" in other(decoded())["_trouble"][0].as_py()
+@pytest.fixture(scope="module")
+def bundle(stage: trials.Stage) -> Bundle:
+    return read_bundle(str(stage.model))
 
 
-def test_a_frame_that_nobody_may_read_fails_the_job_and_is_not_tried_for_ever(monkeypatch):
-    def refuse(rows: pa.Table) -> None:
-        raise PermissionError(13, "Permission denied", "/log/0.png")
+@pytest.fixture(scope="module")
+def decoded(stage: trials.Stage, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """The first chunk of that archive, after decoding."""
+    plan = labelled.make_plan(str(stage.archive), str(tmp_path_factory.mktemp("out")))
+    return stages.decode_chunks(plan.chunks[:1], OPTIONS)
 
-    monkeypatch.setattr(stages, "read_rows", lambda chunk: pa.table({"frame_id": ["0.png"]}))
-    monkeypatch.setattr(stages, "read_frames", refuse)
-    options = DecodeOptions(network_size=(24, 32), max_pixels=10_000, timeout_s=10)
-    (row,) = stages.decode_chunks([CHUNK], options).to_pylist()
+
+@pytest.fixture
+def gone(tmp_path: Path) -> plans.Plan:
+    """Chunks of 2 and of 1 frame that are no longer there."""
+    log = tmp_path / "log"
+    plan = labelled.make_plan(labelled.write_archive(log, DRIVES), str(tmp_path / "out"))
+    for frame in log.glob("*/*.png"):
+        frame.unlink()
+    return plan
+
+
+def test_an_actor_whose_store_is_away_says_so_chunk_by_chunk_and_starts_when_it_is_back(bundle, decoded):
+    answers = iter([None, None, None, bundle])  # the first is asked for before there is a chunk
+
+    def load() -> Labeler:
+        answer = next(answers)
+        if answer is None:
+            raise storage.StorageError(5, "no answer; trying again may help", "s3://models/road")
+        return Labeler(answer, **LABELER)
+
+    actor = waves._ModelActor(load, SIZE)
+    for _ in range(2):
+        (row,) = actor(decoded).to_pylist()
+        assert row["_trouble"] == "[Errno 5] no answer; trying again may help: 's3://models/road'"
+        assert row["_kind"] == "storage" and row["_chunk"] == decoded["_chunk"][0].as_py()
+    masks = actor(decoded)["_mask"].to_pylist()
+    assert [len(mask) for mask in masks] == 3 * [24 * 32]
+
+
+def test_a_model_that_has_changed_since_its_job_began_labels_nothing(stage, decoded):
+    load = functools.partial(waves._load_labeler, str(stage.model), "another digest", LABELER)
+    with pytest.raises(storage.StorageError, match="the model has changed since this job began; trying again may help"):
+        load()
+    (row,) = waves._ModelActor(load, SIZE)(decoded).to_pylist()
+    assert "the model has changed since this job began" in row["_trouble"] and row["_kind"] == "storage"
+
+
+@pytest.fixture
+def refusing_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store that this process has no right to: S3 without credentials, of which no request goes out."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield "s3://log"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_frame_that_nobody_may_read_fails_the_job_and_is_not_tried_for_ever(refusing_store, tmp_path):
+    frame = {"frame_id": "0.png", "uri": f"{refusing_store}/0.png", "kind": "file", "offset_bytes": 0}
+    rows = [dict.fromkeys(MANIFEST_SCHEMA.names) | frame | {"size_bytes": 9, "version": "v", "sequence": ""}]
+    cutting = Cutting(chunk_frames=3, shard_rows=5)
+    manifest.append_generation(str(tmp_path), pa.Table.from_pylist(rows, MANIFEST_SCHEMA), "of", cutting, {})
+    (file,) = (tmp_path / "manifest").glob("*.parquet")
+    (row,) = stages.decode_chunks(list(manifest.read_chunks(str(file))), OPTIONS).to_pylist()
     assert row["_kind"] == "refused"
     tally = labelling._Tally(1, 0.0)
     tally.troubles = {"failed": "no", "storage": "no answer", row["_kind"]: row["_trouble"]}
     error = tally.trouble_error("1 chunks are not done")
-    assert isinstance(error, JobFailed) and "'/log/0.png'; give this job the right to it" in str(error)
+    assert isinstance(error, JobFailed) and "'s3://log/0.png'; give this job the right to it" in str(error)
     del tally.troubles["refused"]
     assert isinstance(tally.trouble_error("1 chunks are not done"), storage.StorageError)
 
 
-@pytest.mark.parametrize("step", ["decode", "label", "write"])
-def test_a_step_that_fails_says_what_and_where(step, monkeypatch):
-    """Ray would drop the block of a task that raises, and who had a batch too large for a GPU would not learn of it."""
+@pytest.mark.parametrize(
+    ("error", "message", "kind"),
+    [
+        (PermissionError(13, "Permission denied", "/log"), "[Errno 13] Permission denied: '/log'", "refused"),
+        (storage.StorageError(5, "no\nanswer", "/log"), "[Errno 5] no answer: '/log'", "storage"),
+        (IsADirectoryError(21, "Is a directory", "/log"), "[Errno 21] Is a directory: '/log'", "storage"),
+    ],
+)
+def test_trouble_with_storage_is_said_in_one_line(error, message, kind):
+    assert stages._trouble(error) == (message, kind)
 
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("OOM when allocating\n" + 1000 * "x ")
 
-    monkeypatch.setattr(stages, "read_rows", fail)
-    monkeypatch.setattr(stages, "label_chunks", fail)
-    monkeypatch.setattr(stages, "chunk_labels", fail)
+def step_on(step: str, decoded: pa.Table, folder: Path) -> pa.Table:
+    """A step on what it cannot do."""
     if step == "decode":
-        table = stages.decode_chunks([CHUNK], DecodeOptions(network_size=None, max_pixels=1, timeout_s=1))
-    elif step == "label":
-        monkeypatch.setattr(waves, "_load_labeler", lambda *arguments: None)
-        table = waves._ModelActor("model", "digest", LABELER, None)(decoded())
-    else:
-        labelled = decoded().set_column(1, "_chunk", pa.array([json.dumps(dataclasses.asdict(CHUNK))]))
-        table = stages.write_chunks(labelled, "out", PRESETS["camvid"], "raw", "me")
-        table = table.rename_columns({"trouble": "_trouble", "kind": "_kind"})
-    (row,) = table.to_pylist()
-    assert re.fullmatch(
-        r"RuntimeError in labelling/(stages|waves)\.py:\d+: OOM when allocating( x)+ …", row["_trouble"]
-    )
-    assert row["_kind"] == "failed" and len(row["_trouble"]) < 400
+        return stages.decode_chunks([dataclasses.replace(CHUNK, manifest_uri=str(folder / "g000.parquet"))], OPTIONS)
+    if step == "label":
+        return waves._ModelActor(lambda: None, SIZE)(decoded.drop_columns("_reason"))
+    receipts = stages.write_chunks(decoded, str(folder / "out"), labelled.CLASSES, "raw", "me")
+    return receipts.rename_columns({"trouble": "_trouble", "kind": "_kind"})
+
+
+@pytest.mark.parametrize(
+    ("step", "trouble"),
+    [
+        ("decode", r"JobFailed in output/manifest\.py:\d+: .*/g000\.parquet: missing; restore it, or start anew .*"),
+        ("label", r"KeyError in labelling/stages\.py:\d+: .*_reason.*"),
+        ("write", r"KeyError in labelling/stages\.py:\d+: .*_mask_height_px.*"),  # it is not labelled
+    ],
+)
+def test_a_step_that_fails_says_what_and_where(step, trouble, decoded, tmp_path):
+    """Ray would drop the block of a task that raises, and who had a batch too large for a GPU would not learn of it."""
+    (row,) = step_on(step, decoded, tmp_path).to_pylist()
+    assert re.fullmatch(trouble, row["_trouble"]) and row["_kind"] == "failed"
     tally = labelling._Tally(1, 0.0)
     tally.troubles[row["_kind"]] = row["_trouble"]
     error = tally.trouble_error("1 chunks are not done")
     assert isinstance(error, JobFailed) and str(error).endswith("; once it is mended, the same command goes on")
 
 
-def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_together(tmp_path, monkeypatch):
-    first = dataclasses.replace(CHUNK, n_rows=2)
-    chunks = [first, dataclasses.replace(CHUNK, chunk_id="000-000001", key="l", row_start=2)]
-    written: list[tuple[str, list[str]]] = []
+def test_of_an_error_of_pages_the_beginning_is_said(decoded):
+    def load() -> Labeler:
+        raise RuntimeError("OOM when allocating\n" + 1000 * "x ")
 
-    def commit(out, chunk, table, *, writer):
-        if chunk.key == "l" and not written[1:]:
-            written.append((chunk.key, []))
-            raise PermissionError(13, "Permission denied", "parts/l")
-        written.append((chunk.key, table["frame_id"].to_pylist()))
-        return SimpleNamespace(rejected={"missing": chunk.n_rows})
+    (row,) = waves._ModelActor(load, SIZE)(decoded).to_pylist()
+    assert re.fullmatch(r"RuntimeError in labelling/waves\.py:\d+: OOM when allocating( x)+ …", row["_trouble"])
+    assert row["_kind"] == "failed" and len(row["_trouble"]) < 400
 
-    def rows(chunk):
-        missing = [dict.fromkeys(MANIFEST_SCHEMA.names) | {"frame_id": f"{chunk.key}{n}"} for n in range(chunk.n_rows)]
-        return pa.Table.from_pylist(missing, MANIFEST_SCHEMA)
 
-    monkeypatch.setattr(stages, "read_rows", rows)
-    monkeypatch.setattr(stages.ledger, "commit", commit)
-    gone = stages.FrameGone("missing", "it is not there")
-    monkeypatch.setattr(stages, "read_frames", lambda rows: [gone] * len(rows))
-    options = DecodeOptions(network_size=(24, 32), max_pixels=10_000, timeout_s=10)
-    decoded = stages.decode_chunks(chunks, options)
-    labelled = stages.label_chunks(decoded, None, (24, 32))
-    receipts = stages.write_chunks(labelled, "out", PRESETS["camvid"], "raw", "me").to_pylist()
+def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_together(gone):
+    first, second = gone.chunks
+    decoded = stages.decode_chunks([first, second], OPTIONS)
+    labels = stages.label_chunks(decoded, None, SIZE)  # of frames that are missing there is nothing for a network
+    obstacle = Path(ledger.record_uri(gone.out, second.key))
+    obstacle.mkdir(parents=True)
+    receipts = stages.write_chunks(labels, gone.out, labelled.CLASSES, "raw", "me").to_pylist()
     assert [(row["chunk_id"], row["n_rows"], row["kind"]) for row in receipts] == [
         ("000-000000", 2, None),
-        ("000-000001", 1, "refused"),
+        ("000-000001", 1, "storage"),
     ]
-    assert receipts[0]["rejected"] == '{"missing": 2}' and "Permission denied" in receipts[1]["trouble"]
-    assert written == [("k", ["k0", "k1"]), ("l", [])]
+    assert receipts[0]["rejected"] == '{"missing": 2}' and "Is a directory" in receipts[1]["trouble"]
+    obstacle.rmdir()
+    assert ledger.pending(gone) == [second]
+    (receipt,) = ledger.read_receipts(gone.out, [first.key])
+    part = read_parquet(storage.read_bytes(ledger.part_uri(gone.out, receipt.part)))
+    assert part["frame_id"].to_pylist() == manifest.read_rows(first)["frame_id"].to_pylist() == ["a/0.png", "a/1.png"]
     troubled = stages.with_trouble(decoded, storage.StorageError(5, "no answer", "out"))
-    receipts = stages.write_chunks(troubled, "out", PRESETS["camvid"], "raw", "me").to_pylist()
+    receipts = stages.write_chunks(troubled, gone.out, labelled.CLASSES, "raw", "me").to_pylist()
     assert [row["chunk_id"] for row in receipts] == ["000-000000", "000-000001"]
     assert all("no answer" in row["trouble"] for row in receipts)
 
@@ -158,22 +214,35 @@ def test_what_ray_gives_up_may_be_tried_again():
         ray.shutdown()
 
 
-def test_a_network_that_did_not_load_at_first_is_loaded_once_for_all_blocks_of_its_actor(monkeypatch):
-    asked, loads = threading.Barrier(2), []
+def test_a_network_that_did_not_load_at_first_is_loaded_once_for_all_blocks_of_its_actor(bundle, decoded):
+    asked, labelling_both, loads = threading.Barrier(2), threading.Barrier(2), []
 
-    def load(*_):
+    class Together(Labeler):
+        """The network, which two blocks must be in at once."""
+
+        def label(self, images, sizes):
+            labelling_both.wait(60)
+            return super().label(images, sizes)
+
+    def load() -> Labeler:
         loads.append(len(loads))
         if len(loads) == 1:
             raise OSError("the store does not answer")
-        return "network"
+        time.sleep(0.5)  # in which the other block asks for it, too
+        return Together(bundle, **LABELER)
 
-    def label(table, labeler, network_size):
-        asked.wait(60)  # both blocks are here at once
-        return [table, labeler]
+    actor = waves._ModelActor(load, SIZE)
 
-    monkeypatch.setattr(waves, "_load_labeler", load)
-    monkeypatch.setattr(stages, "label_chunks", label)
-    actor = waves._ModelActor("model", "digest", {}, None)
+    def label(block: pa.Table) -> pa.Table:
+        asked.wait(60)
+        return actor(block)
+
+    blocks = [decoded.slice(0, 1), decoded.slice(1)]
     with ThreadPoolExecutor(waves.BLOCKS_AT_ONCE) as pool:
-        assert list(pool.map(actor, ["first", "second"])) == [["first", "network"], ["second", "network"]]
+        labels = pa.concat_tables(pool.map(label, blocks))
     assert loads == [0, 1]
+    alone = Labeler(bundle, **LABELER)
+    expected = pa.concat_tables(stages.label_chunks(block, alone, SIZE) for block in blocks)
+    assert labels.schema == expected.schema
+    for name in ("frame_id", "_trouble", "_mask", "_pixels", "_confidence"):
+        assert labels[name].to_pylist() == expected[name].to_pylist(), name

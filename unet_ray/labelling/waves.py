@@ -98,6 +98,7 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
     allocation = job.allocation
     low, high = (min(number, len(blocks)) for number in allocation.actors)
     decode = functools.partial(stages.decode_chunks, options=job.decode, moved=job.moved, carefully=carefully)
+    load = functools.partial(_load_labeler, job.model, job.model_digest, job.labeler)
     return (
         ray.data.read_datasource(
             _Frames(blocks, decode),
@@ -109,7 +110,7 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
         # that have fewer rows (Ray 2.60); a block is to stay whole and alone.
         .map_batches_internal(
             _ModelActor,
-            fn_constructor_args=(job.model, job.model_digest, job.labeler, job.decode.network_size),
+            fn_constructor_args=(load, job.decode.network_size),
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -170,11 +171,8 @@ def _as_blocks(decode: Callable[[Sequence[Chunk]], pa.Table], chunks: Sequence[C
 class _ModelActor:
     """A network on a device, and chunk after chunk through it."""
 
-    def __init__(
-        self, model: str, model_digest: str, labeler: Mapping[str, Any], network_size: tuple[int, int] | None
-    ) -> None:
-        self._network_size = network_size
-        self._load = functools.partial(_load_labeler, model, model_digest, labeler)
+    def __init__(self, load: Callable[[], Labeler], network_size: tuple[int, int] | None) -> None:
+        self._load, self._network_size = load, network_size
         self._loading = threading.Lock()
         self._loaded: Labeler | None = None
         # An actor that fails to start ends the whole of Ray Data's work; one asked later may answer, or say why.

@@ -5,10 +5,11 @@ While it works the job gives figures to the cluster's Prometheus, and a line to 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ray.util import metrics
@@ -60,14 +61,15 @@ def work(
         tally.add(rejected, n_done)
     progress = Progress(plan.n_frames, "frames", done=plan.n_frames - todo)
     meters = _Meters(plan.n_frames, todo)
+    send = functools.partial(run_wave, job)
     with meters.gauges, progress:
         blocks = share_tasks(chunks, frames_together(TASK_FRAMES, plan.frame_pixels), job.allocation.actors[1])
-        _label(job, blocks, progress, tally, meters, require_ours, carefully=False)
+        _label(send, blocks, progress, tally, meters.add, require_ours, carefully=False)
         left = _left_of(chunks, plan)
         if left:
             say(f"{count(len(left), 'chunk')} without a record; once more, each frame in a process of its own")
             tally.troubles.clear()  # all that is left is tried again
-            _label(job, [[chunk] for chunk in left], progress, tally, meters, require_ours, carefully=True)
+            _label(send, [[chunk] for chunk in left], progress, tally, meters.add, require_ours, carefully=True)
             left = _left_of(chunks, plan)
     progress.finish(tally.note())
     if left and tally.troubles:
@@ -85,26 +87,36 @@ def _left_of(chunks: Sequence[Chunk], plan: Plan) -> list[Chunk]:
 
 
 def _label(
-    job: WaveJob,
+    send: Callable[..., Iterator[list[dict[str, Any]]]],
     blocks: Sequence[Sequence[Chunk]],
     progress: Progress,
     tally: _Tally,
-    meters: _Meters,
+    measure: Callable[[Mapping[str, int], int], None],
     require_ours: Callable[[], None],
     *,
     carefully: bool,
 ) -> None:
-    """Sends blocks of chunks through the cluster, wave after wave, and counts their receipts."""
+    """Sends blocks of chunks through the cluster, wave after wave, and counts their receipts.
+
+    Args:
+        send: `run_wave` of a job: takes the blocks of a wave and `carefully`, and yields the receipts of each.
+        blocks: all there are.
+        progress: moves on by each chunk that is done.
+        tally: counts it too, and ends the work where it can no longer succeed.
+        measure: gets the rejected frames by reason, and all frames, of each chunk that is done.
+        require_ours: is called with each answer.
+        carefully: this is the pass after which no other comes.
+    """
     for start in range(0, len(blocks), WAVE_TASKS):
         finished = troubled = failed = in_a_row = 0
-        for receipts in run_wave(job, blocks[start : start + WAVE_TASKS], carefully=carefully):
+        for receipts in send(blocks[start : start + WAVE_TASKS], carefully=carefully):
             require_ours()
             for receipt in receipts:
                 if receipt["trouble"] is not None:
                     tally.troubles[receipt["kind"]] = receipt["trouble"]
                     continue
                 rejected: dict[str, int] = json.loads(receipt["rejected"])
-                meters.add(rejected, receipt["n_rows"])
+                measure(rejected, receipt["n_rows"])
                 tally.add(rejected, receipt["n_rows"])
                 progress.advance(receipt["n_rows"], tally.note())
             kinds = {receipt["kind"] for receipt in receipts if receipt["trouble"] is not None}
