@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import functools
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from ray.data.exceptions import SystemException
 
 from unet_ray.classes import ClassSet
 from unet_ray.cluster.processes import without_plots
-from unet_ray.cluster.tasks import TASK_RETRIES, given_up, without_ray_warnings
+from unet_ray.cluster.tasks import TASK_RETRIES, data_context, given_up, without_ray_warnings
 from unet_ray.labelling import stages
 from unet_ray.labelling.allocation import WRITE_CPUS, Allocation
 from unet_ray.labelling.decoding import DecodeOptions
@@ -75,15 +73,10 @@ def run_wave(
         blocks: chunks that go through Ray together.
         carefully: each frame is decoded in a process of its own.
     """
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is left without a record is said by the ledger
+    # One block is one task, whatever its size. What is left without a record is said by the ledger.
+    with data_context(target_max_block_size=None, max_errored_blocks=-1):
+        receipts = _pipeline(job, blocks, carefully)
     with without_ray_warnings():
-        context = copy.deepcopy(DataContext.get_current())
-        context.target_max_block_size = None  # one block is one task, whatever its size
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.max_errored_blocks = -1
-        with DataContext.current(context):
-            receipts = _pipeline(job, blocks, carefully)
         try:
             for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 yield cast(pa.Table, batch).to_pylist()

@@ -18,10 +18,8 @@ A block is an Arrow table; one row a pair, bytes only, so that a worker's arrays
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-import logging
 import math
 import zlib
 from collections.abc import Sequence
@@ -33,10 +31,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import DataContext
 
 from unet_ray.cluster.connection import limited
-from unet_ray.cluster.tasks import without_ray_warnings
+from unet_ray.cluster.tasks import data_context
 from unet_ray.errors import JobFailed
 from unet_ray.images import ImageRefused, count_values, frame_size
 from unet_ray.messages import count, say
@@ -198,22 +195,16 @@ def _run(pairs: Sequence[ImagePair], plan: IngestPlan, row_bytes: int) -> list[r
             "mask_uri": [pair.mask_uri for pair in pairs],
         }
     )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and progress are not the user's
     borders = np.linspace(0, len(pairs), n_blocks + 1).astype(int)
     parts = [rows.slice(start, end - start) for start, end in itertools.pairwise(borders)]
     # A table a block: cutting one in Ray (`repartition`) costs a stage of its own.
     read = partial(read_block, plan=plan)
-    with without_ray_warnings():
-        context = copy.deepcopy(DataContext.get_current())
-        context.enable_progress_bars = False
-        context.raise_original_map_exception = True
-        # All blocks are kept, so nothing is gained by handing out tasks one after the other: Ray Data would begin with
-        # one, until it hears a second later what there is, and take 0.15 s from the end of each to the next (Ray 2.60).
-        context.op_resource_reservation_enabled = False
-        with DataContext.current(context):
-            dataset = ray.data.from_arrow(parts).map_batches(
-                read, batch_size=None, batch_format="numpy", max_retries=READ_RETRIES
-            )
+    # All blocks are kept, so nothing is gained by handing out tasks one after the other: Ray Data would begin with one,
+    # until it hears a second later what there is, and take 0.15 s from the end of each to the next (Ray 2.60).
+    with data_context(raise_original_map_exception=True, op_resource_reservation_enabled=False):
+        dataset = ray.data.from_arrow(parts).map_batches(
+            read, batch_size=None, batch_format="numpy", max_retries=READ_RETRIES
+        )
     try:
         return dataset.to_arrow_refs()
     except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
