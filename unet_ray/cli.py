@@ -37,6 +37,7 @@ from unet_ray.config import (
     VerifyConfig,
 )
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
+from unet_ray.messages import count
 
 END_WITHIN_S = 10.0
 """What a command that was told to stop has to do so in order; Ray's processes end with it either way."""
@@ -107,7 +108,7 @@ def _export_masks(config: ExportMasksConfig) -> int:
 
     done = export_masks(config)
     missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    print(f"{done.written:,} masks written to {config.out}{missing}")
+    print(f"{count(done.written, 'mask')} written to {config.out}{missing}")
     return 0
 
 

@@ -60,5 +60,5 @@ def test_what_else_a_glob_matches_is_ignored_and_counted(tmp_path):
     listing = list_archives([f"{tmp_path}/*"])
     assert listing.table["frame_id"].to_pylist() == ["drive0/0.png"]
     assert listing.ignored == {".json": 1}
-    with pytest.raises(ValueError, match=r"notes.json is no archive; give a folder"):
+    with pytest.raises(ValueError, match=r"notes.json is not an archive; give a folder"):
         list_archives([f"{tmp_path}/notes.json"])

@@ -218,7 +218,9 @@ def test_a_compressed_tar_that_is_named_itself_is_a_mistake_of_the_user(tmp_path
     with pytest.raises(ValueError, match="log.TGZ: a compressed tar cannot be read by range; unpack it, or pack it"):
         list_archives([str(tmp_path / "log.TGZ")])
     (tmp_path / "log.txt").write_text("x")
-    with pytest.raises(ValueError, match="log.txt is no archive; give a folder, a tar, zip, Parquet or CSV file, or a"):
+    with pytest.raises(
+        ValueError, match="log.txt is not an archive; give a folder, a tar, zip, Parquet or CSV file, or a"
+    ):
         list_archives([str(tmp_path / "log.txt")])
 
 

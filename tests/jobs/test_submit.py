@@ -208,7 +208,7 @@ def trained(desk: Desk, gates: Gates) -> tuple[str, str]:
 @pytest.mark.timeout(TIMEOUT_S)
 def test_a_submitted_training_is_stopped_and_the_same_line_goes_on(trained):
     first, second = trained
-    assert "3 workers x 1 CPU; 8 frames in 2 steps of 4 x 12 epochs = 24 steps; 4 frames validate" in first
+    assert "3 workers x 1 CPU; 8 frames in 2 steps of 4 x 12 epochs = 24 steps; 4 frames for validation" in first
     assert "epoch  1/12  loss" in first
     assert "epoch  3/12  loss" not in first
     assert "going on after epoch 2 of 12, from its checkpoint" in second

@@ -130,7 +130,7 @@ def test_killed_while_publishing_a_rerun_labels_nothing(moment, tmp_path, root, 
             ledger.commit(out, chunk, label(chunk), writer="test")
         killed = killed_at(monkeypatch, number, moment, lambda plan=plan: publish.publish(plan, max_rejected=0))
         if killed and plans.read_summary(out) is None:
-            assert verify.verify(out)[0].endswith(" 0 of 6 chunks are to be done; run segment again")
+            assert verify.verify(out)[0].endswith(" 0 of 6 chunks still to be done; run segment again")
         seen: list[str] = []
         run(root, out, seen=seen)
         assert (seen, published(out)) == ([], expected), f"killed {moment} change {number}"

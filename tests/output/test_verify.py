@@ -133,7 +133,7 @@ def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, 
         ledger.commit(out, chunk, label(chunk), writer="test")
     storage.delete(ledger.record_uri(out, plan.chunks[3].key))
     assert cli.main(["verify", out]) == 1
-    assert ", 1 of 6 chunks are to be done (first 000-000003, from frame b/3.png on); run" in capsys.readouterr().out
+    assert ", 1 of 6 chunks still to be done (first 000-000003, from frame b/3.png on); run" in capsys.readouterr().out
 
 
 def change_record(out: str, chunk: Chunk, write) -> None:
@@ -213,7 +213,7 @@ def test_a_lost_summary_is_written_again_and_no_frame_is_labelled(damage, root, 
     summary = tmp_path / "out/summary.json"
     summary.unlink() if damage is None else summary.write_bytes(damage)
     (line,) = verify.verify(out)
-    assert ", 0 of 6 chunks are to be done; " in line
+    assert ", 0 of 6 chunks still to be done; " in line
     seen: list[str] = []
     run(root, out, seen=seen)
     assert seen == [] and published(out) == expected and verify.verify(out) == []
@@ -235,7 +235,7 @@ def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
     plan = make_plan(root, out)
     ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
     assert verify.verify(out) == [
-        f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks are to be done "
+        f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks still to be done "
         "(first 000-000001, from frame a/3.png on); run segment again"
     ]
 

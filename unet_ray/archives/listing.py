@@ -271,7 +271,7 @@ def _list_file(
         _add_catalogue(uri, rows)
         return []
     if is_named and not members.is_archive(uri) and not is_frame(uri):
-        raise ValueError(f"{uri} is no archive; give a folder, a tar, zip, Parquet or CSV file, or a glob of them")
+        raise ValueError(f"{uri} is not an archive; give a folder, a tar, zip, Parquet or CSV file, or a glob of them")
     return list(_sort_out(label, file, rows, findings))
 
 

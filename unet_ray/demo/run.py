@@ -17,6 +17,7 @@ from unet_ray import images, storage
 from unet_ray.classes import PRESETS, ClassSet
 from unet_ray.config import DemoConfig, SegmentConfig, TrainConfig
 from unet_ray.demo import synthetic
+from unet_ray.messages import count
 from unet_ray.model import metrics
 from unet_ray.output.tables import read_parquet
 
@@ -44,7 +45,7 @@ def run_demo(config: DemoConfig) -> None:
     _draw(log, config.seed, range(TRAINING_DRIVES), TRAINING_FRAMES)
     _draw(archive, config.seed, range(TRAINING_DRIVES, TRAINING_DRIVES + ARCHIVE_DRIVES), ARCHIVE_FRAMES)
 
-    print(f"\n2. Training with {config.workers} workers", flush=True)
+    print(f"\n2. Training with {count(config.workers, 'worker')}", flush=True)
     run = storage.join(out, "run")
     train(training_config(config, log, run))
 

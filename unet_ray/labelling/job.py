@@ -478,7 +478,7 @@ def _show_preview(plan: Plan, listing: Listing, is_news: bool) -> None:
 def _say_result(result: SegmentResult) -> None:
     rejected = sum(result.rejected.values())
     reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
-    say(f"{result.listed:,} frames: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
+    say(f"{count(result.listed, 'frame')}: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
     total = sum(result.class_pixels.values())
     for name, n_pixels in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
         if n_pixels:

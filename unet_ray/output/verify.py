@@ -125,7 +125,7 @@ def _unfinished(plan: Plan) -> str:
         first = f" (first {left[0].chunk_id}, from frame {frame} on)"
     return (
         f"{plan.out}/summary.json: missing or damaged: the output is not finished, {len(left):,} of "
-        f"{len(plan.chunks):,} chunks are to be done{first}; run segment again"
+        f"{count(len(plan.chunks), 'chunk')} still to be done{first}; run segment again"
     )
 
 

@@ -136,11 +136,12 @@ def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) ->
 def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, hashes: dict[str, int]) -> None:
     n_train, n_validation = len(data.split.train), len(data.split.validation)
     steps, last = -(-n_train // config.batch_size), n_train % config.batch_size
+    each = f"{cpus} CPU{'s' * (cpus != 1)}{' and a GPU' if device == 'gpu' else ''}"
+    short = f" (the last of {last})" if last else ""
     say(
-        f"{_workers(*config.worker_range())} x {cpus} CPU{'s' * (cpus != 1)}"
-        f"{' and a GPU' if device == 'gpu' else ''}; {n_train:,} frames in {steps:,} steps of {config.batch_size}"
-        f"{f' (the last of {last})' if last else ''} x {config.epochs} epochs = {steps * config.epochs:,} steps; "
-        f"{n_validation:,} frames validate"
+        f"{_workers(*config.worker_range())} x {each}; {count(n_train, 'frame')} in {count(steps, 'step')} of "
+        f"{config.batch_size}{short} x {count(config.epochs, 'epoch')} = {count(steps * config.epochs, 'step')}; "
+        f"{count(n_validation, 'frame')} for validation"
     )
     if n_validation:
         rate = leak_rate(data.split, guard_frames=config.guard_frames, hashes=hashes)
