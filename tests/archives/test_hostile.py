@@ -81,7 +81,7 @@ def test_a_tar_of_many_large_frames(tmp_path: Path) -> None:
     assert read(path) == ({"100 MB": 20}, [])
 
 
-@pytest.mark.parametrize("size_mb", [20, 300])
+@pytest.mark.parametrize("size_mb", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_parquet_file_whose_images_unpack_ten_thousand_times(size_mb: int, tmp_path: Path) -> None:
     schema = pa.schema([("image", pa.large_binary())])
     path = write_parquet(tmp_path / "bombs.parquet", schema, 600 // size_mb, {"image": bytes(size_mb * MB)})
@@ -140,6 +140,7 @@ def test_a_parquet_file_with_many_names_that_are_as_long_as_may_be(names: int, t
     assert all(why.startswith("its rows come to more than 384 MB; ") for why in whys)
 
 
+@pytest.mark.slow
 def test_a_parquet_file_that_says_one_large_image_many_times(tmp_path: Path) -> None:
     schema = pa.schema([("image", pa.large_binary())])
     path = write_dictionary(tmp_path / "again.parquet", schema, 60, {"image": bytes(30 * MB)})
@@ -210,6 +211,7 @@ def test_a_catalogue_that_is_as_large_as_may_be(tmp_path: Path) -> None:
     assert read(tmp_path / "c.parquet") == ({}, [])
 
 
+@pytest.mark.slow
 def test_a_catalogue_that_is_large_so_that_it_may_say_more(tmp_path: Path) -> None:
     """Bytes that do not pack, beside a text that is said again or unpacks: no part of a file's size buys memory."""
     pictures = [os.urandom(10_000) for _ in range(2000)]

@@ -33,8 +33,8 @@ SHOWN_ELSEWHERE = {
     "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
     "work_damaged": "the same, for parts and records",
 }
-SHOWN_FIRST = ("driver_killed", "processes_killed", "two_jobs", "overwriting_killed")
-"""A fault of each kind: the others are marked slow."""
+SHOWN_FIRST = ("driver_killed", "processes_killed")
+"""The smallest that show what a kill does; the others are marked slow."""
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,7 @@ def digests(out: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_chunks_are_cut_by_the_largest_camera(cluster, tmp_path: Path) -> None:
     """The frames of one camera are small, those of another large, and some drives begin with what is no image or ends
     the process that looks at it."""
@@ -383,6 +384,7 @@ class _DyingActor(waves._ModelActor):
         return super().__call__(table)
 
 
+@pytest.mark.slow
 def test_a_chunk_that_ends_its_actor_also_alone_is_named_and_the_others_are_done(
     cluster, model: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,7 @@ def test_a_new_frame_beside_a_damaged_file_is_labelled_and_the_damage_named(stag
     assert cli.main(["verify", str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_frames_that_a_strangers_output_names_are_not_read(stage, archive, tmp_path, capsys):
     """Its manifest is whole and sealed, and its frames lie outside what this run was given."""
     out, secret = tmp_path / "labels", tmp_path / "secret"

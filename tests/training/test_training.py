@@ -317,6 +317,7 @@ def test_more_workers_than_the_cluster_has(data, cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_workers_that_other_jobs_leave_no_room_are_given_up(data, cluster, tmp_path, monkeypatch):
     """The cluster has 2 CPUs, so that the job begins; Ray Train would wait for the one that is held without a word."""
