@@ -30,6 +30,7 @@ from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster import connection as cluster
 from unet_ray.errors import JobFailed
 from unet_ray.labelling import work as labelling
+from unet_ray.labelling.stages import ChunkOutcome
 from unet_ray.model import devices
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import write_bundle
@@ -219,20 +220,20 @@ def test_a_gpu_that_tensorflow_does_not_see_ends_the_job_at_once(
     assert job != "train" or (" steps of 4 " in captured.out) == bool(n_looks)
 
 
-def test_the_first_receipt_that_tells_of_such_a_gpu_ends_the_labelling() -> None:
+def test_the_first_outcome_that_tells_of_such_a_gpu_ends_the_labelling() -> None:
     asked: list[int] = []
 
-    def receipts(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+    def outcomes(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[ChunkOutcome]]:
         for block in blocks:
             asked.append(block)
             kind = ("storage", "failed", "unusable")[block]
-            yield [{"trouble": f"{kind} on node-7", "kind": kind, "rejected": "{}", "n_rows": 4}]
+            yield [ChunkOutcome(chunk_id=str(block), n_rows=4, rejected={}, trouble=f"{kind} on node-7", kind=kind)]
 
     with (
         Progress(40, "frames") as progress,
         pytest.raises(JobFailed, match="^unusable on node-7; then the same command goes on$"),
     ):
-        labelling._label(receipts, range(10), progress, labelling._Tally(40, 0.0), None, int, carefully=False)
+        labelling._label(outcomes, range(10), progress, labelling._Tally(40, 0.0), None, int, carefully=False)
     assert asked == [0, 1, 2]
 
 

@@ -34,6 +34,7 @@ from unet_ray.labelling import allocation, waves
 from unet_ray.labelling import job as segmentation
 from unet_ray.labelling import work as labelling
 from unet_ray.labelling.job import SegmentResult, segment
+from unet_ray.labelling.stages import ChunkOutcome
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
 from unet_ray.output import ledger, manifest, plans, verify
@@ -516,10 +517,10 @@ def test_too_many_rejected_frames_end_a_job_while_it_works() -> None:
     asked: list[int] = []
     measured: list[tuple[int, int]] = []
 
-    def receipts(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+    def outcomes(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[ChunkOutcome]]:
         for block in blocks:
             asked.append(block)
-            yield [{"trouble": None, "kind": None, "rejected": json.dumps({"truncated": block % 2}), "n_rows": 4}]
+            yield [ChunkOutcome(chunk_id=str(block), n_rows=4, rejected={"truncated": block % 2})]
 
     def measure(rejected: Mapping[str, int], n_rows: int) -> None:
         measured.append((rejected["truncated"], n_rows))
@@ -528,23 +529,24 @@ def test_too_many_rejected_frames_end_a_job_while_it_works() -> None:
         Progress(40, "frames") as progress,
         pytest.raises(JobFailed, match="^2 of 16 frames are rejected "),
     ):
-        labelling._label(receipts, range(10), progress, labelling._Tally(40, 0.025), measure, int, carefully=False)
+        labelling._label(outcomes, range(10), progress, labelling._Tally(40, 0.025), measure, int, carefully=False)
     assert asked == [0, 1, 2, 3] and measured == [(0, 4), (1, 4), (0, 4), (1, 4)] and progress.done == 12
 
 
 def test_tasks_that_all_fail_end_the_careful_pass_and_only_that() -> None:
     asked: list[int] = []
 
-    def receipts(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[dict[str, object]]]:
+    def outcomes(blocks: Sequence[int], *, carefully: bool) -> Iterator[list[ChunkOutcome]]:
         for block in blocks:
             asked.append(block)
-            yield [{"trouble": "RuntimeError in labeler.py:1: OOM", "kind": "failed", "rejected": "{}", "n_rows": 4}]
+            trouble = "RuntimeError in labeler.py:1: OOM"
+            yield [ChunkOutcome(chunk_id=str(block), n_rows=4, rejected={}, trouble=trouble, kind="failed")]
 
     tally = labelling._Tally(4000, 0.0)
     with Progress(4000, "frames") as progress:
-        labelling._label(receipts, range(3000), progress, tally, None, int, carefully=False)
+        labelling._label(outcomes, range(3000), progress, tally, None, int, carefully=False)
         with pytest.raises(JobFailed, match="^8 tasks could not be done: RuntimeError in labeler.py:1: OOM; for "):
-            labelling._label(receipts, range(1000), progress, tally, None, int, carefully=True)
+            labelling._label(outcomes, range(1000), progress, tally, None, int, carefully=True)
     assert asked == [*range(labelling.WAVE_TASKS), *range(8)]
 
 

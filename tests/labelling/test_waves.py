@@ -26,15 +26,13 @@ from unet_ray.labelling import stages, waves
 from unet_ray.labelling import work as labelling
 from unet_ray.labelling.decoding import DecodeOptions
 from unet_ray.model.bundle import Bundle, read_bundle
+from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labeler import Labeler
 from unet_ray.output import ledger, manifest, plans
 from unet_ray.output.chunks import Chunk, Cutting
 from unet_ray.output.tables import read_parquet
 
-LABELER = {
-    **{"precision": "float32", "batch_size": 2, "mask_size": "model", "tiling": None, "tta": "none"},
-    **{"device": "cpu", "n_threads": 1},
-}
+LABELER = LabelOptions(precision="float32", batch_size=2, mask_size="model")
 CHUNK = Chunk(chunk_id="000-000000", key="k", manifest_uri="m", row_start=0, n_rows=1, shard=0)
 SIZE = (24, 32)
 OPTIONS = DecodeOptions(network_size=SIZE, max_pixels=10_000, timeout_s=10)
@@ -76,7 +74,7 @@ def test_an_actor_whose_store_is_away_says_so_chunk_by_chunk_and_starts_when_it_
         answer = next(answers)
         if answer is None:
             raise storage.StorageError(5, "no answer; trying again may help", "s3://models/road")
-        return Labeler(answer, **LABELER)
+        return Labeler(answer, LABELER)
 
     actor = waves._ModelActor(load, SIZE)
     for _ in range(2):
@@ -143,8 +141,8 @@ def step_on(step: str, decoded: pa.Table, folder: Path) -> pa.Table:
         return stages.decode_chunks([dataclasses.replace(CHUNK, manifest_uri=str(folder / "g000.parquet"))], OPTIONS)
     if step == "label":
         return waves._ModelActor(lambda: None, SIZE)(decoded.drop_columns("_reason"))
-    receipts = stages.write_chunks(decoded, str(folder / "out"), labelled.CLASSES, "raw", "me")
-    return receipts.rename_columns({"trouble": "_trouble", "kind": "_kind"})
+    table = stages.write_chunks(decoded, str(folder / "out"), labelled.CLASSES, "raw", "me")
+    return table.rename_columns({"trouble": "_trouble", "kind": "_kind"})
 
 
 @pytest.mark.parametrize(
@@ -180,21 +178,21 @@ def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_toget
     labels = stages.label_chunks(decoded, None, SIZE)  # of frames that are missing there is nothing for a network
     obstacle = Path(ledger.record_uri(gone.out, second.key))
     obstacle.mkdir(parents=True)
-    receipts = stages.write_chunks(labels, gone.out, labelled.CLASSES, "raw", "me").to_pylist()
-    assert [(row["chunk_id"], row["n_rows"], row["kind"]) for row in receipts] == [
+    outcomes = stages.outcomes_of(stages.write_chunks(labels, gone.out, labelled.CLASSES, "raw", "me"))
+    assert [(outcome.chunk_id, outcome.n_rows, outcome.kind) for outcome in outcomes] == [
         ("000-000000", 2, None),
         ("000-000001", 1, "storage"),
     ]
-    assert receipts[0]["rejected"] == '{"missing": 2}' and "Is a directory" in receipts[1]["trouble"]
+    assert outcomes[0].rejected == {"missing": 2} and "Is a directory" in outcomes[1].trouble
     obstacle.rmdir()
     assert ledger.pending(gone) == [second]
     (receipt,) = ledger.read_receipts(gone.out, [first.key])
     part = read_parquet(storage.read_bytes(ledger.part_uri(gone.out, receipt.part)))
     assert part["frame_id"].to_pylist() == manifest.read_rows(first)["frame_id"].to_pylist() == ["a/0.png", "a/1.png"]
     troubled = stages.with_trouble(decoded, storage.StorageError(5, "no answer", "out"))
-    receipts = stages.write_chunks(troubled, gone.out, labelled.CLASSES, "raw", "me").to_pylist()
-    assert [row["chunk_id"] for row in receipts] == ["000-000000", "000-000001"]
-    assert all("no answer" in row["trouble"] for row in receipts)
+    outcomes = stages.outcomes_of(stages.write_chunks(troubled, gone.out, labelled.CLASSES, "raw", "me"))
+    assert [outcome.chunk_id for outcome in outcomes] == ["000-000000", "000-000001"]
+    assert all("no answer" in outcome.trouble for outcome in outcomes)
 
 
 @pytest.mark.timeout(300)
@@ -229,7 +227,7 @@ def test_a_network_that_did_not_load_at_first_is_loaded_once_for_all_blocks_of_i
         if len(loads) == 1:
             raise OSError("the store does not answer")
         time.sleep(0.5)  # in which the other block asks for it, too
-        return Together(bundle, **LABELER)
+        return Together(bundle, LABELER)
 
     actor = waves._ModelActor(load, SIZE)
 
@@ -241,7 +239,7 @@ def test_a_network_that_did_not_load_at_first_is_loaded_once_for_all_blocks_of_i
     with ThreadPoolExecutor(waves.BLOCKS_AT_ONCE) as pool:
         labels = pa.concat_tables(pool.map(label, blocks))
     assert loads == [0, 1]
-    alone = Labeler(bundle, **LABELER)
+    alone = Labeler(bundle, LABELER)
     expected = pa.concat_tables(stages.label_chunks(block, alone, SIZE) for block in blocks)
     assert labels.schema == expected.schema
     for name in ("frame_id", "_trouble", "_mask", "_pixels", "_confidence"):

@@ -14,6 +14,7 @@ import tensorflow as tf
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import Bundle
+from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labeler import Labeler
 from unet_ray.model.labels import Labels, _count, interpolation, label_scanned
 from unet_ray.model.tiling import Tiling, choose_tiling
@@ -83,7 +84,9 @@ def assert_same(one: Labels, index: int, other: Labels, other_index: int) -> Non
 
 def test_model_size_equals_naive(bundle: Bundle) -> None:
     images = frames(7)
-    labels = Labeler(bundle, precision="float32", batch_size=4, mask_size="model").label(images, [(50, 70)] * 7)
+    labels = Labeler(bundle, LabelOptions(precision="float32", batch_size=4, mask_size="model")).label(
+        images, [(50, 70)] * 7
+    )
     logits = bundle.build_model()(images, training=False).numpy()
     assert [mask.shape for mask in labels.masks] == [(24, 32)] * 7
     for index in range(7):
@@ -93,7 +96,7 @@ def test_model_size_equals_naive(bundle: Bundle) -> None:
 @pytest.mark.parametrize("size", [(50, 70), (24, 32), (17, 65), (130, 20), (1, 1)])
 def test_native_size_equals_resized_logits(bundle: Bundle, size: tuple[int, int]) -> None:
     images = frames(2)
-    labels = Labeler(bundle, precision="float32", batch_size=2).label(images, [size] * 2)
+    labels = Labeler(bundle, LabelOptions(precision="float32", batch_size=2)).label(images, [size] * 2)
     logits = tf.image.resize(bundle.build_model()(images, training=False), size, "bilinear").numpy()
     for index in range(2):
         assert_equals_naive(labels, index, logits[index])
@@ -102,7 +105,7 @@ def test_native_size_equals_resized_logits(bundle: Bundle, size: tuple[int, int]
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_flip_is_the_mean_with_the_mirrored_frames_logits(bundle: Bundle, device: str) -> None:
     images, network = frames(3), bundle.build_model()
-    labeler = Labeler(bundle, precision="float32", batch_size=4, tta="flip", device=device)
+    labeler = Labeler(bundle, LabelOptions(precision="float32", batch_size=4, tta="flip", device=device))
     labels = labeler.label(images, [(50, 70)] * 3)
     logits = (network(images).numpy() + network(images[:, :, ::-1]).numpy()[:, :, ::-1]) / 2
     for index, resized in enumerate(tf.image.resize(logits, (50, 70), "bilinear").numpy()):
@@ -112,7 +115,7 @@ def test_flip_is_the_mean_with_the_mirrored_frames_logits(bundle: Bundle, device
 def test_flip_labels_a_mirrored_frame_with_the_mirrored_mask(bundle: Bundle) -> None:
     images = frames(2)
     images[1] = images[0, :, ::-1]
-    masks = Labeler(bundle, precision="float32", batch_size=2, tta="flip", mask_size="model").label(
+    masks = Labeler(bundle, LabelOptions(precision="float32", batch_size=2, tta="flip", mask_size="model")).label(
         images, [(24, 32)] * 2
     )
     np.testing.assert_array_equal(masks.masks[1], masks.masks[0][:, ::-1])
@@ -120,7 +123,7 @@ def test_flip_labels_a_mirrored_frame_with_the_mirrored_mask(bundle: Bundle) -> 
 
 def test_native_sizes_may_differ_in_a_batch(bundle: Bundle) -> None:
     images, sizes = frames(3), [(48, 66), (33, 31), (48, 66)]
-    labeler = Labeler(bundle, precision="float32", batch_size=4)
+    labeler = Labeler(bundle, LabelOptions(precision="float32", batch_size=4))
     together = labeler.label(images, sizes)
     assert [mask.shape for mask in together.masks] == sizes
     for index in range(3):
@@ -131,11 +134,11 @@ def test_native_sizes_may_differ_in_a_batch(bundle: Bundle) -> None:
 @pytest.mark.parametrize("mask_size", ["native", "model"])
 def test_neighbours_place_and_batch_change_no_bit(bundle: Bundle, precision: str, mask_size: str) -> None:
     images, size = frames(9), (40, 52)
-    one = Labeler(bundle, precision=precision, batch_size=4, mask_size=mask_size, n_threads=N_THREADS).label(
-        images, [size] * 9
-    )
+    one = Labeler(
+        bundle, LabelOptions(precision=precision, batch_size=4, mask_size=mask_size, n_threads=N_THREADS)
+    ).label(images, [size] * 9)
     order = np.random.default_rng(1).permutation(9)
-    other = Labeler(bundle, precision=precision, batch_size=8, mask_size=mask_size, n_threads=N_THREADS)
+    other = Labeler(bundle, LabelOptions(precision=precision, batch_size=8, mask_size=mask_size, n_threads=N_THREADS))
     shuffled = other.label(images[order], [size] * 9)
     for position, index in enumerate(order):
         assert_same(one, index, shuffled, position)
@@ -146,6 +149,7 @@ THREADS = """
 import hashlib, sys
 import numpy as np
 from unet_ray.model import devices
+from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labeler import Labeler
 from unet_ray.model.bundle import Bundle
 from unet_ray.config import ModelConfig
@@ -158,7 +162,7 @@ weights = {n: random.normal(0, 0.05, s).astype(np.float32) for n, s in weight_sh
 bundle = Bundle(uri="", model_config=config, class_set=None, metrics={}, weights=weights, digest="")
 images = random.integers(0, 256, (7, 96, 128, 3), np.uint8)
 for precision in ("float32", "bfloat16", "float16"):
-    labeler = Labeler(bundle, precision=precision, batch_size=batch_size, n_threads=n_threads)
+    labeler = Labeler(bundle, LabelOptions(precision=precision, batch_size=batch_size, n_threads=n_threads))
     labels = labeler.label(images, [(50, 170)] * 7)
     data = [*labels.masks, labels.confidence_NK, labels.confidence_N, labels.low_margin_share_N]
     print(hashlib.sha256(b"".join(array.tobytes() for array in data)).hexdigest())
@@ -179,7 +183,7 @@ def test_threads_and_batch_size_change_no_bit() -> None:
 def test_float16_and_bfloat16_mostly_agree_with_float32(bundle: Bundle) -> None:
     images, sizes = frames(4), [(24, 32)] * 4
     masks = {
-        precision: np.stack(Labeler(bundle, precision=precision, batch_size=4).label(images, sizes).masks)
+        precision: np.stack(Labeler(bundle, LabelOptions(precision=precision, batch_size=4)).label(images, sizes).masks)
         for precision in ("float32", "bfloat16", "float16")
     }
     assert (masks["float32"] == masks["float16"]).mean() > 0.99
@@ -189,8 +193,8 @@ def test_float16_and_bfloat16_mostly_agree_with_float32(bundle: Bundle) -> None:
 def test_fused_equals_scanned(bundle: Bundle) -> None:
     """The code for GPUs, compiled for this CPU, against the code for CPUs."""
     images, sizes = frames(5), [(50, 70), (33, 31), (50, 70), (50, 70), (33, 31)]
-    scanned = Labeler(bundle, precision="float32", batch_size=4).label(images, sizes)
-    fused = Labeler(bundle, precision="float32", batch_size=4, device="gpu").label(images, sizes)
+    scanned = Labeler(bundle, LabelOptions(precision="float32", batch_size=4)).label(images, sizes)
+    fused = Labeler(bundle, LabelOptions(precision="float32", batch_size=4, device="gpu")).label(images, sizes)
     for index in range(5):
         assert (scanned.masks[index] != fused.masks[index]).mean() < 0.001
         np.testing.assert_allclose(fused.pixels_NK[index], scanned.pixels_NK[index], atol=3)
@@ -220,7 +224,7 @@ def test_interpolation_equals_tensorflow(in_px: int, out_px: int) -> None:
 def test_tiled_equals_naive_blend(bundle: Bundle) -> None:
     tiling = Tiling(window=(16, 24), stride=(10, 14))
     images = [frames(1, 37, 55)[0], frames(2, 16, 24)[0], frames(3, 11, 60)[0]]
-    labels = Labeler(bundle, precision="float32", batch_size=4, tiling=tiling).label(
+    labels = Labeler(bundle, LabelOptions(precision="float32", batch_size=4, tiling=tiling)).label(
         images, [i.shape[:2] for i in images]
     )
     model = build_unet(ModelConfig(image_height_px=16, image_width_px=24, n_classes=K, n_filters=4, depth=2))

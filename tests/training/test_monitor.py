@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+from unet_ray.training.events import EpochDone, Started, StepDone
 from unet_ray.training.monitor import Monitor, bar, epoch_line
 
-STEP = {"kind": "step", "epoch": 3, "frames": 30, "n_frames": 120, "seconds": 2.0}
+STEP = StepDone(epoch=3, frames=30, n_frames=120, seconds=2.0)
 EPOCH = {"epoch": 3, "loss": 0.51234, "images_per_s": 15.2, "seconds": 8.0, "wall_time_s": 1e9}
 VALIDATED = {"val/loss": 0.6, "val/mean_iou": 0.4321}
 
@@ -31,9 +32,9 @@ def test_a_line_of_an_epoch():
 def test_the_bar_is_for_terminals_and_gives_way_to_lines(is_terminal, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     monitor = Monitor(str(tmp_path), 5)
-    monitor.handle({"kind": "started", "policy": "float32", "n_workers": 2})
+    monitor.handle(Started(policy="float32", n_workers=2))
     monitor.handle(STEP)
-    monitor.handle({"kind": "epoch", "row": EPOCH})
+    monitor.handle(EpochDone(row=EPOCH))
     erase = "\r\x1b[K" if is_terminal else ""
     seen = f"{erase}precision: float32\n"
     if is_terminal:

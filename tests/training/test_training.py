@@ -32,6 +32,7 @@ from unet_ray.training import batches, checkpoints, run_folder
 from unet_ray.training import data as training_data
 from unet_ray.training import job as training
 from unet_ray.training.evaluation import evaluate
+from unet_ray.training.events import EpochDone
 from unet_ray.training.job import train
 from unet_ray.training.monitor import Monitor
 
@@ -58,8 +59,8 @@ def test_prometheus_reads_the_last_epoch(cluster, tmp_path):
     monitor = Monitor(str(tmp_path), 5)
     row = {"epoch": 3, "loss": 0.5, "images_per_s": 40.0, "seconds": 2.0, "wall_time_s": 1.0, "val/mean_iou": None}
     with monitor.gauges:
-        monitor.handle({"kind": "epoch", "row": {**row, "epoch": 2, "loss": 0.75}})
-        monitor.handle({"kind": "epoch", "row": row})
+        monitor.handle(EpochDone(row={**row, "epoch": 2, "loss": 0.75}))
+        monitor.handle(EpochDone(row=row))
         metrics = {name: value for name, value in prometheus.scrape().items() if "train" in name}
     assert metrics == {
         "ray_unet_ray_train_epoch": 3,

@@ -203,6 +203,7 @@ class _Predictor:
     def __init__(self, model: str, batch_size: int, threads: int, precision: str, with_predict: bool) -> None:
         from unet_ray.model.bundle import read_bundle
         from unet_ray.model.devices import configure_tensorflow
+        from unet_ray.model.label_options import LabelOptions
         from unet_ray.model.labeler import Labeler
 
         configure_tensorflow("cpu", threads, op_threads=threads if with_predict else 1)
@@ -211,8 +212,8 @@ class _Predictor:
         self._net = bundle.build_model(dtype_policy="float32") if with_predict else None
         self._labeler = None
         if not with_predict:
-            how: dict[str, Any] = {"precision": precision, "batch_size": batch_size, "mask_size": "model"}
-            self._labeler = Labeler(bundle, n_threads=threads, **how)
+            options = LabelOptions(precision=precision, batch_size=batch_size, mask_size="model", n_threads=threads)
+            self._labeler = Labeler(bundle, options)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         images_BHWC = batch["image"]

@@ -33,6 +33,7 @@ from unet_ray.labelling.decoding import DecodeOptions, count_pixels
 from unet_ray.messages import count, say
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
+from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.tiling import Tiling, choose_tiling
 from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected, salvage
 from unet_ray.output.chunks import Chunk, Cutting
@@ -423,15 +424,15 @@ def _wave_job(config: SegmentConfig, plan: Plan, network: _Network, job: str, al
         class_set=bundle.class_set,
         model=storage.resolve(config.model),
         model_digest=bundle.digest,
-        labeler={
-            "precision": network.precision,
-            "batch_size": config.batch_size,
-            "mask_size": config.mask_size,
-            "tiling": tiling,
-            "tta": config.tta,
-            "device": network.device,
-            "n_threads": allocation.threads,
-        },
+        label=LabelOptions(
+            precision=network.precision,
+            batch_size=config.batch_size,
+            mask_size=config.mask_size,
+            tiling=tiling,
+            tta=config.tta,
+            device=network.device,
+            n_threads=allocation.threads,
+        ),
         decode=DecodeOptions(
             network_size=None if tiling else network_size,
             max_pixels=round(config.max_frame_megapixels * 1e6),

@@ -206,12 +206,30 @@ def label_chunks(table: pa.Table, labeler: Labeler, network_size: tuple[int, int
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkOutcome:
+    """What became of a chunk, as the driver hears it."""
+
+    chunk_id: str
+    n_rows: int
+    rejected: Mapping[str, int]
+    """Frames by reason."""
+    trouble: str | None = None
+    """What failed and where; None where the chunk is done."""
+    kind: str | None = None
+    """Of the trouble, of `TROUBLES`."""
+
+
+def outcomes_of(table: pa.Table) -> list[ChunkOutcome]:
+    """Returns what a table of `write_chunks` says."""
+    return [ChunkOutcome(**{**row, "rejected": json.loads(row["rejected"])}) for row in table.to_pylist()]
+
+
 def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: str, writer: str) -> pa.Table:
     """Writes the part of each labelled chunk and then its record, and returns one row a chunk for the driver.
 
     Returns:
-        `chunk_id`, `n_rows`, `rejected` (JSON: number by reason), `trouble` (what was said, or null), `kind` (of which
-        of `TROUBLES`).
+        The fields of `ChunkOutcome`, of which `rejected` is JSON.
     """
 
     def write(of_chunk: pa.Table) -> dict[str, Any]:
@@ -227,10 +245,10 @@ def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: 
             return row | dict(zip(("trouble", "kind"), _trouble(error), strict=True))
         return row | {"rejected": json.dumps(dict(receipt.rejected))}
 
-    return pa.Table.from_pylist([write(of_chunk) for of_chunk in _by_chunk(table)], schema=_RECEIPT_SCHEMA)
+    return pa.Table.from_pylist([write(of_chunk) for of_chunk in _by_chunk(table)], schema=_OUTCOME_SCHEMA)
 
 
-_RECEIPT_SCHEMA = pa.schema(
+_OUTCOME_SCHEMA = pa.schema(
     [
         ("chunk_id", pa.string()),
         ("n_rows", pa.int64()),

@@ -1,4 +1,4 @@
-"""Waves of chunks through Ray Data: decode tasks -> model actors -> writing tasks -> one receipt a chunk."""
+"""Waves of chunks through Ray Data: decode tasks -> model actors -> writing tasks -> an outcome a chunk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
 import ray
@@ -23,7 +23,9 @@ from unet_ray.cluster.tasks import TASK_RETRIES, data_context, given_up, without
 from unet_ray.labelling import stages
 from unet_ray.labelling.allocation import WRITE_CPUS, Allocation
 from unet_ray.labelling.decoding import DecodeOptions
+from unet_ray.labelling.stages import ChunkOutcome
 from unet_ray.model.bundle import read_bundle
+from unet_ray.model.label_options import LabelOptions
 from unet_ray.output.chunks import Chunk
 from unet_ray.storage import StorageError
 
@@ -49,8 +51,7 @@ class WaveJob:
     """URI of the bundle; every actor reads it, so that none depends on a node that may go."""
     model_digest: str
     """Of the bundle that the plan was made with."""
-    labeler: Mapping[str, Any]
-    """Arguments of `model.labeler.Labeler`."""
+    label: LabelOptions
     decode: DecodeOptions
     mask_encoding: str
     writer: str
@@ -62,11 +63,10 @@ class WaveJob:
 
 def run_wave(
     job: WaveJob, blocks: Sequence[Sequence[Chunk]], *, carefully: bool = False
-) -> Iterator[list[dict[str, Any]]]:
-    """Labels chunks and yields, in any order, the receipts of each block that came through, as `stages.write_chunks`
-    writes them.
+) -> Iterator[list[ChunkOutcome]]:
+    """Labels chunks and yields, in any order, what became of those of each block that came through.
 
-    A block that ends a process at every try leaves no receipt and no record, and the others go on.
+    A block that ends a process at every try leaves no outcome and no record, and the others go on.
 
     Args:
         job: what all waves share.
@@ -75,11 +75,11 @@ def run_wave(
     """
     # One block is one task, whatever its size. What is left without a record is said by the ledger.
     with data_context(target_max_block_size=None, max_errored_blocks=-1):
-        receipts = _pipeline(job, blocks, carefully)
+        outcomes = _pipeline(job, blocks, carefully)
     with without_ray_warnings():
         try:
-            for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                yield cast(pa.Table, batch).to_pylist()
+            for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield stages.outcomes_of(cast(pa.Table, batch))
         except ray.exceptions.RayTaskError:
             raise  # an error of this program's own
         except (ray.exceptions.RayError, SystemException) as error:
@@ -91,7 +91,7 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
     allocation = job.allocation
     low, high = (min(number, len(blocks)) for number in allocation.actors)
     decode = functools.partial(stages.decode_chunks, options=job.decode, moved=job.moved, carefully=carefully)
-    load = functools.partial(_load_labeler, job.model, job.model_digest, job.labeler)
+    load = functools.partial(_load_labeler, job.model, job.model_digest, job.label)
     return (
         ray.data.read_datasource(
             _Frames(blocks, decode),
@@ -185,7 +185,7 @@ class _ModelActor:
             return stages.with_trouble(table, error)
 
 
-def _load_labeler(model: str, model_digest: str, labeler: Mapping[str, Any]) -> Labeler:
+def _load_labeler(model: str, model_digest: str, options: LabelOptions) -> Labeler:
     with without_plots():
         from unet_ray.model.devices import configure_tensorflow
         from unet_ray.model.labeler import Labeler
@@ -193,7 +193,7 @@ def _load_labeler(model: str, model_digest: str, labeler: Mapping[str, Any]) -> 
     bundle = read_bundle(model)
     if bundle.digest != model_digest:
         raise StorageError(errno.ESTALE, "the model has changed since this job began; trying again may help", model)
-    configure_tensorflow(labeler["device"], labeler["n_threads"], op_threads=1, reproducible=True)
-    loaded = Labeler(bundle, **labeler)
+    configure_tensorflow(options.device, options.n_threads, op_threads=1, reproducible=True)
+    loaded = Labeler(bundle, options)
     loaded.warm_up()
     return loaded

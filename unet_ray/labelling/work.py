@@ -6,7 +6,6 @@ While it works the job gives figures to the cluster's Prometheus, and a line to 
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from unet_ray import storage
 from unet_ray.cluster.gauges import Gauges
 from unet_ray.errors import JobFailed
 from unet_ray.labelling.allocation import TASK_FRAMES, share_tasks
+from unet_ray.labelling.stages import ChunkOutcome
 from unet_ray.labelling.waves import WAVE_TASKS, WaveJob, run_wave
 from unet_ray.messages import count, say
 from unet_ray.output import ledger
@@ -87,7 +87,7 @@ def _left_of(chunks: Sequence[Chunk], plan: Plan) -> list[Chunk]:
 
 
 def _label(
-    send: Callable[..., Iterator[list[dict[str, Any]]]],
+    send: Callable[..., Iterator[list[ChunkOutcome]]],
     blocks: Sequence[Sequence[Chunk]],
     progress: Progress,
     tally: _Tally,
@@ -96,10 +96,10 @@ def _label(
     *,
     carefully: bool,
 ) -> None:
-    """Sends blocks of chunks through the cluster, wave after wave, and counts their receipts.
+    """Sends blocks of chunks through the cluster, wave after wave, and counts what became of them.
 
     Args:
-        send: `run_wave` of a job: takes the blocks of a wave and `carefully`, and yields the receipts of each.
+        send: `run_wave` of a job: takes the blocks of a wave and `carefully`, and yields the outcomes of each.
         blocks: all there are.
         progress: moves on by each chunk that is done.
         tally: counts it too, and ends the work where it can no longer succeed.
@@ -109,17 +109,16 @@ def _label(
     """
     for start in range(0, len(blocks), WAVE_TASKS):
         finished = troubled = failed = in_a_row = 0
-        for receipts in send(blocks[start : start + WAVE_TASKS], carefully=carefully):
+        for outcomes in send(blocks[start : start + WAVE_TASKS], carefully=carefully):
             require_ours()
-            for receipt in receipts:
-                if receipt["trouble"] is not None:
-                    tally.troubles[receipt["kind"]] = receipt["trouble"]
+            for outcome in outcomes:
+                if outcome.kind is not None:
+                    tally.troubles[outcome.kind] = outcome.trouble or ""
                     continue
-                rejected: dict[str, int] = json.loads(receipt["rejected"])
-                measure(rejected, receipt["n_rows"])
-                tally.add(rejected, receipt["n_rows"])
-                progress.advance(receipt["n_rows"], tally.note())
-            kinds = {receipt["kind"] for receipt in receipts if receipt["trouble"] is not None}
+                measure(outcome.rejected, outcome.n_rows)
+                tally.add(outcome.rejected, outcome.n_rows)
+                progress.advance(outcome.n_rows, tally.note())
+            kinds = {outcome.kind for outcome in outcomes if outcome.kind is not None}
             if not kinds:
                 finished, in_a_row = finished + 1, 0
                 continue
@@ -138,7 +137,7 @@ def _label(
 
 
 class _Tally:
-    """What the receipts say so far, and whether the job can still succeed."""
+    """What the outcomes say so far, and whether the job can still succeed."""
 
     def __init__(self, n_frames: int, max_rejected: float) -> None:
         self._n_frames, self._max_rejected = n_frames, max_rejected

@@ -21,8 +21,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices of every proce
 import tensorflow as tf
 
 from unet_ray.model.bundle import Bundle
+from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labels import Labels, concatenate, label_fused, label_scanned, label_unscaled, one_frame
-from unet_ray.model.tiling import Tiling
 
 _FUSED_LOGITS = 2**26
 """Logits at the frame's size that a GPU holds at once: 256 MB."""
@@ -31,50 +31,27 @@ _FUSED_LOGITS = 2**26
 class Labeler:
     """A bundle's network, compiled for one batch size and precision, and what turns its logits into labels."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        precision: str,
-        batch_size: int,
-        mask_size: str = "native",
-        tiling: Tiling | None = None,
-        tta: str = "none",
-        device: str = "cpu",
-        n_threads: int = 1,
-    ) -> None:
-        """Builds the network.
-
-        Args:
-            bundle: the trained model.
-            precision: `float32`, `bfloat16` or `float16`: of activations and weights; the last layer is float32.
-            batch_size: frames (or windows) that are in the network at once; on a CPU, rounded up to a multiple of the
-                threads, each of which takes its part.
-            mask_size: `native` (the frame's own size) or `model` (the network's).
-            tiling: show the network windows of the frame at its own scale instead of the frame, resized.
-            tta: `flip` takes the mean of the logits with those of the mirrored images; `none` does not.
-            device: `gpu` or `cpu`: on the former, XLA compiles the network too.
-            n_threads: threads of a CPU, as given to `configure_tensorflow`.
-        """
+    def __init__(self, bundle: Bundle, options: LabelOptions) -> None:
+        """Builds the network of a trained model."""
         config = bundle.model_config
         self.model_size = (config.image_height_px, config.image_width_px)
-        self._network_size = tiling.window if tiling else self.model_size
+        self._network_size = options.tiling.window if options.tiling else self.model_size
         height_px, width_px = self._network_size
         sized = dataclasses.replace(config, image_height_px=height_px, image_width_px=width_px)
-        model = dataclasses.replace(bundle, model_config=sized).build_model(dtype_policy=precision)
+        model = dataclasses.replace(bundle, model_config=sized).build_model(dtype_policy=options.precision)
         self._n_classes = config.n_classes
-        self._mask_size = mask_size
-        self._tiling = tiling
-        self._fused = device == "gpu"
+        self._mask_size = options.mask_size
+        self._tiling = options.tiling
+        self._fused = options.device == "gpu"
         # A batch for each thread, never threads within one: oneDNN on AVX2 and Eigen (half precision where oneDNN has
         # none) cut sums by their number, and a frame's last bits would depend on it. As fast: 96x128, 32 filters,
         # float32, two threads: 48 to 53 ms a frame either way (TF 2.21, 2 cores with AVX2, 2026-11-24).
-        self._n_batches = 1 if self._fused else n_threads
+        self._n_batches = 1 if self._fused else options.n_threads
         self._threads = ThreadPoolExecutor(self._n_batches)
-        self._batch_size = -(-batch_size // self._n_batches)
+        self._batch_size = -(-options.batch_size // self._n_batches)
         # On 2 cores at 96x128 in bfloat16: 171 img/s; with XLA fewer (float32: 58 against 91); `predict` 49.
         self._network = tf.function(
-            lambda images_BHWC: _predict(model, images_BHWC, flip=tta == "flip"),
+            lambda images_BHWC: _predict(model, images_BHWC, flip=options.tta == "flip"),
             input_signature=[tf.TensorSpec((self._batch_size, height_px, width_px, 3), tf.uint8)],
             jit_compile=self._fused,
             autograph=False,

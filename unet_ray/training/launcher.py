@@ -28,6 +28,7 @@ from unet_ray.config import TrainConfig
 from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.messages import count
 from unet_ray.model.devices import UnusableGpu
+from unet_ray.training.events import Event, Failed, Finished, Stuck
 from unet_ray.training.mlflow_record import MlflowRecord
 from unet_ray.training.monitor import Monitor
 from unet_ray.training.task import Group, WorkerTask
@@ -37,13 +38,13 @@ class Mailbox:
     """Events of the workers, until the driver takes them: a part of an actor, which all of them reach."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
 
-    def put(self, event: dict[str, Any]) -> None:
+    def put(self, event: Event) -> None:
         """Adds one event."""
         self._events.append(event)
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[Event]:
         """Returns the events since the last call."""
         events, self._events = self._events, []
         return events
@@ -67,7 +68,7 @@ def _work(loop_config: dict[str, Any]) -> None:
 
     def give_up(position: str) -> None:
         line = f"worker {rank} has not loaded TensorFlow for {task.start_timeout_s:.0f} s and ends itself"
-        _tell(mailbox, {"kind": "stuck", "line": f"{line}; it was in {position}"})
+        _tell(mailbox, Stuck(line=f"{line}; it was in {position}"))
 
     # Here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s).
     with Watchdog(task.start_timeout_s, give_up).watching(), without_plots():
@@ -82,11 +83,11 @@ def _work(loop_config: dict[str, Any]) -> None:
     Worker(task, group).run()
 
 
-def _tell(mailbox: Any, event: dict[str, Any]) -> None:
+def _tell(mailbox: Any, event: Event) -> None:
     put = mailbox.put.remote(event)
-    if event["kind"] in ("failed", "finished"):  # the last before the worker ends, and what it holds with it
+    if isinstance(event, Failed | Finished):  # the last before the worker ends, and what it holds with it
         ray.get(put)
-    if event["kind"] == "stuck":  # it ends whether it is heard or not
+    if isinstance(event, Stuck):  # it ends whether it is heard or not
         ray.wait([put], timeout=LAST_WORD_S)
 
 
@@ -186,7 +187,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
 
 
-def _take(launcher: Any, timeout_s: float) -> list[dict[str, Any]]:
+def _take(launcher: Any, timeout_s: float) -> list[Event]:
     """Returns the workers' events since the last call."""
     try:
         return ray.get(launcher.take.remote(), timeout=timeout_s)

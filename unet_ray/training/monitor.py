@@ -17,6 +17,17 @@ from typing import Any
 from unet_ray import progress, storage
 from unet_ray.cluster.gauges import Gauges
 from unet_ray.messages import say
+from unet_ray.training.events import (
+    EpochDone,
+    Event,
+    Failed,
+    Finished,
+    Restored,
+    Started,
+    StepDone,
+    Stuck,
+    Warned,
+)
 from unet_ray.training.mlflow_record import MlflowRecord
 
 GAUGES = {
@@ -49,32 +60,35 @@ class Monitor:
         self._terminal = sys.stdout.isatty()
         self.gauges = Gauges("unet_ray_train", dict(GAUGES.values()))
 
-    def handle(self, event: dict[str, Any]) -> None:
+    def handle(self, event: Event) -> None:
         """Takes one event of the mailbox."""
-        match event["kind"]:
-            case "started":
-                self._say(self._start_line(event["policy"], event["n_workers"]))
-                self.n_workers = event["n_workers"]
-            case "restored":
-                self.history = list(event["history"])
+        match event:
+            case Started():
+                self._say(self._start_line(event.policy, event.n_workers))
+                self.n_workers = event.n_workers
+            case Restored():
+                self.history = list(event.history)
                 for row in self.history[-1:]:
                     self._set_gauges(row)
-                self._say(f"going on after epoch {event['epoch']} of {self._n_epochs}, from its checkpoint")
-            case "note" | "stuck":
-                self._say(f"warning: {event['line']}")
-            case "step":
+                self._say(f"going on after epoch {event.epoch} of {self._n_epochs}, from its checkpoint")
+            case Warned() | Stuck():
+                self._say(f"warning: {event.line}")
+            case StepDone():
                 self._show_bar(event)
-            case "epoch":
-                self.history = [*self.history[: event["row"]["epoch"] - 1], event["row"]]
-                self._say(epoch_line(event["row"], self._n_epochs))
-                self._set_gauges(event["row"])
-                write_history(self._run, self.history)
-                if self._record:
-                    self._record.log_epochs(self.history)
-            case "failed":
-                self.error = event["error"]
-            case "finished":
-                self.samples = event["samples"]
+            case EpochDone():
+                self._add_row(event.row)
+            case Failed():
+                self.error = event.error
+            case Finished():
+                self.samples = dict(event.samples)
+
+    def _add_row(self, row: dict[str, Any]) -> None:
+        self.history = [*self.history[: row["epoch"] - 1], row]
+        self._say(epoch_line(row, self._n_epochs))
+        self._set_gauges(row)
+        write_history(self._run, self.history)
+        if self._record:
+            self._record.log_epochs(self.history)
 
     def _start_line(self, policy: str, n_workers: int) -> str:
         if self.n_workers == 0:
@@ -89,7 +103,7 @@ class Monitor:
             if row.get(key) is not None:
                 self.gauges.set(name, row[key])
 
-    def _show_bar(self, event: dict[str, Any]) -> None:
+    def _show_bar(self, event: StepDone) -> None:
         if self._terminal:
             print("\r\x1b[K" + bar(event, self._n_epochs), end="", flush=True)
 
@@ -99,14 +113,14 @@ class Monitor:
         say(line)
 
 
-def bar(event: dict[str, Any], n_epochs: int) -> str:
+def bar(event: StepDone, n_epochs: int) -> str:
     """Returns the progress within an epoch, and the time that all epochs still need at this speed."""
-    share = event["frames"] / event["n_frames"]
-    speed = event["frames"] / max(event["seconds"], 1e-9)
-    left = (n_epochs - event["epoch"] + 1) * event["n_frames"] - event["frames"]
+    share = event.frames / event.n_frames
+    speed = event.frames / max(event.seconds, 1e-9)
+    left = (n_epochs - event.epoch + 1) * event.n_frames - event.frames
     return (
-        f"epoch {event['epoch']}/{n_epochs} {progress.bar(share)} "
-        f"{event['frames']:,}/{event['n_frames']:,} frames, {speed:.0f} images/s, ETA {progress.duration(left / speed)}"
+        f"epoch {event.epoch}/{n_epochs} {progress.bar(share)} "
+        f"{event.frames:,}/{event.n_frames:,} frames, {speed:.0f} images/s, ETA {progress.duration(left / speed)}"
     )
 
 

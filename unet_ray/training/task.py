@@ -11,6 +11,7 @@ import numpy as np
 from unet_ray.classes import ClassSet
 from unet_ray.config import TrainConfig
 from unet_ray.training.batches import FrameSource
+from unet_ray.training.events import Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,5 +46,5 @@ class Group:
     n_workers: int
     agree: Callable[[Any], Any]
     """Returns rank 0's value on every worker; all must call it."""
-    tell: Callable[[dict[str, Any]], None]
+    tell: Callable[[Event], None]
     """Sends an event to the driver."""

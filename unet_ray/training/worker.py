@@ -27,6 +27,7 @@ from unet_ray.model.devices import choose_policy, configure_tensorflow
 from unet_ray.training import batches, checkpoints, evaluator, steps
 from unet_ray.training.augmentation import AugmentConfig, augment
 from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
+from unet_ray.training.events import EpochDone, Event, Failed, Finished, Restored, Started, StepDone, Stuck, Warned
 from unet_ray.training.task import Group, WorkerTask
 
 PROGRESS_INTERVAL_S = 0.25
@@ -43,9 +44,9 @@ class Worker:
 
     def _watchdog(self, timeout_s: float, what: str, option: str = "") -> Watchdog:
         line = f"worker {self.rank} {what} for {timeout_s:.0f} s{option} and ends itself; it was in"
-        return Watchdog(timeout_s, lambda where: self.group.tell({"kind": "stuck", "line": f"{line} {where}"}))
+        return Watchdog(timeout_s, lambda where: self.group.tell(Stuck(line=f"{line} {where}")))
 
-    def _tell(self, **event: Any) -> None:
+    def _tell(self, event: Event) -> None:
         if self.rank == 0:
             self.group.tell(event)
 
@@ -90,7 +91,7 @@ class Worker:
         self.evaluator = evaluator.Evaluator(
             self.predict, task.validation.open(), self.part, self.model_config, on_batch=self.watchdog.beat
         )
-        self._tell(kind="started", policy=policy, n_workers=self.n_workers)
+        self._tell(Started(policy=policy, n_workers=self.n_workers))
 
     def _make_optimizer(self) -> keras.Optimizer:
         config = self.config
@@ -108,7 +109,7 @@ class Worker:
             row |= self._learning_rate()
             metrics, tensors = self._validate()
             state = self._advance(state, row | metrics, tensors)
-            self._tell(kind="epoch", row=state.history[-1], n_epochs=self.config.epochs)
+            self._tell(EpochDone(row=state.history[-1]))
         if self.rank == 0:
             self._finish(state)
 
@@ -116,13 +117,13 @@ class Worker:
         """Every worker starts from the checkpoint that rank 0 finds: the newest that verifies."""
         run, checkpoint = self.config.out, None
         if self.rank == 0:
-            checkpoint = checkpoints.newest_valid(run, on_damaged=lambda line: self._tell(kind="note", line=line))
+            checkpoint = checkpoints.newest_valid(run, on_damaged=lambda line: self._tell(Warned(line=line)))
         epoch = self.group.agree(checkpoint.epoch if checkpoint else 0)
         if epoch == 0:
             return Checkpoint(epoch=0, step=0, tensors={}, history=(), best_epoch=0)
         checkpoint = checkpoint or checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, epoch))
         steps.restore_state(self.model, self.optimizer, checkpoint.tensors)
-        self._tell(kind="restored", epoch=epoch, history=checkpoint.history)
+        self._tell(Restored(epoch=epoch, history=checkpoint.history))
         return checkpoint
 
     def _is_done(self, state: Checkpoint) -> bool:
@@ -184,9 +185,8 @@ class Worker:
             if time.time() - reported_at > PROGRESS_INTERVAL_S:
                 reported_at = time.time()
                 frames = min((batch + 1) * self.config.batch_size, len(order))
-                self._tell(
-                    kind="step", epoch=epoch + 1, frames=frames, n_frames=len(order), seconds=reported_at - started
-                )
+                seconds = reported_at - started
+                self._tell(StepDone(epoch=epoch + 1, frames=frames, n_frames=len(order), seconds=seconds))
         last_step = first_step + len(results) - 1
         if not self._is_finite(results, len(results) - 1, order, last_step) or not self._stays_finite(order, last_step):
             return None
@@ -253,10 +253,7 @@ class Worker:
         size = self.config.batch_size
         names = ", ".join(self.task.train.names[index] for index in order[batch * size : (batch + 1) * size])
         remedy = "look at their masks, lower --learning-rate or set --clip-norm"
-        self._tell(
-            kind="failed",
-            error=JobFailed(f"{what} {step + 1}; the frames of its batch: {names}; {remedy}"),
-        )
+        self._tell(Failed(error=JobFailed(f"{what} {step + 1}; the frames of its batch: {names}; {remedy}")))
 
     def _learning_rate(self) -> dict[str, float]:
         return {"learning_rate": float(self.optimizer.learning_rate)}
@@ -282,7 +279,7 @@ class Worker:
         best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
         steps.restore_state(self.model, self.optimizer, best.tensors)
         sample_evaluator = evaluator.Evaluator(self.predict, self.task.samples.open(), self.part, self.model_config)
-        self._tell(kind="finished", samples=sample_evaluator.predict_masks(range(len(self.task.samples.names))))
+        self._tell(Finished(samples=sample_evaluator.predict_masks(range(len(self.task.samples.names)))))
 
 
 def _is_better(value: float | None, best: float | None) -> bool:

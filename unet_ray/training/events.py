@@ -1,0 +1,82 @@
+"""What training workers tell the driver: plain values, in the order in which they happen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A group of workers has built its network."""
+
+    policy: str
+    """Keras' dtype policy of the network."""
+    n_workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """It goes on from a checkpoint."""
+
+    epoch: int
+    """Epochs that are done."""
+    history: tuple[dict[str, Any], ...]
+    """One row an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """Progress within an epoch; not every step is told."""
+
+    epoch: int
+    """The one that is under way, from 1."""
+    frames: int
+    """Of this epoch, done."""
+    n_frames: int
+    seconds: float
+    """Since the epoch began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochDone:
+    """An epoch is trained, validated and, where it is due, written."""
+
+    row: dict[str, Any]
+    """Of the history; plain JSON types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """Something that the user should know; the training goes on."""
+
+    line: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stuck:
+    """A worker gets nowhere and ends itself."""
+
+    line: str
+    """Which one, for how long, and where it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The training ends, and another group of workers would end like this one."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The last epoch is done."""
+
+    samples: Mapping[int, np.ndarray]
+    """Predicted masks, uint8 [H, W], by place among the frames of `samples.png`."""
+
+
+Event = Started | Restored | StepDone | EpochDone | Warned | Stuck | Failed | Finished
