@@ -186,8 +186,8 @@ def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_toget
     assert outcomes[0].rejected == {"missing": 2} and "Is a directory" in outcomes[1].trouble
     obstacle.rmdir()
     assert ledger.pending(gone) == [second]
-    (receipt,) = ledger.read_receipts(gone.out, [first.key])
-    part = read_parquet(storage.read_bytes(ledger.part_uri(gone.out, receipt.part)))
+    (record,) = ledger.read_records(gone.out, [first.key])
+    part = read_parquet(storage.read_bytes(ledger.part_uri(gone.out, record.part)))
     assert part["frame_id"].to_pylist() == manifest.read_rows(first)["frame_id"].to_pylist() == ["a/0.png", "a/1.png"]
     troubled = stages.with_trouble(decoded, storage.StorageError(5, "no answer", "out"))
     outcomes = stages.outcomes_of(stages.write_chunks(troubled, gone.out, labelled.CLASSES, "raw", "me"))

@@ -259,8 +259,8 @@ def test_a_part_with_a_flipped_bit_is_noticed_before_it_is_published_and_its_chu
     out = storage.join(base, "out")
     plan = make_plan(out)
     work(plan)
-    (receipt,) = ledger.read_receipts(out, [plan.chunks[2].key])
-    uri = ledger.part_uri(out, receipt.part)
+    (record,) = ledger.read_records(out, [plan.chunks[2].key])
+    uri = ledger.part_uri(out, record.part)
     data = storage.read_bytes(uri)
     storage.write_whole(uri, flipped(data, int(at * len(data)), 5))
     with pytest.raises(storage.StorageError, match="is damaged; run the same command again"):

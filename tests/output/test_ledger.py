@@ -335,12 +335,12 @@ def test_two_jobs_that_list_at_once_lose_no_frame(out, monkeypatch):
 def test_a_chunk_is_done_when_its_record_exists(out):
     plan = make_plan(out)
     chunk = plan.chunks[2]
-    receipt = ledger.commit(out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
-    assert (receipt.chunk_id, receipt.key, receipt.n_rows) == ("000-000002", chunk.key, 3)
-    assert (receipt.ok, dict(receipt.rejected), receipt.writer) == (2, {"truncated": 1}, "job-1")
-    part = storage.read_bytes(storage.join(out, "_work", "parts", receipt.part))
-    assert (receipt.size_bytes, receipt.sha256) == (len(part), storage.sha256(part))
-    assert receipt.part.startswith(chunk.key)
+    record = ledger.commit(out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
+    assert (record.chunk_id, record.key, record.n_rows) == ("000-000002", chunk.key, 3)
+    assert (record.ok, dict(record.rejected), record.writer) == (2, {"truncated": 1}, "job-1")
+    part = storage.read_bytes(storage.join(out, "_work", "parts", record.part))
+    assert (record.size_bytes, record.sha256) == (len(part), storage.sha256(part))
+    assert record.part.startswith(chunk.key)
     assert [c.chunk_id for c in ledger.pending(plan)] == [c.chunk_id for c in plan.chunks if c is not chunk]
     storage.delete(storage.join(out, "_work", "records", f"{chunk.key}.json"))
     assert ledger.pending(plan) == list(plan.chunks)
@@ -370,8 +370,8 @@ def test_the_same_rows_give_the_same_part(tmp_path):
 def test_a_part_is_plain_parquet(tmp_path):
     plan = make_plan(str(tmp_path / "out"))
     chunk = plan.chunks[2]
-    receipt = ledger.commit(plan.out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
-    table = pq.read_table(tmp_path / "out" / "_work" / "parts" / receipt.part)
+    record = ledger.commit(plan.out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
+    table = pq.read_table(tmp_path / "out" / "_work" / "parts" / record.part)
     assert table["frame_id"].to_pylist() == [f"b/left/{n}.png" for n in range(3)]
     assert table["reason"].to_pylist() == [None, None, BROKEN["b/left/2.png"]]
 

@@ -82,9 +82,9 @@ def test_a_note_and_the_statistics_lead_nowhere(path, root, victim, tmp_path):
 def test_a_record_names_no_part_but_its_own(part, root, victim, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
-    receipts = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
+    records = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
     strange = dataclasses.replace(
-        receipts[0], part=part.format(victim=victim), sha256=storage.sha256(b"mine"), size_bytes=4
+        records[0], part=part.format(victim=victim), sha256=storage.sha256(b"mine"), size_bytes=4
     )
     storage.write_whole(ledger.record_uri(out, plan.chunks[0].key), sealed(dataclasses.asdict(strange)))
     with pytest.raises(storage.StorageError, match=f"{plan.chunks[0].key}.json is damaged; run the same command again"):

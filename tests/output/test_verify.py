@@ -138,8 +138,8 @@ def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, 
 
 def change_record(out: str, chunk: Chunk, write) -> None:
     """Makes a record tell of frames that were never rejected."""
-    (receipt,) = ledger.read_receipts(out, [chunk.key])
-    changed = dataclasses.replace(receipt, ok=receipt.ok - 2, rejected={"crashed": 2})
+    (record,) = ledger.read_records(out, [chunk.key])
+    changed = dataclasses.replace(record, ok=record.ok - 2, rejected={"crashed": 2})
     storage.write_whole(ledger.record_uri(out, chunk.key), write(dataclasses.asdict(changed)))
 
 
@@ -243,11 +243,11 @@ def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
 def test_a_deleted_record_or_part_costs_its_chunk_and_no_other(root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
-    receipts = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
+    records = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
     storage.delete(ledger.record_uri(out, plan.chunks[1].key))
     assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000001"]
     ledger.commit(out, plan.chunks[1], label(plan.chunks[1]), writer="test")
-    storage.delete(ledger.part_uri(out, receipts[3].part))
+    storage.delete(ledger.part_uri(out, records[3].part))
     with pytest.raises(storage.StorageError, match="are gone; run the same command again: their frames are done anew"):
         publish.publish(plan, max_rejected=0)
     assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000003"]

@@ -131,7 +131,7 @@ def processes_killed(stage: Stage) -> Trial:
             wait_until(partial(_kill_one, trial, job.pid, title), job, timeout_s=60)
     trial.require(trial.deeds == [_IN_WORDS[title] for title in _TO_KILL], f"only these were killed: {trial.deeds}")
     trial.require_exit(0)
-    # A writer that dies between its record and its receipt is started again.
+    # A writer that dies between its record and its word to the driver is started again.
     trial.require(trial.redone()[0] <= len(trial.deeds), "more done chunks were done again than processes died")
     trial.require_same_bytes(stage.undisturbed)
     return trial
@@ -174,7 +174,7 @@ def node_lost(stage: Stage) -> Trial:
         trial.did(f"a node's {len(lost)} processes with {len(done)} done; noticed in {noticed_s:.1f} s")
         ray.shutdown()
     trial.require_exit(0)
-    in_flight = round((1 - CPU_SHARE_OF_ACTORS) / WRITE_CPUS)  # records whose receipts had not yet left the node
+    in_flight = round((1 - CPU_SHARE_OF_ACTORS) / WRITE_CPUS)  # records of which the driver had not yet heard
     trial.require(trial.redone()[0] <= in_flight, "more done chunks were done again than the node was writing")
     begun = trial.begun(n_events).keys() - done
     again = [key for key, times in trial.begun().items() if times > 1]

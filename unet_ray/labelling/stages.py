@@ -240,10 +240,10 @@ def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: 
         try:
             rows = of_chunk.select([name for name in of_chunk.column_names if not name.startswith("_")])
             result = results.result_table(rows, chunk_labels(of_chunk, class_set, mask_encoding), class_set)
-            receipt = _patiently(lambda: ledger.commit(out, chunk, result, writer=writer))
+            record = _patiently(lambda: ledger.commit(out, chunk, result, writer=writer))
         except Exception as error:  # noqa: BLE001
             return row | dict(zip(("trouble", "kind"), _trouble(error), strict=True))
-        return row | {"rejected": json.dumps(dict(receipt.rejected))}
+        return row | {"rejected": json.dumps(dict(record.rejected))}
 
     return pa.Table.from_pylist([write(of_chunk) for of_chunk in _by_chunk(table)], schema=_OUTCOME_SCHEMA)
 

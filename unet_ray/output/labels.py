@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.output import ledger, manifest
-from unet_ray.output.ledger import Receipt
+from unet_ray.output.ledger import Record
 from unet_ray.output.plans import Plan
 from unet_ray.output.rows import FRAME_COLUMNS, statistics_schema
 from unet_ray.output.tables import UNREADABLE, read_parquet, require_columns
@@ -33,7 +33,7 @@ class NewRows:
     """Places within the chunk."""
     rejected: Mapping[str, int]
     """Number of them by the reason that they had before."""
-    receipt: Receipt
+    record: Record
 
 
 def new_rows(plan: Plan) -> tuple[dict[int, list[NewRows]], int]:
@@ -43,12 +43,12 @@ def new_rows(plan: Plan) -> tuple[dict[int, list[NewRows]], int]:
     new: dict[int, list[NewRows]] = {}
     for retry, chunk in every:
         if chunk.key in recorded:
-            (receipt,) = ledger.read_receipts(plan.out, [chunk.key])
+            (record,) = ledger.read_records(plan.out, [chunk.key])
             row = NewRows(
                 position=places[chunk.chunk_id],
                 rows=chunk.rows or (),
                 rejected=retry.rejected[chunk.chunk_id],
-                receipt=receipt,
+                record=record,
             )
             new.setdefault(chunk.shard, []).append(row)
     return new, max((retry.number + 1 for retry, _ in every), default=0)
@@ -89,20 +89,20 @@ def damaged(out: str, path: str) -> storage.StorageError:
     )
 
 
-def read_parts(out: str, receipts: Sequence[Receipt]) -> Iterator[pa.Table]:
+def read_parts(out: str, records: Sequence[Record]) -> Iterator[pa.Table]:
     """Yields the parts of chunks in order; some at once, as many requests in flight where the store is not local.
 
     Raises FileNotFoundError where a part is gone, StorageError where it is damaged; its record counts no more.
     """
-    for start in range(0, len(receipts), _PARTS_AT_ONCE):
-        group = receipts[start : start + _PARTS_AT_ONCE]
-        uris = [ledger.part_uri(out, receipt.part) for receipt in group]
+    for start in range(0, len(records), _PARTS_AT_ONCE):
+        group = records[start : start + _PARTS_AT_ONCE]
+        uris = [ledger.part_uri(out, record.part) for record in group]
         contents = storage.read_many([(uri, 0, None) for uri in uris])
-        for receipt, uri, content in zip(group, uris, contents, strict=True):
+        for record, uri, content in zip(group, uris, contents, strict=True):
             if isinstance(content, OSError) and not isinstance(content, FileNotFoundError):
                 raise content
-            if isinstance(content, OSError) or storage.sha256(content) != receipt.sha256:
-                storage.delete(ledger.record_uri(out, receipt.key))
+            if isinstance(content, OSError) or storage.sha256(content) != record.sha256:
+                storage.delete(ledger.record_uri(out, record.key))
                 if isinstance(content, OSError):
                     raise content
                 raise storage.StorageError(f"{uri} is damaged; run the same command again: its frames are done anew")

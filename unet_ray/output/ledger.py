@@ -49,7 +49,7 @@ _SHARD = re.compile(r"part-(\d{5,})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Receipt:
+class Record:
     """A commit record: what is known of a finished chunk without opening its part."""
 
     chunk_id: str
@@ -101,16 +101,16 @@ def done_so_far(plan: Plan) -> tuple[int, Counter[str]]:
     published, recorded = published_shards(plan), committed_keys(plan.out)
     is_done = {c.chunk_id for c in plan.chunks if c.shard in published or c.key in recorded}
     keys = [c.key for c in plan.chunks if c.shard not in published and c.key in recorded]
-    receipts = read_receipts(plan.out, keys)
+    records = read_records(plan.out, keys)
     n_done = sum(chunk.n_rows for chunk in plan.chunks if chunk.chunk_id in is_done)
-    rejected = rejected_of(published.values(), receipts)
+    rejected = rejected_of(published.values(), records)
     for retry, chunk in open_retries(plan):
         if chunk.chunk_id in is_done:
             rejected.subtract(retry.rejected[chunk.chunk_id])
             n_done -= chunk.n_rows
             if chunk.key in recorded:
-                (receipt,) = read_receipts(plan.out, [chunk.key])
-                rejected.update(receipt.rejected)
+                (record,) = read_records(plan.out, [chunk.key])
+                rejected.update(record.rejected)
                 n_done += chunk.n_rows
     return n_done, +rejected
 
@@ -118,8 +118,8 @@ def done_so_far(plan: Plan) -> tuple[int, Counter[str]]:
 def committed_keys(out: str) -> set[str]:
     """Returns the keys that have a record and a part."""
     parts = list_work(out, "parts")
-    records = {file.path.removesuffix(".json") for file in list_work(out, "records")}
-    return records & {file.path.partition("-")[0] for file in parts}
+    keys = {file.path.removesuffix(".json") for file in list_work(out, "records")}
+    return keys & {file.path.partition("-")[0] for file in parts}
 
 
 def list_work(out: str, folder: str) -> list[storage.FileInfo]:
@@ -147,7 +147,7 @@ def content_name(key: str, data: bytes) -> str:
     return f"{key}-{storage.sha256(data)[:16]}.parquet"
 
 
-def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Receipt:
+def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Record:
     """Writes a finished chunk: its part, then its record.
 
     Args:
@@ -166,7 +166,7 @@ def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Receipt:
     data = parquet_bytes(table)
     reasons = pc.value_counts(pc.drop_null(table["reason"])).to_pylist()
     rejected = {count["values"]: count["counts"] for count in sorted(reasons, key=lambda count: count["values"])}
-    receipt = Receipt(
+    record = Record(
         chunk_id=chunk.chunk_id,
         key=chunk.key,
         part=content_name(chunk.key, data),
@@ -177,10 +177,10 @@ def commit(out: str, chunk: Chunk, table: pa.Table, *, writer: str) -> Receipt:
         rejected=rejected,
         writer=writer,
     )
-    storage.write_whole(part_uri(out, receipt.part), data)
-    if storage.put_if_absent(record_uri(out, chunk.key), sealed(dataclasses.asdict(receipt))):
-        return receipt
-    return read_receipts(out, [chunk.key])[0]
+    storage.write_whole(part_uri(out, record.part), data)
+    if storage.put_if_absent(record_uri(out, chunk.key), sealed(dataclasses.asdict(record))):
+        return record
+    return read_records(out, [chunk.key])[0]
 
 
 def _with_kept(out: str, name: str, table: pa.Table) -> pa.Table:
@@ -210,35 +210,35 @@ def _with_kept(out: str, name: str, table: pa.Table) -> pa.Table:
     return table
 
 
-def read_receipts(out: str, keys: Sequence[str]) -> list[Receipt]:
+def read_records(out: str, keys: Sequence[str]) -> list[Record]:
     """Returns the records of chunks that have one. Raises StorageError where one cannot be read."""
     contents = storage.read_many([(record_uri(out, key), 0, None) for key in keys])
     for content in contents:
         if isinstance(content, OSError):
             raise content
-    receipts = []
+    records = []
     for key, content in zip(keys, contents, strict=True):
         try:
-            receipts.append(_checked_receipt(unsealed(content), key))  # type: ignore[arg-type]
+            records.append(_checked_record(unsealed(content), key))  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             storage.delete(record_uri(out, key))
             raise storage.StorageError(
                 f"{record_uri(out, key)} is damaged; run the same command again: its frames are done anew"
             ) from error
-    return receipts
+    return records
 
 
-def _checked_receipt(record: Mapping[str, Any], key: str) -> Receipt:
-    receipt = Receipt(**record)
-    numbers = (receipt.size_bytes, receipt.n_rows, receipt.ok)
-    if not is_digest(receipt.sha256) or not all(map(is_count, numbers)):
+def _checked_record(content: Mapping[str, Any], key: str) -> Record:
+    record = Record(**content)
+    numbers = (record.size_bytes, record.n_rows, record.ok)
+    if not is_digest(record.sha256) or not all(map(is_count, numbers)):
         raise ValueError("it has no digest or no counts")
-    match = _PART.fullmatch(receipt.part)
-    if receipt.key != key or not match or match[1] != key or not receipt.sha256.startswith(match[2]):
+    match = _PART.fullmatch(record.part)
+    if record.key != key or not match or match[1] != key or not record.sha256.startswith(match[2]):
         raise ValueError("it names a part that is not its own")
-    if not are_counts(receipt.rejected) or not set(receipt.rejected) <= set(REASONS):
+    if not are_counts(record.rejected) or not set(record.rejected) <= set(REASONS):
         raise ValueError("it counts frames by reasons that there are not")
-    return receipt
+    return record
 
 
 # --- published files ---
@@ -386,14 +386,14 @@ def note(out: str, file: Mapping[str, Any], n_retries: int) -> None:
     storage.write_whole(storage.join(out, "_work", "shards", f"{name}.json"), sealed(content))
 
 
-def let_work_go(out: str, file: Mapping[str, Any], receipts: Sequence[Receipt]) -> None:
+def let_work_go(out: str, file: Mapping[str, Any], records: Sequence[Record]) -> None:
     """Deletes what a file of frames/ was made of, now that it is there."""
     storage.delete(storage.join(out, "_work", "damaged", storage.name(file["path"])))
-    if not receipts:  # it was made anew for a retry
+    if not records:  # it was made anew for a retry
         return
     # Records first: while one counts its part is needed.
-    storage.delete_many([record_uri(out, receipt.key) for receipt in receipts])
-    storage.delete_many([part_uri(out, receipt.part) for receipt in receipts])
+    storage.delete_many([record_uri(out, record.key) for record in records])
+    storage.delete_many([part_uri(out, record.part) for record in records])
 
 
 def mark_damaged(out: str, name: str) -> None:
@@ -417,11 +417,11 @@ def is_mended(out: str, file: Mapping[str, Any]) -> bool:
 STATISTICS = "class_statistics.parquet"
 
 
-def rejected_of(files: Iterable[Mapping[str, Any]], receipts: Iterable[Receipt]) -> Counter[str]:
+def rejected_of(files: Iterable[Mapping[str, Any]], records: Iterable[Record]) -> Counter[str]:
     """Returns the number of rejected frames by reason, of published files and of chunks that are not published."""
     rejected: Counter[str] = Counter()
     for file in files:
         rejected.update(file["rejected"])
-    for receipt in receipts:
-        rejected.update(receipt.rejected)
+    for record in records:
+        rejected.update(record.rejected)
     return rejected

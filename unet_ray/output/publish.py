@@ -31,7 +31,7 @@ from unet_ray.errors import JobFailed
 from unet_ray.output import labels, ledger, manifest, plans, retries
 from unet_ray.output import rows as results
 from unet_ray.output.labels import NewRows
-from unet_ray.output.ledger import Receipt, shard_name
+from unet_ray.output.ledger import Record, shard_name
 from unet_ray.output.plans import Lineage, Plan
 from unet_ray.output.rejected import require_share
 from unet_ray.output.tables import parquet_bytes
@@ -55,7 +55,7 @@ class ShardTask:
     plan: Plan
     """With the chunks of this file alone."""
     shard: int
-    receipts: tuple[Receipt, ...] = ()
+    records: tuple[Record, ...] = ()
     """Of each chunk; none where the file that is there is made anew with rows that were tried again."""
     base: Mapping[str, Any] | None = None
     """What is said of that file."""
@@ -67,10 +67,10 @@ class ShardTask:
     @property
     def rejected(self) -> Counter[str]:
         """Number of rejected rows by reason, as the records say."""
-        rejected = ledger.rejected_of([self.base] if self.base else (), self.receipts)
+        rejected = ledger.rejected_of([self.base] if self.base else (), self.records)
         for new in self.new_rows:
             rejected.subtract(new.rejected)
-            rejected.update(new.receipt.rejected)
+            rejected.update(new.record.rejected)
         return +rejected
 
 
@@ -157,10 +157,10 @@ def _shard_tasks(plan: Plan) -> tuple[dict[int, dict[str, Any]], list[ShardTask]
         base = published.get(shard)
         if base is not None and shard not in new_rows:
             continue
-        receipts: list[Receipt] = []
+        records: list[Record] = []
         if base is None:
             try:
-                receipts = ledger.read_receipts(plan.out, [chunk.key for chunk in chunks])
+                records = ledger.read_records(plan.out, [chunk.key for chunk in chunks])
             except FileNotFoundError:
                 published[shard] = _published_by_another(plan, shard)
                 continue
@@ -168,7 +168,7 @@ def _shard_tasks(plan: Plan) -> tuple[dict[int, dict[str, Any]], list[ShardTask]
             ShardTask(
                 plan=dataclasses.replace(plan, chunks=chunks),
                 shard=shard,
-                receipts=tuple(receipts),
+                records=tuple(records),
                 base=base,
                 new_rows=tuple(new_rows.get(shard, ())),
                 n_retries=n_retries,
@@ -214,7 +214,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     """
     plan = task.plan
     plans.has_grown(plan)
-    counts = ledger.rejected_of((), task.receipts)
+    counts = ledger.rejected_of((), task.records)
     try:
         data, rejected = _shard_bytes(task)
     except FileNotFoundError:
@@ -230,7 +230,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     }
     ledger.note(plan.out, file, task.n_retries)
     storage.write_whole(storage.join(plan.out, path), data)
-    ledger.let_work_go(plan.out, file, task.receipts)
+    ledger.let_work_go(plan.out, file, task.records)
     return file
 
 
@@ -262,9 +262,9 @@ def _shard_bytes(task: ShardTask) -> tuple[bytes, Counter[str]]:
 def _with_new_rows(task: ShardTask) -> Iterator[pa.Table]:
     """Yields the rows of each chunk; where they were rejected, what trying them again gave."""
     out, base = task.plan.out, task.base
-    new_parts = list(labels.read_parts(out, [new.receipt for new in task.new_rows]))
+    new_parts = list(labels.read_parts(out, [new.record for new in task.new_rows]))
     sizes = [chunk.n_rows for chunk in task.plan.chunks]
-    chunks = labels.read_parts(out, task.receipts) if base is None else labels.read_published(out, base, sizes)
+    chunks = labels.read_parts(out, task.records) if base is None else labels.read_published(out, base, sizes)
     for position, rows in enumerate(chunks):
         for new, part in zip(task.new_rows, new_parts, strict=True):
             if new.position == position:

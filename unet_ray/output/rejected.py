@@ -90,7 +90,7 @@ def _rejected_rows(plan: Plan) -> Iterator[tuple[str, dict[int, str]]]:
     for chunk, position, reasons in _chunks_with_rejected_rows(plan):
         rejected = {n: reason for n, reason in enumerate(reasons.to_pylist()) if reason is not None}
         for new in (new for new in new_rows.get(chunk.shard, ()) if new.position == position):
-            (part,) = labels.read_parts(plan.out, [new.receipt])
+            (part,) = labels.read_parts(plan.out, [new.record])
             for n, reason in zip(new.rows, part["reason"].to_pylist(), strict=True):
                 if n in rejected:
                     rejected[n] = reason
@@ -104,10 +104,10 @@ def _chunks_with_rejected_rows(plan: Plan) -> Iterator[tuple[Chunk, int, pa.Chun
         file = published.get(shard)
         if file is None:
             done = [(position, chunk) for position, chunk in enumerate(chunks) if chunk.key in recorded]
-            receipts = ledger.read_receipts(plan.out, [chunk.key for _, chunk in done])
-            for (position, chunk), receipt in zip(done, receipts, strict=True):
-                if receipt.rejected:
-                    (part,) = labels.read_parts(plan.out, [receipt])
+            records = ledger.read_records(plan.out, [chunk.key for _, chunk in done])
+            for (position, chunk), record in zip(done, records, strict=True):
+                if record.rejected:
+                    (part,) = labels.read_parts(plan.out, [record])
                     yield chunk, position, part["reason"]
         elif file["rejected"]:
             columns = labels.read_columns(plan.out, file["path"], ["reason"])
