@@ -171,13 +171,6 @@ def test_a_job_starts_its_ray_before_it_loads_ray_data():
     assert loaded_of(("ray", "ray.data", "tensorflow"), "import unet_ray.labelling.job") == ["ray"]
 
 
-def test_tensorflow_is_loaded_without_what_keras_would_draw_with():
-    load = "from unet_ray.cluster.processes import without_plots\nwith without_plots(): import unet_ray.model.labeler"
-    assert loaded_of(("keras", "matplotlib"), load) == ["keras"]
-    assert loaded_of(("keras", "matplotlib"), f"{load}\nimport unet_ray.pictures") == ["keras", "matplotlib"]
-    assert loaded_of(("keras", "matplotlib"), f"import unet_ray.pictures\n{load}") == ["keras", "matplotlib"]
-
-
 def loaded_of(modules: tuple[str, ...], code: str) -> list[str]:
     """Which of these a process has loaded after it ran the code."""
     code += f"\nimport json, sys; print(json.dumps([name for name in {modules} if sys.modules.get(name)]))"

@@ -1,10 +1,9 @@
-"""Processes of this machine: those that one has started, found in /proc (Linux); what they keep and need not load."""
+"""Processes of this machine: those that one has started, found in /proc (Linux), and what memory they keep."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 KEEP_MEMORY: Mapping[str, str] = {
@@ -31,19 +30,3 @@ def descendants(pid: int) -> set[int]:
         new = [child for parent in new for child in children.get(parent, [])]
         processes |= set(new)
     return processes
-
-
-@contextlib.contextmanager
-def without_plots() -> Iterator[None]:
-    """Within the block matplotlib cannot be imported: Keras loads it where it is, for pictures that no worker draws.
-
-    That is 0.25 to 0.3 s of the 2.5 s that TensorFlow and Keras take to load (2 cores with AVX-512, 2026-11-29).
-    """
-    if "matplotlib" in sys.modules:
-        yield
-        return
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # as the import system defines it: ImportError
-    try:
-        yield
-    finally:
-        del sys.modules["matplotlib"]

@@ -18,7 +18,6 @@ from ray.data.block import BlockMetadata
 from ray.data.exceptions import SystemException
 
 from unet_ray.classes import ClassSet
-from unet_ray.cluster.processes import without_plots
 from unet_ray.cluster.tasks import TASK_RETRIES, data_context, given_up, without_ray_warnings
 from unet_ray.labelling import stages
 from unet_ray.labelling.allocation import WRITE_CPUS, Allocation
@@ -186,9 +185,8 @@ class _ModelActor:
 
 
 def _load_labeler(model: str, model_digest: str, options: LabelOptions) -> Labeler:
-    with without_plots():
-        from unet_ray.model.devices import configure_tensorflow
-        from unet_ray.model.labeler import Labeler
+    from unet_ray.model.devices import configure_tensorflow
+    from unet_ray.model.labeler import Labeler  # loads TensorFlow: in actors and nowhere else
 
     bundle = read_bundle(model)
     if bundle.digest != model_digest:

@@ -18,7 +18,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray.cluster.connection import disconnect
-from unet_ray.cluster.processes import without_plots
 from unet_ray.cluster.resources import (
     Room,
     worker_resources,
@@ -71,7 +70,7 @@ def _work(loop_config: dict[str, Any]) -> None:
         _tell(mailbox, Stuck(line=f"{line}; it was in {position}"))
 
     # Here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s).
-    with Watchdog(task.start_timeout_s, give_up).watching(), without_plots():
+    with Watchdog(task.start_timeout_s, give_up).watching():
         from unet_ray.training.worker import Worker
 
     group = Group(
