@@ -207,8 +207,9 @@ def run_workers(config: TrainConfig, task: WorkerTask, launcher: Any, record: Ml
         [worker_resources(task.cpus, task.device)] * fewest, config.wait_for_resources_s, count(fewest, "worker")
     )
     done: list[Any] = []
-    start_timeout_s = task.start_timeout_s + config.wait_for_resources_s
-    deadline_s = time.monotonic() + start_timeout_s
+    # A worker that has started and gets nowhere ends itself before that, and says so.
+    start_timeout_s = 2 * task.start_timeout_s + config.wait_for_resources_s
+    heard_s = time.monotonic()
     try:
         with monitor.gauges:
             while not done:
@@ -216,7 +217,8 @@ def run_workers(config: TrainConfig, task: WorkerTask, launcher: Any, record: Ml
                 done, _ = ray.wait([fitting], timeout=POLL_INTERVAL_S)
                 for event in _take(launcher, start_timeout_s):
                     monitor.handle(event)
-                if not monitor.n_workers and time.monotonic() > deadline_s:
+                    heard_s = time.monotonic()
+                if not monitor.n_workers and time.monotonic() - heard_s > start_timeout_s:
                     raise _no_start(f"no worker has started for {start_timeout_s:.0f} s")
         causes = ray.get(fitting)
     except TryAgain:
