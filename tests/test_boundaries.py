@@ -44,7 +44,7 @@ MAY_KNOW = {
             "training.job",
             "training.launcher",
         ),
-        *("labelling.allocation", "labelling.job", "labelling.waves", "labelling.work"),
+        *("labelling.allocation", "labelling.job", "labelling.planning", "labelling.waves", "labelling.work"),
         *("chaos.scenarios", "bench.contestants", "bench.peers"),
     ),
 }

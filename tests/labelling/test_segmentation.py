@@ -33,7 +33,9 @@ from unet_ray.errors import JobFailed
 from unet_ray.labelling import allocation, waves
 from unet_ray.labelling import job as segmentation
 from unet_ray.labelling import work as labelling
-from unet_ray.labelling.job import SegmentResult, segment
+from unet_ray.labelling.job import segment
+from unet_ray.labelling.planning import _frame_pixels, say_changes, say_ignored
+from unet_ray.labelling.result import SegmentResult
 from unet_ray.labelling.stages import ChunkOutcome
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
@@ -135,7 +137,7 @@ def test_chunks_are_cut_by_the_largest_camera(cluster, tmp_path: Path) -> None:
     the process that looks at it."""
 
     def frame_pixels(archive: Path) -> int:
-        return segmentation._frame_pixels(list_archives([str(archive)]).table, timeout_s=5)
+        return _frame_pixels(list_archives([str(archive)]).table, timeout_s=5)
 
     for path, content in {
         "a/0.png": png(0, 24, 32),
@@ -302,7 +304,7 @@ def test_an_archive_that_is_not_as_it_was_planned_is_said(tmp_path: Path, capsys
     small_output.make_plan(out)
     drives = {("a", ""): 4, ("b", "left"): 4, ("b", "right"): 2, ("c", ""): 3}  # one frame of a gone, c new
     plan = small_output.make_plan(out, small_output.listing(drives, versions={"a//0.png": "another"}))
-    segmentation._say_changes(plan)
+    say_changes(plan)
     assert capsys.readouterr().out == (
         "3 frames are new since the last run\n"
         "warning: since they were listed 1 frame changed and 1 frame went; what is labelled stays, the rest is "
@@ -312,7 +314,7 @@ def test_an_archive_that_is_not_as_it_was_planned_is_said(tmp_path: Path, capsys
 
 def test_what_is_ignored_is_said_and_counted(tmp_path: Path, capsys) -> None:
     listing = small_output.listing()
-    segmentation._say_ignored(listing)
+    say_ignored(listing)
     assert capsys.readouterr().out == (
         "ignored by their extension: 2 .json (frames are .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff)\n"
     )

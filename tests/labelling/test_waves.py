@@ -30,6 +30,7 @@ from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labeler import Labeler
 from unet_ray.output import ledger, manifest, plans
 from unet_ray.output.chunks import Chunk, Cutting
+from unet_ray.output.records import part_uri, read_records, record_uri
 from unet_ray.output.tables import read_parquet
 
 LABELER = LabelOptions(precision="float32", batch_size=2, mask_size="model")
@@ -176,7 +177,7 @@ def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_toget
     first, second = gone.chunks
     decoded = stages.decode_chunks([first, second], OPTIONS)
     labels = stages.label_chunks(decoded, None, SIZE)  # of frames that are missing there is nothing for a network
-    obstacle = Path(ledger.record_uri(gone.out, second.key))
+    obstacle = Path(record_uri(gone.out, second.key))
     obstacle.mkdir(parents=True)
     outcomes = stages.outcomes_of(stages.write_chunks(labels, gone.out, labelled.CLASSES, "raw", "me"))
     assert [(outcome.chunk_id, outcome.n_rows, outcome.kind) for outcome in outcomes] == [
@@ -186,8 +187,8 @@ def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_toget
     assert outcomes[0].rejected == {"missing": 2} and "Is a directory" in outcomes[1].trouble
     obstacle.rmdir()
     assert ledger.pending(gone) == [second]
-    (record,) = ledger.read_records(gone.out, [first.key])
-    part = read_parquet(storage.read_bytes(ledger.part_uri(gone.out, record.part)))
+    (record,) = read_records(gone.out, [first.key])
+    part = read_parquet(storage.read_bytes(part_uri(gone.out, record.part)))
     assert part["frame_id"].to_pylist() == manifest.read_rows(first)["frame_id"].to_pylist() == ["a/0.png", "a/1.png"]
     troubled = stages.with_trouble(decoded, storage.StorageError(5, "no answer", "out"))
     outcomes = stages.outcomes_of(stages.write_chunks(troubled, gone.out, labelled.CLASSES, "raw", "me"))

@@ -27,6 +27,7 @@ from small_output import (
 
 from unet_ray import storage
 from unet_ray.output import ledger, plans, publish, verify
+from unet_ray.output.records import part_uri, read_records
 
 GROWN = {("a", ""): 7, ("b", "left"): 4, ("b", "right"): 2, ("c", ""): 4}
 OTHER = plans.Lineage(bundle_digest="cd" * 32, class_set=CLASS_SET, options={"mask_size": "model"})
@@ -259,8 +260,8 @@ def test_a_part_with_a_flipped_bit_is_noticed_before_it_is_published_and_its_chu
     out = storage.join(base, "out")
     plan = make_plan(out)
     work(plan)
-    (record,) = ledger.read_records(out, [plan.chunks[2].key])
-    uri = ledger.part_uri(out, record.part)
+    (record,) = read_records(out, [plan.chunks[2].key])
+    uri = part_uri(out, record.part)
     data = storage.read_bytes(uri)
     storage.write_whole(uri, flipped(data, int(at * len(data)), 5))
     with pytest.raises(storage.StorageError, match="is damaged; run the same command again"):

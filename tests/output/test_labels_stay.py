@@ -17,7 +17,8 @@ import ray
 
 from unet_ray import cli
 from unet_ray.chaos import trials
-from unet_ray.output import heartbeats, ledger, plans
+from unet_ray.output import heartbeats, plans
+from unet_ray.output.records import list_work
 from unet_ray.storage.sealed import sealed, unsealed
 
 pytestmark = pytest.mark.timeout(300)
@@ -233,7 +234,7 @@ def test_a_job_whose_output_was_overwritten_says_so(stage, archive, tmp_path, ca
     commit = plans.has_grown
 
     def overwrite(plan: plans.Plan) -> bool:
-        if not done and ledger.list_work(str(out), "records"):
+        if not done and list_work(str(out), "records"):
             done.append(plan)
             shutil.rmtree(out / "_work" / "jobs", ignore_errors=True)
             run = plans.read_run(str(out))

@@ -29,6 +29,7 @@ from unet_ray.errors import JobFailed
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
 from unet_ray.output import heartbeats, ledger, manifest, plans, verify
 from unet_ray.output.chunks import Cutting
+from unet_ray.output.records import commit
 from unet_ray.output.tables import parquet_bytes
 from unet_ray.storage import listings
 
@@ -335,7 +336,7 @@ def test_two_jobs_that_list_at_once_lose_no_frame(out, monkeypatch):
 def test_a_chunk_is_done_when_its_record_exists(out):
     plan = make_plan(out)
     chunk = plan.chunks[2]
-    record = ledger.commit(out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
+    record = commit(out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
     assert (record.chunk_id, record.key, record.n_rows) == ("000-000002", chunk.key, 3)
     assert (record.ok, dict(record.rejected), record.writer) == (2, {"truncated": 1}, "job-1")
     part = storage.read_bytes(storage.join(out, "_work", "parts", record.part))
@@ -350,9 +351,9 @@ def test_of_two_records_of_one_chunk_the_first_stands(out):
     plan = make_plan(out)
     chunk = plan.chunks[2]
     rows = manifest.read_rows(chunk)
-    first = ledger.commit(out, chunk, label(rows), writer="job-1")
-    assert ledger.commit(out, chunk, label(rows, broken={}), writer="job-2") == first
-    assert ledger.commit(out, chunk, label(rows), writer="job-2") == first
+    first = commit(out, chunk, label(rows), writer="job-1")
+    assert commit(out, chunk, label(rows, broken={}), writer="job-2") == first
+    assert commit(out, chunk, label(rows), writer="job-2") == first
     assert storage.exists(storage.join(out, "_work", "parts", first.part))
     record = json.loads(storage.read_bytes(storage.join(out, "_work", "records", f"{chunk.key}.json")))
     assert (record["writer"], record["sha256"]) == ("job-1", first.sha256)
@@ -370,7 +371,7 @@ def test_the_same_rows_give_the_same_part(tmp_path):
 def test_a_part_is_plain_parquet(tmp_path):
     plan = make_plan(str(tmp_path / "out"))
     chunk = plan.chunks[2]
-    record = ledger.commit(plan.out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
+    record = commit(plan.out, chunk, label(manifest.read_rows(chunk)), writer="job-1")
     table = pq.read_table(tmp_path / "out" / "_work" / "parts" / record.part)
     assert table["frame_id"].to_pylist() == [f"b/left/{n}.png" for n in range(3)]
     assert table["reason"].to_pylist() == [None, None, BROKEN["b/left/2.png"]]

@@ -14,6 +14,7 @@ from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.output import heartbeats, ledger, manifest, plans, publish, rejected, verify
 from unet_ray.output.chunks import Cutting
+from unet_ray.output.records import commit
 from unet_ray.storage import files as storage_files
 
 
@@ -127,7 +128,7 @@ def test_killed_while_publishing_a_rerun_labels_nothing(moment, tmp_path, root, 
         out = str(tmp_path / f"{number}")
         plan = make_plan(root, out)
         for chunk in plan.chunks:
-            ledger.commit(out, chunk, label(chunk), writer="test")
+            commit(out, chunk, label(chunk), writer="test")
         killed = killed_at(monkeypatch, number, moment, lambda plan=plan: publish.publish(plan, max_rejected=0))
         if killed and plans.read_summary(out) is None:
             assert verify.verify(out)[0].endswith(" 0 of 6 chunks still to be done; run segment again")
@@ -165,7 +166,7 @@ def test_parts_go_as_their_shards_are_published(root, tmp_path, monkeypatch):
     out = tmp_path / "out"
     plan = make_plan(root, str(out))
     for chunk in plan.chunks:
-        ledger.commit(str(out), chunk, label(chunk), writer="test")
+        commit(str(out), chunk, label(chunk), writer="test")
     left = []
 
     def one_after_another(act, tasks):
@@ -183,7 +184,7 @@ def test_a_job_that_finds_the_parts_gone_takes_the_file_that_another_published(r
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
     for chunk in plan.chunks:
-        ledger.commit(out, chunk, label(chunk), writer="test")
+        commit(out, chunk, label(chunk), writer="test")
 
     def after_another(act, tasks):
         other = [act(task) for task in tasks]
@@ -198,7 +199,7 @@ def test_a_rerun_labels_only_chunks_without_a_record(root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
     for chunk in plan.chunks[1:4]:
-        ledger.commit(out, chunk, label(chunk), writer="test")
+        commit(out, chunk, label(chunk), writer="test")
     seen: list[str] = []
     run(root, out, seen=seen)
     assert seen == ["000-000000", "000-000004", "000-000005"]
@@ -207,8 +208,8 @@ def test_a_rerun_labels_only_chunks_without_a_record(root, tmp_path):
 def test_of_two_records_of_one_chunk_the_first_stands(root, tmp_path):
     out = str(tmp_path / "out")
     chunk = make_plan(root, out).chunks[0]
-    first = ledger.commit(out, chunk, label(chunk), writer="first")
-    second = ledger.commit(out, chunk, label(chunk, reject=("a/0.png",)), writer="second")
+    first = commit(out, chunk, label(chunk), writer="first")
+    second = commit(out, chunk, label(chunk, reject=("a/0.png",)), writer="second")
     assert second == first and first.writer == "first"
 
 
@@ -218,7 +219,7 @@ def test_two_jobs_that_commit_the_same_chunks_give_the_same_bytes(root, tmp_path
     plans = [make_plan(root, out), make_plan(root, out)]
     for chunk in plans[0].chunks:
         for writer in ("x", "y"):
-            ledger.commit(out, chunk, label(chunk), writer=writer)
+            commit(out, chunk, label(chunk), writer=writer)
     for plan in plans:
         publish.publish(plan, max_rejected=0)
     assert published(out) == published(str(tmp_path / "one"))

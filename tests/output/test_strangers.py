@@ -16,6 +16,7 @@ from labelled import label, make_plan, published, run, write_archive
 from unet_ray import cli, storage
 from unet_ray.errors import JobFailed
 from unet_ray.output import heartbeats, labels, ledger, plans, publish, verify
+from unet_ray.output.records import commit, record_uri
 from unet_ray.output.tables import parquet_bytes
 from unet_ray.storage.sealed import sealed, unsealed
 
@@ -82,11 +83,11 @@ def test_a_note_and_the_statistics_lead_nowhere(path, root, victim, tmp_path):
 def test_a_record_names_no_part_but_its_own(part, root, victim, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
-    records = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
+    records = [commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
     strange = dataclasses.replace(
         records[0], part=part.format(victim=victim), sha256=storage.sha256(b"mine"), size_bytes=4
     )
-    storage.write_whole(ledger.record_uri(out, plan.chunks[0].key), sealed(dataclasses.asdict(strange)))
+    storage.write_whole(record_uri(out, plan.chunks[0].key), sealed(dataclasses.asdict(strange)))
     with pytest.raises(storage.StorageError, match=f"{plan.chunks[0].key}.json is damaged; run the same command again"):
         publish.publish(plan, max_rejected=1)
     assert victim.read_bytes() == b"mine"
@@ -213,7 +214,7 @@ def test_two_jobs_on_input_that_grew_between_them_end_well(root, tmp_path):
     out = str(tmp_path / "out")
     first = make_plan(root, out)
     for chunk in ledger.pending(first):
-        ledger.commit(out, chunk, label(chunk), writer="first")
+        commit(out, chunk, label(chunk), writer="first")
     write_archive(tmp_path / "log", {"a": 7, "d": 2})
     assert run(root, out)["listed"] == 17
     before = published(out)
@@ -247,7 +248,7 @@ def test_what_a_job_of_another_lineage_writes_is_not_believed(root, tmp_path):
     ]  # fmt: skip
     for chunk in ledger.pending(plan):
         assert chunk.kept is None
-        ledger.commit(out, chunk, label(chunk), writer="ours")
+        commit(out, chunk, label(chunk), writer="ours")
     publish.publish(plan, max_rejected=1)
     assert verify.verify(out) == [] and not storage.exists(f"{out}/frames/part-00007.parquet")
     storage.write_whole(f"{out}/summary.json", (tmp_path / "theirs/summary.json").read_bytes())
@@ -396,8 +397,8 @@ def test_a_retry_of_other_types_is_none(change, root, tmp_path):
 def test_a_record_of_other_types_is_damaged(change, root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
-    ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
-    reseal(Path(ledger.record_uri(out, plan.chunks[0].key)), lambda record: record.update(change))
+    commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
+    reseal(Path(record_uri(out, plan.chunks[0].key)), lambda record: record.update(change))
     with pytest.raises(storage.StorageError, match="is damaged; run the same command again"):
         ledger.done_so_far(plan)
 

@@ -14,6 +14,7 @@ from small_output import flipped
 from unet_ray import cli, storage
 from unet_ray.output import heartbeats, ledger, publish, rejected, verify
 from unet_ray.output.chunks import Chunk
+from unet_ray.output.records import commit, part_uri, read_records, record_uri
 from unet_ray.storage.sealed import json_bytes, sealed
 
 
@@ -130,17 +131,17 @@ def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, 
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
     for chunk in plan.chunks:
-        ledger.commit(out, chunk, label(chunk), writer="test")
-    storage.delete(ledger.record_uri(out, plan.chunks[3].key))
+        commit(out, chunk, label(chunk), writer="test")
+    storage.delete(record_uri(out, plan.chunks[3].key))
     assert cli.main(["verify", out]) == 1
     assert ", 1 of 6 chunks still to be done (first 000-000003, from frame b/3.png on); run" in capsys.readouterr().out
 
 
 def change_record(out: str, chunk: Chunk, write) -> None:
     """Makes a record tell of frames that were never rejected."""
-    (record,) = ledger.read_records(out, [chunk.key])
+    (record,) = read_records(out, [chunk.key])
     changed = dataclasses.replace(record, ok=record.ok - 2, rejected={"crashed": 2})
-    storage.write_whole(ledger.record_uri(out, chunk.key), write(dataclasses.asdict(changed)))
+    storage.write_whole(record_uri(out, chunk.key), write(dataclasses.asdict(changed)))
 
 
 def committed(root, tmp_path):
@@ -148,7 +149,7 @@ def committed(root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
     for chunk in plan.chunks:
-        ledger.commit(out, chunk, label(chunk), writer="test")
+        commit(out, chunk, label(chunk), writer="test")
     return out, plan
 
 
@@ -233,7 +234,7 @@ def test_with_the_statistics_lost_too_all_is_done_again(root, tmp_path):
 def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
-    ledger.commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
+    commit(out, plan.chunks[0], label(plan.chunks[0]), writer="test")
     assert verify.verify(out) == [
         f"{out}/summary.json: missing or damaged: the output is not finished, 5 of 6 chunks still to be done "
         "(first 000-000001, from frame a/3.png on); run segment again"
@@ -243,11 +244,11 @@ def test_an_unfinished_output_says_what_is_missing(root, tmp_path):
 def test_a_deleted_record_or_part_costs_its_chunk_and_no_other(root, tmp_path):
     out = str(tmp_path / "out")
     plan = make_plan(root, out)
-    records = [ledger.commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
-    storage.delete(ledger.record_uri(out, plan.chunks[1].key))
+    records = [commit(out, chunk, label(chunk), writer="test") for chunk in plan.chunks]
+    storage.delete(record_uri(out, plan.chunks[1].key))
     assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000001"]
-    ledger.commit(out, plan.chunks[1], label(plan.chunks[1]), writer="test")
-    storage.delete(ledger.part_uri(out, records[3].part))
+    commit(out, plan.chunks[1], label(plan.chunks[1]), writer="test")
+    storage.delete(part_uri(out, records[3].part))
     with pytest.raises(storage.StorageError, match="are gone; run the same command again: their frames are done anew"):
         publish.publish(plan, max_rejected=0)
     assert [chunk.chunk_id for chunk in ledger.pending(plan)] == ["000-000003"]

@@ -16,6 +16,7 @@ from unet_ray import images, storage
 from unet_ray.archives.listing import find_roots, list_archives
 from unet_ray.output import ledger, manifest, origins, plans, publish, salvage, verify
 from unet_ray.output.chunks import Chunk
+from unet_ray.output.records import commit
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_kill_while_labels_are_kept_costs_none(root, tmp_path, monkeypatch):
     assert len(list((out / "_work/kept").iterdir())) == 1
     assert salvage.look_after_damage(plan)
     for chunk in ledger.pending(plan):
-        ledger.commit(str(out), chunk, label_what_is_there(root, chunk), writer="test")
+        commit(str(out), chunk, label_what_is_there(root, chunk), writer="test")
     assert publish.publish(plan, max_rejected=0)["rejected"] == {}
     assert verify.verify(str(out)) == [] and verify.kept_labels(str(out))[0].startswith(
         f"frames/part-00001.parquet: {len(ids)} labels kept from a damaged file: b/0.png"
@@ -78,14 +79,14 @@ def test_a_bit_of_a_published_file_costs_at_most_the_label_that_it_is_in(column,
     out = tmp_path / "out"
     plan = make_plan(root, str(out), lineage=PNG)
     for chunk in plan.chunks:
-        ledger.commit(str(out), chunk, with_png_masks(label(chunk)), writer="test")
+        commit(str(out), chunk, with_png_masks(label(chunk)), writer="test")
     publish.publish(plan, max_rejected=0)
     before = {row["frame_id"]: row for row in pq.ParquetFile(out / "frames/part-00001.parquet").read().to_pylist()}
     ids = damaged_and_gone(root, out, column, at)
     plan = make_plan(root, str(out), lineage=PNG, keep_gone=True)
     salvage.look_after_damage(plan)
     for chunk in ledger.pending(plan):
-        ledger.commit(str(out), chunk, label_what_is_there(root, chunk), writer="test")
+        commit(str(out), chunk, label_what_is_there(root, chunk), writer="test")
     publish.publish(plan, max_rejected=1)
     after = {row["frame_id"]: row for row in pq.ParquetFile(out / "frames/part-00001.parquet").read().to_pylist()}
     kept = [frame_id for frame_id in ids if after[frame_id]["status"] == "ok"]

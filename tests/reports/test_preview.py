@@ -6,7 +6,7 @@ from labelled import DRIVES, make_plan, run, write_archive
 from PIL import Image
 
 from unet_ray.archives.listing import list_archives
-from unet_ray.labelling import job as segmentation
+from unet_ray.labelling.result import show_preview
 from unet_ray.reports import preview
 from unet_ray.reports.preview import choose_rows
 
@@ -57,9 +57,9 @@ def test_it_is_drawn_again_when_the_output_has_changed(tmp_path, monkeypatch, ca
     run(write_archive(tmp_path / "log"), out)
     plan, listing, drawn = make_plan(str(tmp_path / "log"), out), list_archives([str(tmp_path / "log")]), []
     monkeypatch.setattr(preview, "write_preview", lambda plan, listing: drawn.append(plan) or f"{out}/preview.png")
-    segmentation._show_preview(plan, listing, False)
+    show_preview(plan, listing, False)
     (tmp_path / "out" / "preview.png").write_bytes(b"of an earlier run")
-    segmentation._show_preview(plan, listing, False)
+    show_preview(plan, listing, False)
     assert len(drawn) == 1
-    segmentation._show_preview(plan, listing, True)
+    show_preview(plan, listing, True)
     assert len(drawn) == 2 and capsys.readouterr().out == f"preview: {out}/preview.png\n" * 3

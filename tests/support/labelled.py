@@ -15,6 +15,7 @@ from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.output import ledger, manifest, plans, publish, salvage
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk, Cutting
+from unet_ray.output.records import commit
 
 CLASSES = ClassSet(
     name="two",
@@ -75,7 +76,7 @@ def run(root: str, out: str, *, reject: tuple[str, ...] = (), max_rejected: floa
     plan = make_plan(root, out)
     salvage.look_after_damage(plan)
     for chunk in ledger.pending(plan):
-        ledger.commit(out, chunk, label(chunk, reject=reject), writer="test")
+        commit(out, chunk, label(chunk, reject=reject), writer="test")
         if seen is not None:
             seen.append(chunk.chunk_id)
     return publish.publish(plan, max_rejected=max_rejected)

@@ -20,6 +20,7 @@ from unet_ray.frames import MANIFEST_SCHEMA, Listing
 from unet_ray.output import ledger, manifest, plans, publish, rejected, salvage
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk, Cutting
+from unet_ray.output.records import commit
 from unet_ray.storage import files as storage_files
 from unet_ray.storage import local_files
 
@@ -107,7 +108,7 @@ def work(
     """Labels and commits what is pending, or some chunks; returns their ids."""
     chunks = ledger.pending(plan) if chunks is None else chunks
     for chunk in chunks:
-        ledger.commit(plan.out, chunk, label(manifest.read_rows(chunk), broken, mask_encoding), writer="job-1")
+        commit(plan.out, chunk, label(manifest.read_rows(chunk), broken, mask_encoding), writer="job-1")
     return [chunk.chunk_id for chunk in chunks]
 
 

@@ -7,70 +7,42 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from unet_ray import storage
 from unet_ray.archives import doubles
 from unet_ray.archives.listing import FoundRoots, find_roots, list_archives
-from unet_ray.archives.reading import read_frames
 from unet_ray.cluster.connection import connect, is_local
 from unet_ray.cluster.resources import resolve_device, wait_for_first_node, wait_for_resources
 from unet_ray.cluster.shared_paths import require_seen_by_all
 from unet_ray.cluster.tasks import TASK_RETRIES, map_on_cluster, outcome
 from unet_ray.config import SegmentConfig
-from unet_ray.config_files import to_yaml
 from unet_ray.errors import JobFailed, TryAgain
-from unet_ray.frames import IMAGE_EXTENSIONS, Listing
+from unet_ray.frames import Listing
 from unet_ray.labelling.allocation import Allocation, allocate
-from unet_ray.labelling.decoding import DecodeOptions, count_pixels
+from unet_ray.labelling.decoding import DecodeOptions
+from unet_ray.labelling.planning import _say_still_changed, make_plan, refuse_unlistable, say_changes, say_ignored
+from unet_ray.labelling.result import SegmentResult, result_of, say_result, show_preview
 from unet_ray.messages import count, say
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
 from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.tiling import Tiling, choose_tiling
-from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected, salvage
-from unet_ray.output.chunks import Chunk, Cutting
-from unet_ray.output.labels import damaged, read_columns
+from unet_ray.output import heartbeats, ledger, origins, plans, publish, salvage
+from unet_ray.output.chunks import Chunk
 from unet_ray.output.manifest import known_and_new, read_rows
-from unet_ray.output.plans import Lineage, Plan
-from unet_ray.output.rows import RESULT_VERSION
+from unet_ray.output.plans import Plan
 from unet_ray.storage import overlaps
 
 if TYPE_CHECKING:
     from unet_ray.labelling.waves import WaveJob
 
-SIZES_LOOKED_AT = 64
-"""Frames that are read before the archive is cut into chunks: the first of so many drives and cameras."""
-
-_RECORDED_PACKAGES = ("unet-ray", "ray", "tensorflow", "keras", "pillow", "kornia-rs", "simplejpeg", "pyarrow")
 
 FILES_LOOKED_FOR = 16
 """Files of the archives that every other machine is asked for, where they are local."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentResult:
-    """What became of an archive."""
-
-    out: str
-    """URI of the output."""
-    listed: int
-    """Frames in the archive; `ok` and all of `rejected` add up to it."""
-    ok: int
-    """Labelled frames."""
-    rejected: Mapping[str, int]
-    """Rejected frames by reason."""
-    frames_per_s: float
-    """Rate of this run; 0 where nothing was left to do."""
-    class_pixels: Mapping[str, int]
-    """Pixels by class."""
 
 
 def segment(config: SegmentConfig) -> SegmentResult:
@@ -95,9 +67,9 @@ def segment(config: SegmentConfig) -> SegmentResult:
         heartbeats.refuse_living(out)
     published = _is_published(config) and is_local()
     listing = _list(config, roots) if published else _list_and_connect(config, roots)
-    _refuse_unlistable(listing)
+    refuse_unlistable(listing)
     doubles.require_outside(listing.table["uri"], out)
-    _say_ignored(listing)
+    say_ignored(listing)
     if published:
         if result := _finished(config, bundle, tiling, listing):
             return result
@@ -109,8 +81,8 @@ def segment(config: SegmentConfig) -> SegmentResult:
 
     job, watch = heartbeats.new_job(), _Watch()
     with heartbeats.beating(out, job, watch.look):
-        plan = watch.plan = _plan(config, bundle, tiling, precision, device, listing)
-        _say_changes(plan)
+        plan = watch.plan = make_plan(config, bundle, tiling, precision, device, listing)
+        say_changes(plan)
         _warn_of_another_job(out, job)
         network = _Network(bundle, tiling, precision, device)
         try:
@@ -119,9 +91,9 @@ def segment(config: SegmentConfig) -> SegmentResult:
             watch.look()
             watch.require_ours()  # what is damaged or gone may be so because another job has overwritten the output
             raise
-    result = _result(whole.plan, whole.summary, whole.frames_per_s)
-    _say_result(result)
-    _show_preview(whole.plan, listing, whole.is_news)
+    result = result_of(whole.plan, whole.summary, whole.frames_per_s)
+    say_result(result)
+    show_preview(whole.plan, listing, whole.is_news)
     return result
 
 
@@ -255,24 +227,15 @@ def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, list
     except (ValueError, JobFailed):
         return None  # the way that all jobs go will say what is wrong
     precision = options.get("precision", "float32") if config.precision == "auto" else config.precision
-    plan = _plan(config, bundle, tiling, precision, config.device, listing)
+    plan = make_plan(config, bundle, tiling, precision, config.device, listing)
     if publish.finished_summary(plan) is None or ledger.pending(plan):
         return None
-    _say_changes(plan)
+    say_changes(plan)
     say(f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, 0 in 0 to do")
-    result = _result(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
-    _say_result(result)
-    _show_preview(plan, listing, is_news=False)
+    result = result_of(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
+    say_result(result)
+    show_preview(plan, listing, is_news=False)
     return result
-
-
-def _refuse_unlistable(listing: Listing) -> None:
-    if listing.unlistable:
-        uri, why = listing.unlistable[0]
-        more = f" (and {len(listing.unlistable) - 1:,} more)" if len(listing.unlistable) > 1 else ""
-        raise JobFailed(
-            f"{uri} could not be listed: {why}{more}; mend it or leave it out, so that no frame is passed over"
-        )
 
 
 def _read_by_workers(config: SegmentConfig, listing: Listing) -> dict[str, list[str]]:
@@ -307,98 +270,6 @@ def resolve_precision(precision: str, device: str) -> str:
     ]
     answers = [outcome(answer, pinned) for answer in pinned]
     return "bfloat16" if answers and all(answers) else "float32"
-
-
-def _plan(
-    config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, precision: str, device: str, listing: Listing
-) -> Plan:
-    options = {
-        "inference": config.inference,
-        "mask_encoding": config.mask_encoding,
-        "mask_size": config.mask_size,
-        "max_frame_megapixels": config.max_frame_megapixels,
-        "path_pattern": config.path_pattern,
-        "precision": precision,
-        "stride": list(tiling.stride) if tiling else None,
-        "tta": config.tta,
-        "window": list(tiling.window) if tiling else None,
-        **({"image_column": config.image_column} if config.image_column else {}),
-    }
-    plan = plans.plan(
-        storage.resolve(config.out),
-        listing,
-        Lineage(
-            bundle_digest=bundle.digest, class_set=bundle.class_set, options=options, result_version=RESULT_VERSION
-        ),
-        Cutting(
-            chunk_frames=config.chunk_frames,
-            shard_rows=config.shard_rows,
-            frame_pixels=functools.partial(_frame_pixels, timeout_s=config.frame_timeout_s),
-        ),
-        config_yaml=to_yaml(config),
-        recorded={"device": device, **{name: version(name) for name in _RECORDED_PACKAGES}},
-        overwrite=config.overwrite,
-        add_root=config.add_root,
-        keep_gone=config.keep_gone,
-    )
-    for path in plan.mended:
-        say(f"{path} was damaged or gone, and is written again")
-    salvage.take_back_notes(plan)
-    if config.retry_rejected is not None:
-        say(f"rejected frames that are tried again: {rejected.retry_rejected(plan, config.retry_rejected):,}")
-    return plan
-
-
-def _say_ignored(listing: Listing) -> None:
-    if listing.ignored:
-        counts = ", ".join(f"{number:,} {kind}" for kind, number in listing.ignored.items())
-        say(f"ignored by their extension: {counts} (frames are {', '.join(IMAGE_EXTENSIONS)})")
-
-
-def _say_changes(plan: Plan) -> None:
-    """What lies in the archives now and is not as it was planned."""
-    if 0 < plan.n_new < plan.n_frames:
-        say(f"{count(plan.n_new, 'frame')} {'is' if plan.n_new == 1 else 'are'} new since the last run")
-    for before, now in plan.origin.moved.items():
-        say(f"frames that were in {before} are read in {now}: they have the same names and versions there")
-    if plan.origin.n_changed or plan.origin.n_gone:
-        say(
-            f"warning: since they were listed {count(plan.origin.n_changed, 'frame')} changed and "
-            f"{count(plan.origin.n_gone, 'frame')} went; what is labelled stays, the rest is rejected as changed or "
-            "missing (--overwrite labels all anew)"
-        )
-
-
-def _say_still_changed(rows: pa.Table, listing: Listing) -> None:
-    """Frames that trying again does not help, as they are not again what was listed."""
-    now = listing.table["version"].take(pc.index_in(rows["frame_id"], listing.table["frame_id"]))
-    n_changed = pc.sum(pc.not_equal(rows["version"], now)).as_py()
-    if n_changed:
-        say(
-            f"warning: {n_changed:,} of the frames to do are other files now than when they were listed, and will be "
-            "rejected as changed; to label them as they are now, give another --out, or --overwrite for all of it"
-        )
-
-
-def _frame_pixels(rows: pa.Table, timeout_s: float) -> int:
-    """Pixels of the largest first frame of a drive's camera, by which chunks are cut; 0 where none says its size.
-
-    A frame may end the process that looks at its header, so that is a worker: one that runs already, as a rule.
-    """
-    numbered = rows.select(["sequence", "camera"]).append_column("row", pa.array(np.arange(len(rows))))
-    firsts = numbered.group_by(["sequence", "camera"]).aggregate([("row", "min")])["row_min"].sort()
-    examined = firsts.take(np.unique(np.linspace(0, len(firsts) - 1, SIZES_LOOKED_AT, dtype=np.int64)))
-    count = ray.remote(num_cpus=0, max_retries=0)(count_pixels)
-    pixels = [0]
-    for content in read_frames(rows.take(examined)):
-        if isinstance(content, bytes):
-            try:
-                pixels.append(ray.get(count.remote(content, timeout_s)))
-            except ray.exceptions.RayTaskError:
-                raise  # an error of this program's own
-            except ray.exceptions.RayError:  # the worker has ended
-                continue
-    return max(pixels)
 
 
 def _arithmetic(
@@ -446,43 +317,3 @@ def _wave_job(config: SegmentConfig, plan: Plan, network: _Network, job: str, al
 
 
 # --- after ---
-
-
-def _result(plan: Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
-    schema = pa.schema([("class_name", pa.string()), ("pixels", pa.int64())])
-    statistics = pa.Table.from_batches(read_columns(plan.out, ledger.STATISTICS, schema.names), schema)
-    pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
-    for name, n_pixels in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
-        if name not in pixels or n_pixels is None:
-            raise damaged(plan.out, ledger.STATISTICS)
-        pixels[name] += n_pixels
-    return SegmentResult(
-        out=plan.out,
-        listed=summary["listed"],
-        ok=summary["ok"],
-        rejected=summary["rejected"],
-        frames_per_s=frames_per_s,
-        class_pixels=pixels,
-    )
-
-
-def _show_preview(plan: Plan, listing: Listing, is_news: bool) -> None:
-    from unet_ray.reports.preview import write_preview  # loads matplotlib, for which the first frame need not wait
-
-    uri: str | None = storage.join(plan.out, "preview.png")
-    if is_news or not storage.exists(storage.join(plan.out, "preview.png")):
-        uri = write_preview(plan, listing)
-    if uri:
-        say(f"preview: {uri}")
-
-
-def _say_result(result: SegmentResult) -> None:
-    rejected = sum(result.rejected.values())
-    reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
-    say(f"{count(result.listed, 'frame')}: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
-    total = sum(result.class_pixels.values())
-    for name, n_pixels in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
-        if n_pixels:
-            say(f"  {name:20}{n_pixels:16,} px {n_pixels / total:7.2%}")
-    say(f"masks and statistics: {storage.join(result.out, 'frames')}")
-    say(f"check them with: unet-ray verify {result.out}")

@@ -39,11 +39,11 @@ from unet_ray.classes import ClassSet
 from unet_ray.labelling import decoding
 from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions
 from unet_ray.model.devices import UnusableGpu
-from unet_ray.output import ledger
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk
 from unet_ray.output.manifest import read_rows
 from unet_ray.output.origins import relocate
+from unet_ray.output.records import commit
 from unet_ray.storage import StorageError, is_local
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: 
         try:
             rows = of_chunk.select([name for name in of_chunk.column_names if not name.startswith("_")])
             result = results.result_table(rows, chunk_labels(of_chunk, class_set, mask_encoding), class_set)
-            record = _patiently(lambda: ledger.commit(out, chunk, result, writer=writer))
+            record = _patiently(lambda: commit(out, chunk, result, writer=writer))
         except Exception as error:  # noqa: BLE001
             return row | dict(zip(("trouble", "kind"), _trouble(error), strict=True))
         return row | {"rejected": json.dumps(dict(record.rejected))}

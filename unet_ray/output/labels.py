@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.output import ledger, manifest
-from unet_ray.output.ledger import Record
 from unet_ray.output.plans import Plan
+from unet_ray.output.records import Record, committed_keys, part_uri, read_records, record_uri
 from unet_ray.output.rows import FRAME_COLUMNS, statistics_schema
 from unet_ray.output.tables import UNREADABLE, read_parquet, require_columns
 
@@ -39,11 +39,11 @@ class NewRows:
 def new_rows(plan: Plan) -> tuple[dict[int, list[NewRows]], int]:
     """Returns the rows of each shard that were tried again, in the retries' order, and the number of retries."""
     places = {chunk.chunk_id: n for chunks in plan.of_shard.values() for n, chunk in enumerate(chunks)}
-    every, recorded = ledger.open_retries(plan), ledger.committed_keys(plan.out)
+    every, recorded = ledger.open_retries(plan), committed_keys(plan.out)
     new: dict[int, list[NewRows]] = {}
     for retry, chunk in every:
         if chunk.key in recorded:
-            (record,) = ledger.read_records(plan.out, [chunk.key])
+            (record,) = read_records(plan.out, [chunk.key])
             row = NewRows(
                 position=places[chunk.chunk_id],
                 rows=chunk.rows or (),
@@ -96,13 +96,13 @@ def read_parts(out: str, records: Sequence[Record]) -> Iterator[pa.Table]:
     """
     for start in range(0, len(records), _PARTS_AT_ONCE):
         group = records[start : start + _PARTS_AT_ONCE]
-        uris = [ledger.part_uri(out, record.part) for record in group]
+        uris = [part_uri(out, record.part) for record in group]
         contents = storage.read_many([(uri, 0, None) for uri in uris])
         for record, uri, content in zip(group, uris, contents, strict=True):
             if isinstance(content, OSError) and not isinstance(content, FileNotFoundError):
                 raise content
             if isinstance(content, OSError) or storage.sha256(content) != record.sha256:
-                storage.delete(ledger.record_uri(out, record.key))
+                storage.delete(record_uri(out, record.key))
                 if isinstance(content, OSError):
                     raise content
                 raise storage.StorageError(f"{uri} is damaged; run the same command again: its frames are done anew")

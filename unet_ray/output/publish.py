@@ -31,8 +31,9 @@ from unet_ray.errors import JobFailed
 from unet_ray.output import labels, ledger, manifest, plans, retries
 from unet_ray.output import rows as results
 from unet_ray.output.labels import NewRows
-from unet_ray.output.ledger import Record, shard_name
+from unet_ray.output.ledger import shard_name
 from unet_ray.output.plans import Lineage, Plan
+from unet_ray.output.records import Record, read_records
 from unet_ray.output.rejected import require_share
 from unet_ray.output.tables import parquet_bytes
 from unet_ray.storage.sealed import sealed
@@ -160,7 +161,7 @@ def _shard_tasks(plan: Plan) -> tuple[dict[int, dict[str, Any]], list[ShardTask]
         records: list[Record] = []
         if base is None:
             try:
-                records = ledger.read_records(plan.out, [chunk.key for chunk in chunks])
+                records = read_records(plan.out, [chunk.key for chunk in chunks])
             except FileNotFoundError:
                 published[shard] = _published_by_another(plan, shard)
                 continue

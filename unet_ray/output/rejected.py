@@ -13,6 +13,7 @@ from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk
 from unet_ray.output.ledger import shard_name
 from unet_ray.output.plans import Plan
+from unet_ray.output.records import committed_keys, read_records
 
 
 def require_share(rejected: Mapping[str, int], n_done: int, n_frames: int, max_rejected: float) -> None:
@@ -50,7 +51,7 @@ def retry_rejected(plan: Plan, reasons: Collection[str] = ()) -> int:
             )
     n_damaged = _mark_damage(plan, reasons or results.REASONS)
     open_chunks = ledger.open_retries(plan)
-    recorded = ledger.committed_keys(plan.out)
+    recorded = committed_keys(plan.out)
     unfinished = {retry.number for retry, chunk in open_chunks if chunk.key not in recorded}
     waiting: dict[str, set[int]] = {}
     for retry, chunk in open_chunks:
@@ -99,12 +100,12 @@ def _rejected_rows(plan: Plan) -> Iterator[tuple[str, dict[int, str]]]:
 
 def _chunks_with_rejected_rows(plan: Plan) -> Iterator[tuple[Chunk, int, pa.ChunkedArray]]:
     """Yields done chunks with rejected rows, place within the shard, and the reasons of all of their rows."""
-    published, recorded = ledger.published_shards(plan), ledger.committed_keys(plan.out)
+    published, recorded = ledger.published_shards(plan), committed_keys(plan.out)
     for shard, chunks in plan.of_shard.items():
         file = published.get(shard)
         if file is None:
             done = [(position, chunk) for position, chunk in enumerate(chunks) if chunk.key in recorded]
-            records = ledger.read_records(plan.out, [chunk.key for _, chunk in done])
+            records = read_records(plan.out, [chunk.key for _, chunk in done])
             for (position, chunk), record in zip(done, records, strict=True):
                 if record.rejected:
                     (part,) = labels.read_parts(plan.out, [record])

@@ -3,7 +3,7 @@
 A file that `verify` noted, or that has not its size, counts no more, and its frames are labelled again. Some of them
 may be gone by then. So before that work begins, every row of the damaged file is kept whose mask can be decoded, has
 the size that the row says, and gives the row's own pixels by class: `OUT/_work/kept/KEY-DIGEST.parquet`, one file a
-chunk. `ledger.commit` puts such a label where its frame is rejected now, and says so in the column `error`.
+chunk. `commit` puts such a label where its frame is rejected now, and says so in the column `error`.
 
 | column of a kept file | |
 |---|---|
@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 from unet_ray import images, storage
 from unet_ray.messages import count
 from unet_ray.output import ledger, manifest
-from unet_ray.output.ledger import content_name, kept_uri, shard_name
+from unet_ray.output.ledger import shard_name
 from unet_ray.output.masks import mask_of
 from unet_ray.output.plans import Plan
+from unet_ray.output.records import committed_keys, content_name, kept_uri, list_work
 from unet_ray.output.rows import DIGESTS_KEY, column_digests, frames_schema, unproved_columns
 from unet_ray.output.tables import UNREADABLE, parquet_bytes
 
@@ -42,7 +43,7 @@ _READ_ROWS = 64  # of a page, as they are published
 
 def take_back_notes(plan: Plan) -> None:
     """Takes back notes of damage on files that are whole again, say by a copy of them."""
-    noted = {file.path for file in ledger.list_work(plan.out, "damaged")}
+    noted = {file.path for file in list_work(plan.out, "damaged")}
     for shard, files in ledger.expected_files(plan).items() if noted else ():
         name = shard_name(shard)
         if name in noted and any(ledger.is_mended(plan.out, file) for file in files):
@@ -57,7 +58,7 @@ def look_after_damage(plan: Plan) -> list[str]:
     """
     take_back_notes(plan)
     expected, lines = ledger.expected_files(plan), []
-    published, recorded = ledger.published_shards(plan), ledger.committed_keys(plan.out)
+    published, recorded = ledger.published_shards(plan), committed_keys(plan.out)
     there = {file.path for file in storage.list_folder(storage.join(plan.out, "frames"))}
     for shard, chunks in plan.of_shard.items():
         is_damaged = shard in expected or shard_name(shard) in there
@@ -73,7 +74,7 @@ def look_after_damage(plan: Plan) -> list[str]:
 def _keep(plan: Plan, shard: int) -> int:
     """Writes the labels that a damaged file still holds, and returns how many; those of a chunk that has some stay."""
     chunks, n_kept = plan.of_shard[shard], 0
-    kept = {file.path.partition("-")[0] for file in ledger.list_work(plan.out, "kept")}
+    kept = {file.path.partition("-")[0] for file in list_work(plan.out, "kept")}
     frame_ids = [i for chunk in chunks for i in manifest.read_rows(chunk)["frame_id"].to_pylist()]
     groups = list(_readable(plan, f"frames/{shard_name(shard)}", frame_ids))
     if not groups:

@@ -1,0 +1,80 @@
+"""What became of an archive: the result of a labelling, its line and its preview."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from unet_ray import storage
+from unet_ray.frames import Listing
+from unet_ray.messages import count, say
+from unet_ray.output import ledger
+from unet_ray.output.labels import damaged, read_columns
+from unet_ray.output.plans import Plan
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentResult:
+    """What became of an archive."""
+
+    out: str
+    """URI of the output."""
+    listed: int
+    """Frames in the archive; `ok` and all of `rejected` add up to it."""
+    ok: int
+    """Labelled frames."""
+    rejected: Mapping[str, int]
+    """Rejected frames by reason."""
+    frames_per_s: float
+    """Rate of this run; 0 where nothing was left to do."""
+    class_pixels: Mapping[str, int]
+    """Pixels by class."""
+
+
+def result_of(plan: Plan, summary: Mapping[str, Any], frames_per_s: float) -> SegmentResult:
+    """Returns the result of a published output, from its summary and its statistics."""
+    schema = pa.schema([("class_name", pa.string()), ("pixels", pa.int64())])
+    statistics = pa.Table.from_batches(read_columns(plan.out, ledger.STATISTICS, schema.names), schema)
+    pixels: dict[str, int] = dict.fromkeys(plan.lineage.class_set.names, 0)
+    for name, n_pixels in zip(statistics["class_name"].to_pylist(), statistics["pixels"].to_pylist(), strict=True):
+        if name not in pixels or n_pixels is None:
+            raise damaged(plan.out, ledger.STATISTICS)
+        pixels[name] += n_pixels
+    return SegmentResult(
+        out=plan.out,
+        listed=summary["listed"],
+        ok=summary["ok"],
+        rejected=summary["rejected"],
+        frames_per_s=frames_per_s,
+        class_pixels=pixels,
+    )
+
+
+def show_preview(plan: Plan, listing: Listing, is_news: bool) -> None:
+    """Draws the output's preview where it is not there or something is new."""
+    from unet_ray.reports.preview import write_preview  # loads matplotlib, for which the first frame need not wait
+
+    uri: str | None = storage.join(plan.out, "preview.png")
+    if is_news or not storage.exists(storage.join(plan.out, "preview.png")):
+        uri = write_preview(plan, listing)
+    if uri:
+        say(f"preview: {uri}")
+
+
+def say_result(result: SegmentResult) -> None:
+    """Says how many frames are labelled and rejected, and what to do next."""
+    rejected = sum(result.rejected.values())
+    reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
+    say(f"{count(result.listed, 'frame')}: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
+    total = sum(result.class_pixels.values())
+    for name, n_pixels in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
+        if n_pixels:
+            say(f"  {name:20}{n_pixels:16,} px {n_pixels / total:7.2%}")
+    say(f"masks and statistics: {storage.join(result.out, 'frames')}")
+    say(f"check them with: unet-ray verify {result.out}")
