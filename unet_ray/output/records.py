@@ -18,6 +18,7 @@ from unet_ray.output.tables import parquet_bytes, read_parquet
 from unet_ray.storage.sealed import are_counts, is_count, is_digest, sealed, unsealed
 
 PART_FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})\.parquet")
+"""Name of a part: its chunk's key and the beginning of its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
