@@ -26,7 +26,15 @@ def storage_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-LONGEST = ("test_chaos", "test_training_faults", "test_submit", "test_s3_jobs", "test_segmentation", "test_training")
+LONGEST = (
+    "test_chaos",
+    "test_training_faults",
+    "test_elastic",
+    "test_s3_jobs",
+    "test_submit",
+    "test_segmentation",
+    "test_training",
+)
 """Files that take longest come first, so that none of them is alone at the end."""
 
 
