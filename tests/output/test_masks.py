@@ -258,7 +258,9 @@ def test_a_missing_file_of_frames_is_refused(labels, tmp_path, capsys):
 
 def test_a_folder_that_is_no_output_is_refused(tmp_path, capsys):
     assert export(str(tmp_path), str(tmp_path.parent / "masks")) == 2
-    assert capsys.readouterr().err == (f"unet-ray: error: {tmp_path} is no output of segment: run.json is missing\n")
+    assert capsys.readouterr().err == (
+        f"unet-ray: error: {tmp_path} is not an output of segment: run.json is missing\n"
+    )
 
 
 def test_a_drive_that_is_not_there_is_named_with_those_that_are(labels, tmp_path, capsys):

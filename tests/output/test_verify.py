@@ -124,7 +124,7 @@ def test_the_command_fails_for_damage_and_names_the_file(how, name, root, tmp_pa
 
 def test_a_folder_that_is_no_output_is_a_wrong_command(tmp_path, capsys):
     assert cli.main(["verify", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"unet-ray: error: {tmp_path} is no output of segment: run.json is missing\n"
+    assert capsys.readouterr().err == f"unet-ray: error: {tmp_path} is not an output of segment: run.json is missing\n"
 
 
 def test_the_command_names_the_first_chunk_whose_record_is_gone(root, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs on: connect to it, say what it has, wait for what is missing, map a function on it."""
+"""The Ray that a job runs on: joins it or starts it, with a time limit, and ends what was started."""
 
 from __future__ import annotations
 

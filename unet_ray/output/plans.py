@@ -256,7 +256,7 @@ def read_run(out: str) -> dict[str, Any]:
         whose = "run.json is missing"
         if not isinstance(error, FileNotFoundError):
             whose = "its run.json is another job's, or damaged; give another --out"
-        raise ValueError(f"{out} is no output of segment: {whose}") from error
+        raise ValueError(f"{out} is not an output of segment: {whose}") from error
 
 
 def _lineage_of(run: Mapping[str, Any]) -> Lineage:

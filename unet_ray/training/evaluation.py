@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.train
 
 from unet_ray import storage
 from unet_ray.cluster.connection import connect
