@@ -19,7 +19,8 @@ the rounds' ratios. The machine's ceilings (matrix product, decoding alone, netw
 record) until summary.json is there, frames committed in that time by its length. So the last frames' way through the
 pipeline and the publishing count, the start of Ray and of the actors does not. "Whole" is from a process' start to its
 exit. The bound 1/(1/decode + 1/net) takes the faster of our decoder and TensorFlow's, on all cores, and the network
-with its argmax alone: confidences and counts are ours to pay.
+with its argmax alone: confidences and counts are ours to pay. The row `onnx` is the processor time of one thread, the
+least of 20 turns.
 
 Frames are drawn by program, some hundreds, which many names are linked to: they come from memory, not from a disk.
 """

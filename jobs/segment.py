@@ -11,7 +11,7 @@ output. Submitted again after a kill, it labels what has no record yet, and noth
 
 import sys
 
-from unet_ray.cli import run_command
+from unet_ray.cli import end_process, run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("segment", sys.argv[1:]))
+    end_process(lambda: run_command("segment", sys.argv[1:]))

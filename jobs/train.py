@@ -12,7 +12,7 @@ kill, it resumes from the newest checkpoint that is whole.
 
 import sys
 
-from unet_ray.cli import run_command
+from unet_ray.cli import end_process, run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("train", sys.argv[1:]))
+    end_process(lambda: run_command("train", sys.argv[1:]))

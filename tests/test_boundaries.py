@@ -7,16 +7,22 @@ import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from unet_ray import PACKAGE
 
 ORDER = (
-    ("classes", "errors", "frames", "images", "messages", "pictures", "progress"),  # what everything is made of
+    # the words
+    (
+        *("classes", "containers", "digests", "errors", "frames", "images", "mask_png", "messages", "pictures"),
+        *("preprocessing", "progress", "resampling", "stops", "streams"),
+    ),
     ("storage",),
     ("model",),
     ("config", "config_files"),
+    ("saved_models",),
     ("cluster",),
     ("archives",),
     ("pairs",),
@@ -51,11 +57,25 @@ MAY_KNOW = {
 """Modules, or all of a folder, that may import a library anywhere."""
 
 LOAD_TENSORFLOW = {
+    "model.cells",
+    "model.convnext",
+    "model.encoder_files",
     "model.export",
+    "model.keras_network",
+    "model.keras_record",
     "model.losses",
+    "model.networks",
     "model.unet",
+    "model.gpu_labels",
+    "model.grid",
     "model.labeler",
     "model.labels",
+    "model.weights",
+    "training.batch_norm",
+    "training.calibrator",
+    "training.exactness",
+    "training.onnx_predictor",
+    "training.optimizer",
     "training.steps",
     "training.worker",
 }
@@ -142,6 +162,13 @@ def test_only_the_named_modules_load_tensorflow(module):
     assert ("tensorflow" in at_the_top or "keras" in at_the_top) == (module in LOAD_TENSORFLOW)
 
 
+def test_no_test_imports_from_the_folder_tests():
+    """`pytest` has it not on its path, `python -m pytest` has: what helps tests is imported by its own name."""
+    sources = {path: ast.parse(path.read_text()) for path in Path(__file__).parent.rglob("*.py")}
+    names = {path: imported(list(ast.walk(source)), str(path)) for path, source in sources.items()}
+    assert [path for path, imports in names.items() if any(name.partition(".")[0] == "tests" for name in imports)] == []
+
+
 def test_no_parquet_file_is_read_as_a_data_set():
     """See `manifest.read_parquet`: a command that has done its work would end by SIGABRT now and then."""
     outside = [module for module in MODULES if room(module) != "bench"]
@@ -152,8 +179,9 @@ def test_no_parquet_file_is_read_as_a_data_set():
 @pytest.mark.parametrize(
     "module",
     [
-        *("classes", "config", "frames", "images", "cli"),
+        *("classes", "config", "frames", "images", "preprocessing", "cli"),
         *("storage", "storage.filesystems", "archives", "archives.reading", "cluster.processes"),
+        *("model.onnx_file", "model.onnx_network", "model.onnx_trial"),
         *("model.bundle", "pairs.pairs", "output.ledger", "output.masks", "output.rows"),
     ],
 )

@@ -101,10 +101,18 @@ def test_arrays_of_the_wrong_kind_are_refused():
 
 def test_presets_count_and_order():
     assert {name: item.n_classes for name, item in PRESETS.items()} == {
+        "a2d2": 38,
+        "bdd100k": 19,
+        "camvid": 11,
         "carla23": 23,
         "carla29": 29,
         "cityscapes": 19,
-        "camvid": 11,
+        "cityscapes_train_ids": 19,
+        "kitti": 19,
+        "mapillary_v1.2": 65,
+        "mapillary_v2.0": 123,
+        "nuimages": 26,
+        "virtual_kitti_2": 14,
     }
     in_order = (
         "unlabeled building fence other pedestrian pole road_line road sidewalk vegetation vehicle wall traffic_sign"
@@ -123,6 +131,78 @@ def test_cityscapes_label_ids_become_its_train_ids():
     train_ids += [255, 255, 16, 17, 18]
     mask = PRESETS["cityscapes"].encode_ids(np.arange(34, dtype=np.uint8)[None])
     assert mask[0].tolist() == train_ids
+
+
+@pytest.mark.parametrize("name", ["cityscapes_train_ids", "bdd100k"])
+def test_train_ids_are_the_classes_of_cityscapes_in_its_order(name):
+    by_train_id = PRESETS[name]
+    assert (by_train_id.names, by_train_id.n_classes) == (PRESETS["cityscapes"].names, 19)
+    raw = np.array([[*range(19), 255]], np.uint8)
+    assert by_train_id.encode_ids(raw)[0].tolist() == [*range(19), IGNORED_ID]
+    np.testing.assert_array_equal(by_train_id.palette_K3, PRESETS["cityscapes"].palette_K3)
+    with pytest.raises(UnknownValuesError, match="19"):
+        by_train_id.encode_ids(np.array([[19]], np.uint8))
+
+
+def test_kitti_is_labelled_as_cityscapes():
+    kitti, cityscapes = PRESETS["kitti"].to_dict(), PRESETS["cityscapes"].to_dict()
+    assert kitti.pop("name") == "kitti" and cityscapes.pop("name") == "cityscapes" and kitti == cityscapes
+
+
+def test_mapillarys_ids_stand_in_the_order_of_its_configuration():
+    first, second = PRESETS["mapillary_v1.2"], PRESETS["mapillary_v2.0"]
+    identity = np.arange(256, dtype=np.uint8)[None]
+    for class_set, n_classes in ((first, 65), (second, 123)):
+        mask = class_set.encode_ids(identity[:, : n_classes + 1])
+        assert mask[0].tolist() == [*range(n_classes), IGNORED_ID]
+    assert [first.names[index] for index in (0, 13, 19, 48, 55, 64)] == (
+        ["bird", "road", "person", "traffic_light", "car", "ego_vehicle"]
+    )
+    # Not alphabetical, as in some copies of the table.
+    assert [second.names[index] for index in (21, 90, 91, 92, 93, 94, 95, 108)] == [
+        *("road", "traffic_light_general_single", "traffic_light_pedestrians", "traffic_light_general_upright"),
+        *("traffic_light_general_horizontal", "traffic_light_cyclists", "traffic_light_other", "car"),
+    ]
+    assert first.classes[13].color == second.classes[21].color == (128, 64, 128)
+
+
+def test_a_palette_of_mapillary_in_which_classes_share_a_colour_is_read_by_its_ids():
+    """In a mask of the data set, persons and groups of persons (ids 30, 31) have one colour."""
+    class_set = PRESETS["mapillary_v2.0"]
+    assert class_set.encode_ids(np.array([[30, 31]], np.uint8)).tolist() == [[30, 31]]
+    with pytest.raises(UnknownValuesError):
+        class_set.encode_colors(np.array([[[220, 20, 60]]], np.uint8))
+
+
+def test_neighbours_of_one_category_of_a2d2_are_one_class():
+    class_set = PRESETS["a2d2"]
+    cars = [(255, 0, 0), (200, 0, 0), (150, 0, 0), (128, 0, 0)]
+    colors = np.array([[*cars, (255, 0, 255), (53, 46, 82)]], np.uint8)
+    names = [class_set.names[output] for output in class_set.encode_colors(colors)[0]]
+    assert names == ["car"] * 4 + ["rd_normal_street", "rain_dirt"]
+    assert sum(1 + len(item.values) for item in class_set.classes) == 55  # as class_list.json has them
+
+
+def test_nuimages_indices_are_the_devkits():
+    class_set = PRESETS["nuimages"]
+    raw = np.array([[0, 1, 2, 17, 23, 24, 31]], np.uint8)
+    names = [class_set.names[output] for output in class_set.encode_ids(raw)[0]]
+    assert names == [
+        *("background", "animal", "human_pedestrian_adult", "vehicle_car", "vehicle_truck"),
+        *("flat_driveable_surface", "vehicle_ego"),
+    ]
+    categories = class_set.names[1:24]
+    assert list(categories) == sorted(categories)
+
+
+def test_virtual_kittis_colours():
+    colors = np.array([[(210, 0, 200), (0, 139, 139), (0, 0, 0)]], np.uint8)
+    assert PRESETS["virtual_kitti_2"].encode_colors(colors).tolist() == [[0, 13, IGNORED_ID]]
+
+
+def test_presets_are_a_mapping_that_reads_what_is_asked_for():
+    assert "camvid" in PRESETS and "../recipes/default" not in PRESETS and PRESETS.get("nothing") is None
+    assert PRESETS["camvid"] is PRESETS["camvid"]
 
 
 def test_camvid_void_is_ignored_as_id_and_as_color():

@@ -9,6 +9,7 @@ import pytest
 import unet_ray
 from unet_ray import cli
 from unet_ray import config_files as options
+from unet_ray.config import TrainConfig
 
 TRAIN = ["--images", "i", "--masks", "m", "--classes", "camvid", "--out", "o"]
 
@@ -54,16 +55,17 @@ def test_help_tells_each_option_with_its_text_and_default(capsys):
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--batch-size INT Frames of a step, over all workers together. (default: 32)" in text
-    assert "--images STR URI of the folder of frames (searched at any depth). (required)" in text
+    assert "--images STR URI of the folder of frames (searched at any depth), or a pattern with {} for" in text
     assert "--config FILE.yaml" in text
+    assert (
+        "without it from default, whose values count instead of the defaults below: optimizer adamw, learning-rate"
+        in text
+    )
 
 
 def test_a_wrong_value_is_one_line_and_exit_code_2(capsys):
-    assert cli.main(["train", *TRAIN, "--image-size", "95", "128"]) == 2
-    assert capsys.readouterr().err == (
-        "unet-ray: error: image height is 95; a network of depth 5 halves it 4 times, so it must be a multiple of 16 "
-        "up to 8192: try 96\n"
-    )
+    assert cli.main(["train", *TRAIN, "--image-size", "0", "128"]) == 2
+    assert capsys.readouterr().err == "unet-ray: error: image height is 0; it must be 1 to 8192\n"
 
 
 def test_precedence_is_recipe_then_file_then_options(tmp_path):
@@ -74,6 +76,42 @@ def test_precedence_is_recipe_then_file_then_options(tmp_path):
     config = cli.parse("train", [*TRAIN, "--recipe", "notebook", "--config", str(file), "--batch-size", "16"])
     assert config.learning_rate == 1e-3 and config.augment and not config.flip
     assert (config.epochs, config.batch_size, config.image_size, config.images) == (7, 16, (48, 64), "i")
+
+
+def test_without_a_recipe_it_is_the_default_one():
+    config = cli.parse("train", TRAIN)
+    assert config == cli.parse("train", [*TRAIN, "--recipe", "default"])
+    assert (config.optimizer, config.schedule, config.batch_size, config.epochs) == ("adamw", "cosine", 8, 118)
+    assert (config.loss, config.class_weights, config.augment, config.val_fraction) == ("ce+dice", "log", True, 0.1)
+    changed = cli.parse("train", [*TRAIN, "--epochs", "5", "--no-augment"])
+    assert (changed.epochs, changed.augment, changed.optimizer) == (5, False, "adamw")
+    assert cli.recipe_line("default", config) == "recipe: default"
+    assert cli.recipe_line("default", changed) == "recipe: default, but for --epochs --augment"
+
+
+def test_the_notebooks_recipe_is_the_notebooks_in_full():
+    """Its values by hand: NOTEBOOK's Adam, 40 epochs of batches of 32, all frames train."""
+    config = cli.parse("train", [*TRAIN, "--recipe", "notebook"])
+    hand = TrainConfig(images="i", masks="m", classes="camvid", out="o", val_fraction=0.0)
+    assert config == hand
+    assert (hand.optimizer, hand.learning_rate, hand.schedule, hand.batch_size) == ("adam", 1e-3, "constant", 32)
+    assert (hand.epochs, hand.loss, hand.augment, hand.early_stopping_epochs) == (40, "ce", False, 0)
+    assert (hand.image_size, hand.resize, hand.fit, hand.n_filters) == ((96, 128), "nearest", "stretch", 32)
+    assert cli.recipe_line("notebook", config) == "recipe: notebook"
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ([], "recipe: default"),
+        (["--recipe", "notebook", "--epochs", "3"], "recipe: notebook, but for --epochs"),
+    ],
+)
+def test_the_first_line_is_the_recipe(given, line, tmp_path, capsys):
+    gone = str(tmp_path / "gone")
+    arguments = ["--images", gone, "--masks", gone, "--classes", "camvid", "--out", str(tmp_path / "o")]
+    assert cli.main(["train", *arguments, *given]) == 2
+    assert capsys.readouterr().out.splitlines()[:1] == [line]
 
 
 def test_a_run_can_be_repeated_from_the_configuration_it_wrote(tmp_path):
@@ -102,7 +140,7 @@ def test_an_unknown_option_in_a_file_is_named(tmp_path, capsys):
     file.write_text("epoch: 7\n")
     assert cli.main(["train", *TRAIN, "--config", str(file)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"unet-ray: error: {file}: unknown option 'epoch'; the options are augment, batch_size, ")
+    assert error.startswith(f"unet-ray: error: {file}: unknown option 'epoch'; the options are accumulate, augment, ")
     assert error.count("\n") == 1
 
 
@@ -137,3 +175,11 @@ def test_the_jobs_to_submit_take_the_same_options(job, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"unet-ray: error: {tmp_path}/gone") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_values_of_a_list_that_is_given_twice_are_all_taken():
+    words = ["--model", "m", "--frames", "a", "b", "--out=o", "--frames=c", "--allow_uri", "s3://x"]
+    config = cli.parse("segment", [*words, "--allow-uri", "/y"])
+    assert (config.frames, config.out, config.allow_uri) == (("a", "b", "c"), "o", ("s3://x", "/y"))
+    config = cli.parse("export-masks", ["--sequence", "a", "--out", "o", "labels", "--sequence", "b"])
+    assert (config.labels, config.sequence) == ("labels", ("a", "b"))

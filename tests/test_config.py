@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import yaml
 
-from unet_ray import config, config_files
+from unet_ray import PACKAGE, cli, config, config_files
+from unet_ray.classes import PRESETS
 from unet_ray.config import SegmentConfig, TrainConfig
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.architecture import ENCODER_PREFIX, IMAGENET_PREPROCESSING, ConvnextConfig, UnetConfig
 
 TRAIN = {"images": "i", "masks": "m", "classes": "camvid", "out": "o"}
 SEGMENT = {"model": "m", "frames": ("f",), "out": "o"}
@@ -21,10 +22,58 @@ SEGMENT = {"model": "m", "frames": ("f",), "out": "o"}
             {"workers": 4, "batch_size": 3},
             "--batch-size is 3 for 4 workers; it is the batch of all of them together, so give at least 4",
         ),
+        ({"accumulate": 0}, "--accumulate is 0; it must be at least 1"),
         (
-            {"image_size": (96, 130)},
-            "image width is 130; a network of depth 5 halves it 4 times, so it must be a multiple of 16 up to 8192: "
-            "try 128",
+            {"workers": "1:4", "batch_size": 8, "accumulate": 3},
+            "--accumulate is 3; a worker has 2 frames of a step (--batch-size, divided), so give at most that",
+        ),
+        ({"image_size": (96, 8193)}, "image width is 8193; it must be 1 to 8192"),
+        ({"norm": "batch"}, "--norm is 'batch'; it must be none or group"),
+        (
+            {"network": "segformer"},
+            "--network is 'segformer'; it must be unet, unet_convnext, or package.module:function",
+        ),
+        (
+            {"network": "mine:net", "depth": 3},
+            "--depth is an option of --network unet; give mine:net its own by --network-arguments",
+        ),
+        (
+            {"network": "unet_convnext", "residual": True},
+            "--residual is an option of --network unet; unet_convnext has --n-filters, --drop-path",
+        ),
+        (
+            {"drop_path": 0.2},
+            "--drop-path is an option of --network unet_convnext; unet has --n-filters, --depth, --dropout, --norm, "
+            "--residual",
+        ),
+        (
+            {"network": "mine:net", "drop_path": 0.2},
+            "--drop-path is an option of --network unet_convnext; give mine:net its own by --network-arguments",
+        ),
+        ({"network": "unet_convnext", "drop_path": 1.0}, "--drop-path is 1.0; it must be in [0, 1)"),
+        (
+            {"encoder_weights": "c.h5"},
+            "--encoder-weights is c.h5, which is for --network unet_convnext; --network is unet",
+        ),
+        (
+            {"network": "mine:net", "encoder_learning_rate": 0.1},
+            "--encoder-learning-rate is 0.1, which is for --network unet_convnext; --network is mine:net",
+        ),
+        (
+            {"network": "unet_convnext", "encoder_learning_rate": 2.0},
+            "--encoder-learning-rate is 2.0; it must be 0 to 1",
+        ),
+        (
+            {"network": "unet_convnext", "encoder_weights": "c.h5", "init_from": "m"},
+            "both --init-from and --encoder-weights were given; a trained model has the encoder's weights, so give one",
+        ),
+        (
+            {"network_arguments": {"width": 8}},
+            "--network-arguments are for a --network package.module:function",
+        ),
+        (
+            {"network": "mine:net", "network_arguments": "[8]"},
+            "--network-arguments holds no options; write one `name: value` a line",
         ),
         ({"workers": "4:2"}, "--workers is '4:2'; give N, or MIN:MAX with 1 <= MIN <= MAX"),
         ({"workers": 0}, "--workers is '0'; give N, or MIN:MAX with 1 <= MIN <= MAX"),
@@ -52,6 +101,9 @@ def test_a_training_that_cannot_be_is_refused_in_one_line(change, message):
         ({"frames": ()}, "--frames is empty; give at least one folder, tar file or glob"),
         ({"actors": "2:1"}, "--actors is '2:1'; give N, MIN:MAX with 1 <= MIN <= MAX, or auto"),
         ({"actors": "some"}, "--actors is 'some'; give N, MIN:MAX with 1 <= MIN <= MAX, or auto"),
+        ({"actors_per_gpu": 0}, "--actors-per-gpu is 0; it must be 1 to 16"),
+        ({"actors_per_gpu": 2, "device": "cpu"}, "--actors-per-gpu is 2 and --device is cpu; leave one of them out"),
+        ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
         ({"max_rejected": 1.5}, "--max-rejected is 1.5; it is a share, 0 to 1"),
     ],
 )
@@ -79,9 +131,25 @@ def test_a_range_in_a_file_is_no_number_to_base_60(tmp_path):
 
 def test_the_notebooks_network_is_the_default():
     model = TrainConfig(**TRAIN).model_config(n_classes=23)
-    assert model == ModelConfig(
-        image_height_px=96, image_width_px=128, n_classes=23, n_filters=32, depth=5, dropout=0.3
-    )
+    assert model == UnetConfig(image_height_px=96, image_width_px=128, n_classes=23, n_filters=32, depth=5, dropout=0.3)
+
+
+def test_an_encoder_learns_slowly_where_its_weights_were_given():
+    convnext = {"network": "unet_convnext", "n_filters": 8, "resize": "area"}
+    model = TrainConfig(**TRAIN, **convnext).model_config(n_classes=3)
+    preprocessing = dataclasses.replace(IMAGENET_PREPROCESSING, resize="area")
+    assert model == ConvnextConfig(n_classes=3, n_filters=8, preprocessing=preprocessing)
+    factors = [
+        TrainConfig(**TRAIN, **convnext, **options).rate_factors()
+        for options in (
+            {},
+            {"encoder_weights": "c.h5"},
+            {"encoder_weights": "c.h5", "encoder_learning_rate": 1.0},
+            {"encoder_learning_rate": 0.0},
+        )
+    ]
+    assert factors == [{}, {ENCODER_PREFIX: 0.1}, {}, {ENCODER_PREFIX: 0.0}]
+    assert TrainConfig(**TRAIN).rate_factors() == {}
 
 
 def test_every_option_has_a_help_text():
@@ -112,13 +180,30 @@ def test_an_unknown_class_set_names_the_presets(tmp_path):
     with pytest.raises(ValueError) as caught:
         config.load_class_set("carla32")
     assert str(caught.value) == (
-        "--classes is 'carla32'; give one of carla23, carla29, cityscapes, camvid or the path of a .yaml file"
+        "--classes is 'carla32'; give one of a2d2, bdd100k, camvid, carla23, carla29, cityscapes, "
+        "cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages, virtual_kitti_2 "
+        "or the path of a .yaml file"
     )
     with pytest.raises(ValueError, match=r"gone\.yaml: no such file"):
         config.load_class_set(str(tmp_path / "gone.yaml"))
     (tmp_path / "torn.yaml").write_text("classes: [")
     with pytest.raises(ValueError, match=r"torn\.yaml is neither YAML nor JSON at line 1, column \d+: "):
         config.load_class_set(str(tmp_path / "torn.yaml"))
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_the_help_names_every_preset(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"or one of {', '.join(PRESETS)}." in text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_file_is_one_that_a_user_may_change(name, tmp_path):
+    file = tmp_path / f"{name}.yaml"
+    file.write_bytes((PACKAGE / "class_sets" / file.name).read_bytes())
+    assert config.load_class_set(str(file)) == PRESETS[name]
 
 
 def test_the_written_configuration_reads_back_the_same():

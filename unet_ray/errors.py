@@ -20,6 +20,10 @@ class TryAgain(RuntimeError):
     """What the job runs on is not there, and may be when the same command is tried again."""
 
 
+class UnusableNetwork(ValueError):
+    """A network cannot be built, or is not the one that a checkpoint is of; trying again changes nothing."""
+
+
 def require(holds: bool, message: str) -> None:
     """Raises ValueError with the message where something does not hold that the user can mend."""
     if not holds:

@@ -64,7 +64,11 @@ class Listing:
     """One row a frame, `MANIFEST_SCHEMA` and a catalogue's own columns, sorted by sequence, camera and name (frame 2
     before frame 10)."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """Files with other extensions, counted by extension."""
+    """Files with other extensions, counted by extension; what is hidden, a link in an archive or no file, by that."""
+    include_hidden: bool = False
+    """Whether hidden files were listed."""
+    not_files: tuple[str, ...] = ()
+    """The first few pipes, sockets and devices."""
     unlistable: tuple[tuple[str, str], ...] = ()
     """URI and reason of what could not be listed."""
     roots: tuple[Root, ...] = ()
@@ -98,9 +102,33 @@ def extension(path: str) -> str:
     return f".{end.lower()}" if dot and stem else ""
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written down: in UTF-8, without NUL.
+
+    Bytes that are no text come as lone surrogates from the file system and from tarfile.
+    """
+    return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def is_frame(path: str) -> bool:
     """Whether a file counts as a frame by its name."""
     return extension(path) in IMAGE_EXTENSIONS
+
+
+HIDDEN_FOLDERS = (
+    *("__MACOSX", "@eaDir", "@__thumb", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information"),
+    "lost+found",
+)
+"""Folders of copies, thumbnails and deleted files that programs leave beside a person's."""
+
+HIDDEN_RULE = f"a name that begins with a dot, or in a folder {', '.join(HIDDEN_FOLDERS)}"
+
+_HIDDEN = re.compile(rf"(?:^|/)(?:\.[^./]|\.\.[^/]|(?:{'|'.join(map(re.escape, HIDDEN_FOLDERS))})(?:/|$))")
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file below a root is hidden, or a program's own: resource forks, thumbnails, notebooks' checkpoints."""
+    return _HIDDEN.search(path) is not None
 
 
 def natural_key(text: str) -> str:
@@ -146,10 +174,16 @@ def parse_path(relative_path: str, pattern: str | None) -> PathFields:
     )
 
 
+def archive_of(frame_id: str) -> str:
+    """`a.tar` of `a.tar!b/c1.png`, `""` of a path without archive; a `!` elsewhere is a letter of a name."""
+    match = _MEMBER.fullmatch(frame_id) if "!" in frame_id else None
+    return match[1] if match else ""
+
+
 def _split(relative_path: str) -> tuple[str, str]:
-    """`a.tar!b/c1.png` to `a.tar!b` and `c1.png`; a `!` elsewhere is a letter of a name."""
-    match = _MEMBER.fullmatch(relative_path) if "!" in relative_path else None
-    archive, member = (match[1], match[2]) if match else ("", relative_path)
+    """`a.tar!b/c1.png` to `a.tar!b` and `c1.png`."""
+    archive = archive_of(relative_path)
+    member = relative_path[len(archive) + 1 :] if archive else relative_path
     folder, _, name = member.rpartition("/")
     return "!".join(part for part in (archive, folder) if part), name
 

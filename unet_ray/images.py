@@ -18,23 +18,32 @@ The first bytes decide what a file is, never its extension. What becomes of odd 
 | animated, several pages | refused, `unsupported`: one file is one frame | the same |
 | GIF, AVIF, HEIC, JPEG 2000, JPEG XL, ... | refused, `unsupported` | the same |
 | more than `max_pixels` by its header | refused, `too_large`, before a pixel is decoded | the same |
-| cut short or damaged (a PNG's pixels: by the sums of its chunks) | refused, `truncated` | the same |
+| pixels cut short or damaged (a PNG's by the sums of its chunks) | refused, `truncated` | the same |
+| damaged or huge text, profiles, EXIF and the like; no end mark | makes no difference | the same |
 | anything else, an empty file too | refused, `not_an_image` | the same |
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import simplejpeg
-from kornia_rs.io import decode_image_png_u8
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from unet_ray import containers
+
+# Where a node has none, or an older one, Pillow decodes: the same pixels and refusals, in more time.
+try:
+    from kornia_rs.io import decode_image_png_u8
+except ImportError:
+    decode_image_png_u8 = None
 
 REFUSAL_REASONS = ("not_an_image", "truncated", "too_large", "unsupported")
 """What `ImageRefused.reason` can be."""
@@ -74,8 +83,12 @@ _ALLOWED = "PNG, JPEG, WebP, BMP, TIFF"
 # format). MemoryError is not among them: it says something of the machine, not of the file.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
 
-_PNG_BITS = 24  # where they stand in a PNG
-_PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+_JPEG_EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x(d[0-9]|da)")
+_JPEG_PADDING_BYTES = 16
+"""Behind the pixels, before the end mark: cameras put a few there; more is what a decoder that lost its way left."""
+_JPEG_DAMAGE = ("remature end", "bad Huffman code", "instead of RST", "Inconsistent progression", "bad arithmetic code")
+_LEAST_REDUCED_PX = 8
+"""Longer side of a JPEG that is decoded at a part of its size: below it, two of libjpeg's scales can give one size."""
 _ORIENTATION_TAG = 0x0112  # of EXIF and TIFF: 1 is upright
 _BITS_PER_SAMPLE_TAG = 0x0102  # of TIFF
 
@@ -96,6 +109,18 @@ class ImageRefused(ValueError):
 
     def __str__(self) -> str:
         return self.detail
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReducedFrame:
+    """A frame that was decoded at a part of its size."""
+
+    pixels: np.ndarray
+    """uint8 [ceil(H / divisor), ceil(W / divisor), 3]."""
+    frame_size: tuple[int, int]
+    """The frame's own (height, width)."""
+    divisor: int
+    """1, 2, 4 or 8: each pixel stands for so many of the frame on each axis, the last for what is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +150,7 @@ def frame_size(data: bytes) -> tuple[int, int]:
     format_name, plugin = _format_of(data)
     if format_name == "WebP":
         return _webp_size(data)
-    width_px, height_px = _opened(data, format_name, plugin).size
+    width_px, height_px = _opened(data, containers.without_extras(format_name, data), format_name, plugin).size
     return height_px, width_px
 
 
@@ -135,8 +160,8 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     Raises:
         ImageRefused: no image of a known format, a damaged header, or more than `max_pixels`.
     """
-    format_name, image = _open(data, max_pixels)
-    return _header(format_name, image, data, _exif_orientation(image))
+    format_name, image, _ = _open(data, max_pixels)
+    return _header(format_name, image, data, _exif_orientation(format_name, image, data))
 
 
 def decode_frame(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -148,6 +173,36 @@ def decode_frame(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         ImageRefused: by the same table.
     """
     _, image, pixels = _decode(data, max_pixels)
+    return _as_rgb(image, pixels)
+
+
+def decode_reduced_frame(
+    data: bytes, divisor_of: Callable[[tuple[int, int]], int], *, max_pixels: int = MAX_PIXELS
+) -> ReducedFrame:
+    """A JPEG frame at 1/2, 1/4 or 1/8 of its size, by libjpeg's reduced transforms; any other frame whole.
+
+    What `decode_frame` refuses is refused here, too: at every scale each coefficient is read and the same warnings
+    count.
+
+    Args:
+        data: the frame's bytes.
+        divisor_of: of the frame's (height, width), what to divide it by: 1, 2, 4 or 8.
+        max_pixels: as for `decode_frame`.
+
+    Raises:
+        ImageRefused: as `decode_frame`.
+    """
+    header, image, kept = _checked(data, max_pixels)
+    frame_size = (header.height_px, header.width_px)
+    divisor = divisor_of(frame_size) if header.format == "JPEG" and max(frame_size) >= _LEAST_REDUCED_PX else 1
+    assert divisor in (1, 2, 4, 8), divisor
+    pixels_HWC = _reduced_jpeg_pixels(kept, header, divisor) if divisor > 1 else None
+    if pixels_HWC is None:
+        divisor, pixels_HWC = 1, _as_rgb(image, _decoded(data, header, image, kept))
+    return ReducedFrame(pixels=pixels_HWC, frame_size=frame_size, divisor=divisor)
+
+
+def _as_rgb(image: ImageFile.ImageFile, pixels: np.ndarray) -> np.ndarray:
     match image.mode:
         case "RGB":
             return pixels
@@ -190,45 +245,58 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def _decode(data: bytes, max_pixels: int) -> tuple[ImageHeader, ImageFile.ImageFile, np.ndarray]:
-    """The one place where pixels are decoded: header, image (for its mode and palette) and its array as stored."""
-    format_name, image = _open(data, max_pixels)
+    """Header, image (for its mode and palette) and its array as stored."""
+    header, image, kept = _checked(data, max_pixels)
+    return header, image, _decoded(data, header, image, kept)
+
+
+def _checked(data: bytes, max_pixels: int) -> tuple[ImageHeader, ImageFile.ImageFile, bytes]:
+    """Header, image and what of the file it needs, of a kind that is decoded; no pixel is decoded yet."""
+    format_name, image, kept = _open(data, max_pixels)
     header = _header(format_name, image, data, _tiff_tag(image, _ORIENTATION_TAG))
     _refuse_unsupported(header)
+    return header, image, kept
+
+
+def _decoded(data: bytes, header: ImageHeader, image: ImageFile.ImageFile, kept: bytes) -> np.ndarray:
     try:
-        return header, image, _pixels(header, image, data)
+        return _pixels(header, image, kept)
     except _DAMAGED as error:
-        raise _truncated(format_name, data, error) from error
+        raise _truncated(header.format, data, error) from error
     except Image.DecompressionBombError as error:  # a TIFF's tile can be larger than its image
-        raise ImageRefused("too_large", f"{format_name} with a tile that is too large: {error}") from error
+        raise ImageRefused("too_large", f"{header.format} with a tile that is too large: {error}") from error
 
 
-def _pixels(header: ImageHeader, image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
+def _pixels(header: ImageHeader, image: ImageFile.ImageFile, kept: bytes) -> np.ndarray:
     """The pixels as stored. What no faster decoder takes, Pillow decides on, which also says what is wrong with it."""
+    pixels = None
     if header.format == "PNG":
-        pixels = _png_pixels(header, data)
-    else:
-        pixels = _jpeg_pixels(data) if (header.format, header.mode) == ("JPEG", "RGB") else None
+        pixels = _png_pixels(header, kept)
+    elif header.format == "JPEG":
+        pixels = _jpeg_pixels(kept) if header.mode == "RGB" else None
+        if pixels is None:
+            _require_whole_jpeg(kept, header.mode)
     return np.asarray(image) if pixels is None else pixels
 
 
-def _png_pixels(header: ImageHeader, data: bytes) -> np.ndarray | None:
-    """Pillow's pixels from the decoder that kornia-rs has (image-rs' png), or None where it refuses.
+def _png_pixels(header: ImageHeader, kept: bytes) -> np.ndarray | None:
+    """Pillow's pixels from the decoder that kornia-rs has (image-rs' png), or None where it refuses or is not there.
 
     A drawn 480x640 frame that Pillow has saved, ms of one core: 1.8, libpng with zlib-ng 4.1, tf.io 4.8, Pillow 5.9;
     with `compress_level=1` 3.3, libpng 5.2 (AVX-512, 2026-11-29).
 
     Raises:
         ValueError: damaged pixels: Pillow 13 does not check their sums, and gives other pixels instead for one flipped
-            byte in eight.
+            byte in eight; it fills rows that are missing with black.
     """
-    kept = _png_without_extras(data)
-    if header.bits == 8 and (mode := _KORNIA_MODES.get(header.mode)):
+    mode = _KORNIA_MODES.get(header.mode)
+    if decode_image_png_u8 is not None and header.bits == 8 and mode is not None:
         try:
             pixels_HWC = decode_image_png_u8(kept, (header.height_px, header.width_px), mode)
             return pixels_HWC[..., 0] if mode == "mono" else pixels_HWC
         except Exception:  # noqa: BLE001  # its errors have no class of their own
             pass
-    _require_png_sums(data)
+    containers.require_png_rows(kept)
     return None
 
 
@@ -247,39 +315,55 @@ def _jpeg_pixels(data: bytes) -> np.ndarray | None:
         return None
 
 
-def _png_without_extras(data: bytes) -> bytes:
-    """The chunks of a PNG that its pixels need: what others hold is no reason to unpack them."""
-    return b"".join([data[:8], *(chunk for kind, chunk in _png_chunks(data) if kind in _PNG_KEPT)])
+def _reduced_jpeg_pixels(kept: bytes, header: ImageHeader, divisor: int) -> np.ndarray | None:
+    """The pixels at 1/2, 1/4 or 1/8, uint8 [ceil(H / divisor), ceil(W / divisor), 3], or None where libjpeg warns.
+
+    simplejpeg takes the smallest scale that gives at least the size asked for, and libjpeg-turbo the largest that gives
+    at most that. From 8 px on, each eighth more is a pixel more: both take the one meant. 438 drawn JPEGs, grey,
+    progressive and of each chroma subsampling, had the same bits by Pillow's `draft` and by TensorFlow's
+    `decode_jpeg(ratio=, dct_method="INTEGER_ACCURATE")`; its default differs at 1/2 of 4:2:0 (2026-11-30).
+    """
+    height_px, width_px = -(-header.height_px // divisor), -(-header.width_px // divisor)
+    colorspace = "RGB" if header.mode == "RGB" else "GRAY"
+    try:
+        pixels = simplejpeg.decode_jpeg(kept, colorspace, min_height=height_px, min_width=width_px, strict=True)
+    except ValueError:
+        return None
+    assert pixels.shape[:2] == (height_px, width_px), (pixels.shape, header, divisor)
+    return pixels if colorspace == "RGB" else np.repeat(pixels, 3, axis=2)
 
 
-def _require_png_sums(data: bytes) -> None:
-    for kind, chunk in _png_chunks(data):
-        if kind == b"IDAT" and zlib.crc32(chunk[4:-4]).to_bytes(4) != chunk[-4:]:
-            raise ValueError("the checksum of its pixels does not agree")
+def _require_whole_jpeg(kept: bytes, mode: str) -> None:
+    """Raises ValueError where libjpeg-turbo says that pixels are damaged: Pillow takes most of it for a whole picture.
+
+    What it says first counts. A byte that is flipped and still means something is noticed by no decoder.
+    """
+    try:
+        simplejpeg.decode_jpeg(kept, colorspace="GRAY" if mode == "L" else "RGB", strict=True)
+    except ValueError as error:
+        extraneous = _JPEG_EXTRANEOUS.search(str(error))
+        is_too_much = extraneous is not None and int(extraneous[1]) > _JPEG_PADDING_BYTES
+        if is_too_much or any(text in str(error) for text in _JPEG_DAMAGE):
+            raise
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Yields kind and bytes (length, kind, content, checksum) of each chunk; the last may be cut short."""
-    whole, offset = memoryview(data), 8
-    while offset + 12 <= len(data):
-        (length,), kind = struct.unpack_from(">I", data, offset), data[offset + 4 : offset + 8]
-        yield kind, whole[offset : offset + 12 + length]
-        offset += 12 + length
+# --- headers ---
 
 
-def _open(data: bytes, max_pixels: int) -> tuple[str, ImageFile.ImageFile]:
-    """The image with its header read and its size allowed; no pixel is decoded yet."""
+def _open(data: bytes, max_pixels: int) -> tuple[str, ImageFile.ImageFile, bytes]:
+    """The image with its header read and its size allowed, and what of the file it needs; no pixel is decoded yet."""
     format_name, plugin = _format_of(data)
     if format_name == "WebP":  # its plugin makes room for the whole picture when it reads the header
         _refuse_too_large(format_name, _webp_size(data), max_pixels)
-    image = _opened(data, format_name, plugin)
+    kept = containers.without_extras(format_name, data)
+    image = _opened(data, kept, format_name, plugin)
     _refuse_too_large(format_name, (image.height, image.width), max_pixels)
-    return format_name, image
+    return format_name, image, kept
 
 
-def _opened(data: bytes, format_name: str, plugin: type[ImageFile.ImageFile]) -> ImageFile.ImageFile:
+def _opened(data: bytes, kept: bytes, format_name: str, plugin: type[ImageFile.ImageFile]) -> ImageFile.ImageFile:
     try:
-        return plugin(io.BytesIO(data))
+        return plugin(io.BytesIO(kept))
     except _DAMAGED as error:
         if "cannot handle" in str(error) and "-bit layers" in str(error):
             raise ImageRefused(
@@ -328,7 +412,8 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 def _header(format_name: str, image: ImageFile.ImageFile, data: bytes, orientation: int) -> ImageHeader:
     bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
     if format_name == "PNG":
-        bits = data[_PNG_BITS]  # IHDR comes first; Pillow takes RGB with 16 bits down to 8 and does not say so
+        # IHDR comes first; Pillow takes RGB with 16 bits down to 8 and does not say so.
+        bits = data[containers.PNG_BITS]
     elif format_name == "TIFF":
         bits = _tiff_tag(image, _BITS_PER_SAMPLE_TAG)
     return ImageHeader(
@@ -337,7 +422,9 @@ def _header(format_name: str, image: ImageFile.ImageFile, data: bytes, orientati
         width_px=image.width,
         mode=image.mode,
         bits=bits,
-        animated=bool(getattr(image, "is_animated", False)),
+        animated=containers.png_is_animated(data)
+        if format_name == "PNG"
+        else bool(getattr(image, "is_animated", False)),
         orientation=orientation,
     )
 
@@ -353,13 +440,27 @@ def _tiff_tag(image: ImageFile.ImageFile, tag: int) -> int:
         return 1
 
 
-def _exif_orientation(image: ImageFile.ImageFile) -> int:
-    if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info:
-        return 1  # getexif would decode the whole picture to look behind it
+def _exif_orientation(format_name: str, image: ImageFile.ImageFile, data: bytes) -> int:
+    exif = Image.Exif()
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        if format_name == "TIFF":
+            exif = image.getexif()
+        else:
+            exif.load(_exif_bytes(format_name, data))
+        return int(exif.get(_ORIENTATION_TAG, 1))
     except _DAMAGED:  # unreadable EXIF turns nothing
         return 1
+
+
+def _exif_bytes(format_name: str, data: bytes) -> bytes:
+    match format_name:
+        case "PNG":
+            return next((bytes(chunk[8:-4]) for kind, chunk in containers.png_chunks(data) if kind == b"eXIf"), b"")
+        case "JPEG":
+            parts = (segment[4:] for marker, segment in containers.jpeg_segments(data) if marker == 0xE1)
+            return next((part for part in parts if part.startswith(b"Exif\0\0")), b"")
+        case _:
+            return dict(containers.webp_chunks(data)).get(b"EXIF", b"") if format_name == "WebP" else b""
 
 
 def _refuse_too_large(format_name: str, size: tuple[int, int], max_pixels: int) -> None:
@@ -397,21 +498,6 @@ def _palette(image: ImageFile.ImageFile) -> np.ndarray:
     named = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
     colors[: len(named)] = named
     return colors
-
-
-def encode_mask_png(mask_HW: np.ndarray, palette_K3: np.ndarray) -> bytes:
-    """An encoded mask, uint8 [H, W], as an 8-bit palette PNG: index = class id, shown in the classes' colours.
-
-    `decode_mask` gives the ids back. A mask with ids outside the palette (ignored pixels) shows them black.
-    """
-    if mask_HW.dtype != np.uint8 or mask_HW.ndim != 2:
-        raise ValueError(f"a mask is {mask_HW.dtype} of shape {mask_HW.shape}, allowed is uint8 [H, W]")
-    # Pillow packs indices into 4 bits or fewer where a palette has 16 colours or fewer: 17 keep 8 bits.
-    n_colors = 256 if int(mask_HW.max(initial=0)) >= len(palette_K3) else max(len(palette_K3), 17)
-    palette = palette_K3.astype(np.uint8).tobytes().ljust(n_colors * 3, b"\0")
-    image = Image.fromarray(mask_HW)
-    image.putpalette(palette)
-    return _png(image)
 
 
 def encode_png(image: np.ndarray) -> bytes:

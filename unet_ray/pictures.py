@@ -25,6 +25,7 @@ from PIL import Image
 
 from unet_ray.classes import IGNORED_ID, ClassSet, Color
 from unet_ray.images import count_values, resize_nearest
+from unet_ray.messages import printable
 
 DPI = 100
 
@@ -40,6 +41,7 @@ _STYLE: list[Any] = [
         "grid.color": "#e4e4e4",
         "legend.frameon": False,
         "lines.linewidth": 1.8,
+        "text.parse_math": False,  # `$` is a letter of a name
     },
 ]
 _TRAINING_COLOR, _VALIDATION_COLOR, _QUIET = "#9aa5b1", "#1f5fa8", "#666666"
@@ -289,7 +291,7 @@ def _draw_grid(
             if index < len(captions):
                 # Up to the next caption of the row, 15 characters of 8 points an inch.
                 room_in = cell_width_in if any(captions[index + 1 : (row + 1) * n_columns]) else width_in - left_in
-                text = _shortened(captions[index], int(room_in * 15))
+                text = _shortened(printable(captions[index]), int(room_in * 15))
                 text_at = (left_in / width_in, (cell_top_in - cell_height_in - 0.15) / height_in)
                 figure.text(*text_at, text, fontsize=8, color=_QUIET)
         patches = [Patch(facecolor=_hex(color), edgecolor="#888888", label=name) for name, color in legend]

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 
 from unet_ray.archives.listing import list_archives
+from unet_ray.archives.reading import read_frames
 
 
 def tar_of(*names: str, content: bytes = b"x" * 700) -> bytes:
@@ -37,9 +38,63 @@ def test_a_tar_with_a_lost_header_is_not_taken_for_a_shorter_one(tmp_path):
     assert problem == f"goes on behind its end at byte {second:,}: a header is lost, or several tars were put together"
 
 
-def test_several_tars_in_one_file_are_not_taken_for_the_first(tmp_path):
-    names, problems = listed(tmp_path / "two.tar", tar_of("0.png") + tar_of("1.png"))
-    assert names == ["two.tar!0.png"] and len(problems) == 1 and "several tars were put together" in problems[0]
+@pytest.mark.parametrize("padding", [0, 512, 100 * 512, 9 * 2**20])
+def test_several_tars_in_one_file_are_all_read(padding, tmp_path):
+    names, problems = listed(tmp_path / "two.tar", tar_of("0.png") + bytes(padding) + tar_of("1.png", "2.png"))
+    assert names == [f"two.tar!{index}.png" for index in range(3)] and problems == []
+    contents = [tar_of("0.png", content=b"a"), tar_of("1.png", content=b"b" * 600), tar_of("2.png", content=b"c")]
+    (tmp_path / "three.tar").write_bytes(bytes(padding).join(contents))
+    assert list(read_frames(list_archives([str(tmp_path / "three.tar")]).table)) == [b"a", b"b" * 600, b"c"]
+
+
+@pytest.mark.parametrize("behind", [b"x", b"\0" * 511 + b"x" + b"\0" * 511, b"x" * 512])
+def test_what_is_no_header_behind_padding_is_no_padding(behind, tmp_path):
+    names, problems = listed(tmp_path / "odd.tar", tar_of("0.png") + bytes(3 * 2**20) + behind)
+    assert names == ["odd.tar!0.png"] and len(problems) == 1 and "a header is lost" in problems[0]
+
+
+def test_links_of_a_tar(tmp_path):
+    """As a folder that was unpacked from it has them: those with the name of a frame are frames."""
+    links = [
+        ("d/2.png", tarfile.LNKTYPE, "d/1.png"),
+        ("d/3.png", tarfile.LNKTYPE, "./d//1.png"),
+        ("e/4.png", tarfile.SYMTYPE, "../d/1.png"),
+        ("e/5.png", tarfile.SYMTYPE, "4.png"),
+        ("e/6.png", tarfile.LNKTYPE, "blobs/abc"),
+        ("latest", tarfile.SYMTYPE, "d"),
+        ("notes", tarfile.LNKTYPE, "d/1.png"),
+        ("out.png", tarfile.SYMTYPE, "/etc/passwd"),
+        ("up.png", tarfile.SYMTYPE, "../../d/1.png"),
+        ("gone.png", tarfile.LNKTYPE, "d/none.png"),
+        ("loop.png", tarfile.SYMTYPE, "loop.png"),
+    ]
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for name, content in (("blobs/abc", b"blob"), ("d/1.png", b"one")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    listing = list_archives([str(tmp_path / "links.tar")])
+    contents = dict(zip(listing.table["frame_id"].to_pylist(), read_frames(listing.table), strict=True))
+    assert contents == {
+        f"links.tar!{name}": b"one" for name in ("d/1.png", "d/2.png", "d/3.png", "e/4.png", "e/5.png")
+    } | {"links.tar!e/6.png": b"blob"}
+    assert listing.ignored == {"link": 2, "no extension": 1}
+    assert [(uri.rpartition("!")[2], why) for uri, why in listing.unlistable] == [
+        (name, "a link, device or sparse file") for name in ("out.png", "up.png", "gone.png", "loop.png")
+    ]
+
+
+def test_members_that_are_no_frames_are_counted_whatever_they_are_called(tmp_path):
+    names, problems = listed(
+        tmp_path / "odd.tar", tar_of("../x.txt", "/y.json", "caf\udce9.txt", "0.png", "a." + "b" * 99)
+    )
+    assert names == ["odd.tar!0.png"] and problems == []
+    ignored = list_archives([str(tmp_path / "odd.tar")]).ignored
+    assert ignored == {".json": 1, ".txt": 2, "other extensions": 1}
 
 
 def test_padding_of_any_length_is_no_trouble(tmp_path):

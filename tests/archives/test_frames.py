@@ -322,7 +322,8 @@ def test_a_frame_is_missing_only_where_its_archive_is_seen(roots, gone, unseen, 
 
 def planned(roots: list[str], out: Path) -> pa.Table:
     """The rows as a worker reads them: from the manifest."""
-    plan = plans.plan(str(out), list_archives(roots), labelled.LINEAGE, labelled.CUTTING, config_yaml="")
+    listing = list_archives(roots, allow_uris=[str(out.parent)])
+    plan = plans.plan(str(out), listing, labelled.LINEAGE, labelled.CUTTING, config_yaml="")
     return pa.concat_tables([manifest.read_rows(chunk) for chunk in plan.chunks])
 
 
@@ -475,7 +476,8 @@ def test_images_in_parquet_are_listed_by_row_or_path_and_read_by_row_group(tmp_p
     pq.write_table(pa.table({"x": range(23), "frame": hugging_face}), tmp_path / "b.parquet", row_group_size=7)
     pq.write_table(pa.table({"mask": pa.array(images)}), tmp_path / "c.parquet")
     listing = list_archives([str(tmp_path)])
-    assert listing.ignored == {".parquet without images": 1}
+    kind = ".parquet with no column 'image' of encoded images (--image-column may be mask)"
+    assert listing.ignored == {kind: 1}
     assert listing.table["frame_id"].to_pylist() == [f"a.parquet!{n:06d}" for n in range(23)] + [
         f"b.parquet!cam0/{n}.png" for n in range(23)
     ]
@@ -491,12 +493,17 @@ def test_rows_without_an_image_and_paths_that_repeat(tmp_path):
     pq.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
     table = list_archives([str(tmp_path / "a.parquet")]).table
     assert table["frame_id"].to_pylist() == ["a.parquet!000000", "a.parquet!000001"]
-    assert list(read_frames(table)) == [b"one", b""]
+    first, second = read_frames(table)
+    assert first == b"one" and (second.reason, second.error) == (
+        "not_an_image",
+        "row 1 has no bytes in the column 'image.bytes': the images lie elsewhere; give their folder, or write their "
+        "bytes into the column",
+    )
 
 
 def test_a_parquet_file_of_neither_kind_or_none_at_all(tmp_path):
     pq.write_table(pa.table({"x": [1], "y": [2]}), tmp_path / "a.parquet")
-    message = "neither a column 'image' of encoded images nor a column 'uri'; its columns are x, y"
+    message = "a.parquet has no column 'image' of encoded images, and no column 'uri'; its columns are x, y"
     with pytest.raises(ValueError, match=message):
         list_archives([str(tmp_path / "a.parquet")])
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is none PAR1")

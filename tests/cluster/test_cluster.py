@@ -12,9 +12,10 @@ import yaml
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.experimental.internal_kv import _internal_kv_get
 from ray_nodes import RayNodes
+from s3_server import KEY_ID, SECRET
 
 from unet_ray import cli
-from unet_ray.cluster import connection, resources
+from unet_ray.cluster import autoscaler, connection, probes, resources
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -36,6 +37,15 @@ def test_the_device_is_what_there_is_and_a_missing_gpu_is_said(local, capsys):
     assert str(caught.value) == (
         "--device is gpu and this machine has no GPU; use --device cpu, or auto to take what there is"
     )
+
+
+def test_auto_asks_for_nothing_where_no_autoscaler_adds_nodes(local, monkeypatch, capsys):
+    """Neither on this machine alone nor on nodes that were started by hand."""
+    assert not autoscaler.adds_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    before = requested()
+    assert not autoscaler.adds_nodes() and resources.resolve_device("auto") == "cpu"
+    assert requested() == before and capsys.readouterr().out == "device: cpu (auto)\n"
 
 
 def test_more_than_this_machine_has_is_refused_at_once(local):
@@ -82,7 +92,7 @@ from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.autoscaler.sdk import request_resources
 from ray.experimental.internal_kv import _internal_kv_get
 from unet_ray.chaos.trials import wait_until
-from unet_ray.cluster import connection, resources
+from unet_ray.cluster import autoscaler, connection, resources
 
 def requested():
     return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "null")
@@ -152,6 +162,36 @@ def test_the_cluster_of_ray_address_is_joined(local):
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
+TOPICS = [
+    *("versions", "devices", "capability", "bfloat16", "XLA", "NCCL", "ONNX", "memory", "threads", "storage"),
+    "authentication",
+]
+
+
+def findings_of(lines: list[str]) -> list[tuple[str, str, str]]:
+    """Verdict, topic and text of a node's lines."""
+    return [(verdict, topic, text) for verdict, topic, text in (line.split(maxsplit=2) for line in lines)]
+
+
+def test_the_doctor_says_line_by_line_what_this_machine_can_do(local, tmp_path, capsys):
+    (tmp_path / "1.png").write_bytes(b"frame")
+    assert cli.main(["doctor", "--outputs", str(tmp_path), "--storage-retry-s", "60"]) == 0
+    node, *lines, last = capsys.readouterr().out.splitlines()
+    (there,) = ray.nodes()
+    assert node == f"node {there['NodeManagerAddress']} ({there['NodeManagerHostname']}, the head):"
+    findings = findings_of(lines)
+    assert [topic for _, topic, _ in findings] == TOPICS
+    text = {topic: text for _, topic, text in findings}
+    assert f"ray {ray.__version__}" in text["versions"]
+    n_cpus = int(ray.cluster_resources()["CPU"])
+    assert text["devices"] == f"Ray reserves {n_cpus} CPU{'s' * (n_cpus != 1)}, 0 GPUs; TensorFlow sees 0 GPUs"
+    assert text["XLA"].startswith("compiles on the CPU (") and text["NCCL"] == "no GPU, so not needed"
+    assert text["storage"] == f"{tmp_path}: list, read, write, delete, put if absent"
+    assert text["authentication"] == "on: Ray refuses who has no token"
+    assert [file.name for file in tmp_path.iterdir()] == ["1.png"]
+    assert last == "nothing is in the way of a job"
+
+
 def test_what_is_said_while_ray_starts_comes_through_but_for_its_notice(capfd):
     with pytest.raises(OSError, match="full"), connection._without_notice():
         os.write(2, b"logging.cc: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n")
@@ -167,6 +207,69 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"^RAY_ADDRESS is 127\.0\.0\.1:1; no cluster lets us in there: ") as caught:
         connection.connect()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.5:8265", "ray://10.0.0.5:10001", "10.0.0.5", ":6379", "head"])
+def test_an_address_of_another_kind_is_refused(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    ray.shutdown()
+    with pytest.raises(ValueError) as caught:
+        connection.connect()
+    assert str(caught.value) == (
+        f"RAY_ADDRESS is {address}; give host:port of the cluster's head, such as 10.0.0.5:6379, or auto (http://… is "
+        "its dashboard, which `ray job submit` takes)"
+    )
+
+
+@pytest.mark.slow
+def test_the_doctor_looks_at_a_machine_on_which_no_ray_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    ray.shutdown()
+    assert cli.main(["doctor", "--inputs", str(tmp_path / "none")]) == 1
+    node, ray_line, *lines, last = capsys.readouterr().out.splitlines()
+    assert node == "this machine, without Ray:" and last == "will not work on: this machine, without Ray"
+    assert ray_line.startswith("FAIL  Ray             RAY_ADDRESS is 127.0.0.1:1; no cluster lets us in there: ")
+    assert ray_line.endswith(" -> start it with `ray start --head`, or unset RAY_ADDRESS to use this machine alone")
+    verdicts = {topic: verdict for verdict, topic, _ in findings_of(lines)}
+    assert list(verdicts) == TOPICS and verdicts["storage"] == "FAIL" and verdicts["XLA"] == "ok"
+
+
+@pytest.mark.slow
+def test_the_doctor_asks_every_node_of_a_cluster_and_names_the_gpus_that_tensorflow_does_not_see(tmp_path):
+    """The GPUs are Ray's alone; the store is one that no node reaches."""
+    program = "from unet_ray import cli; raise SystemExit(cli.main())"
+    store = ["--storage-options", '{"endpoint_url": "http://127.0.0.1:9"}', "--storage-retry-s", "0"]
+    with RayNodes(settings={"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET}) as nodes:
+        nodes.add("--num-gpus=2")
+        done = subprocess.run(
+            [sys.executable, "-c", program, "doctor", "--inputs", "s3://drives", *store, "--outputs", str(tmp_path)],
+            env={**nodes.environment, "RAY_ADDRESS": nodes.address},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+    assert (done.returncode, done.stderr) == (1, ""), done
+    joined, *lines, last = done.stdout.splitlines()
+    assert joined == f"Ray {ray.__version__} at {nodes.address}, nodes: 2: 1 CPU, 2 GPUs"
+    n_lines = len(TOPICS) + 1  # storage has two
+    starts = (1, n_lines + 2)
+    names = [lines[start - 1] for start in starts]
+    of_nodes = {name: findings_of(lines[start : start + n_lines]) for name, start in zip(names, starts, strict=True)}
+    (head,) = (name for name in names if name.endswith(", the head):"))
+    assert last.startswith("will not work on: node ") and SECRET not in done.stdout and KEY_ID not in done.stdout
+    for name, findings in of_nodes.items():
+        assert [topic for _, topic, _ in findings] == [*TOPICS[:-1], *TOPICS[-2:]]
+        by_topic = {topic: (verdict, text) for verdict, topic, text in findings}
+        n_gpus = 0 if name == head else 2
+        devices = f"Ray reserves {1 if n_gpus else 0} CPU{'s' * (not n_gpus)}, {n_gpus} GPUs; TensorFlow sees 0 GPUs"
+        refused = ("FAIL", f"{devices}, the kernel 0 NVIDIA cards -> {probes.INSTALL_GPU}")
+        assert by_topic["devices"] == (refused if n_gpus else ("ok", devices))
+        assert by_topic["XLA"][0] == "ok" and by_topic["authentication"][1] == "on: Ray refuses who has no token"
+        unreached, written = (text for _, topic, text in findings if topic == "storage")
+        assert unreached.startswith("s3://drives: cannot list: ") and " -> check from this node: " in unreached
+        assert "http://127.0.0.1:9/" in unreached, "options of the command reach the nodes"
+        assert written == f"{tmp_path}: list, write, delete, put if absent"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_ray_that_does_not_start_is_one_line(tmp_path):
@@ -201,9 +304,16 @@ def test_the_cluster_file_is_valid_by_rays_own_loader_and_schema():
     )
     assert len(starts) == 2 and all(setting in line for line in starts for setting in settings)
     assert "--dashboard-host=127.0.0.1" in starts[0]
+    profiles = {
+        name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in config["available_node_types"].items()
+    }
+    assert profiles == {"head": "unet-ray-head", "gpu_worker": "unet-ray-node", "cpu_worker": "unet-ray-node"}
     markets = [kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") for kind in workers.values()]
     assert set(markets) == {"spot"}
     assert any("pip install" in line and "unet" in line for line in config["setup_commands"]), config["setup_commands"]
+    # Ray's own line for the head takes the newest boto3, which replaces the botocore that s3fs wants.
+    assert [line for line in config["head_setup_commands"] if "boto3" in line] == config["head_setup_commands"][-1:]
+    assert "boto3<=$(" in config["head_setup_commands"][-1]
 
 
 def test_a_cluster_without_authentication_is_warned_of_in_one_line():
@@ -215,24 +325,10 @@ def test_a_cluster_without_authentication_is_warned_of_in_one_line():
             text=True,
             timeout=300,
         )
+        look = probes.look_at_authentication(nodes.address)
+    assert look.text == "off: whoever reaches the cluster can run code on it"
+    assert look.remedy == "start it with RAY_AUTH_MODE=token"
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert done.returncode == 0 and warnings == [
         "warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token"
     ], done
-
-
-def test_the_kubernetes_job_gives_options_that_the_job_takes():
-    jobs = Path(__file__).parents[2] / "jobs"
-    document = yaml.safe_load((jobs / "rayjob.yaml").read_text())
-    python, script, *arguments = document["spec"]["entrypoint"].split()
-    assert python == "python" and (jobs / Path(script).name).is_file()
-    assert cli.parse("segment", arguments).out == "s3://bucket/labels"
-    groups = [
-        document["spec"]["rayClusterSpec"]["headGroupSpec"],
-        *document["spec"]["rayClusterSpec"]["workerGroupSpecs"],
-    ]
-    images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
-    assert len(images) == 1 and f"-t {images.pop()} " in (jobs / "Dockerfile").read_text()
-    version = document["spec"]["rayClusterSpec"]["rayVersion"]
-    assert version.split(".")[:2] == ray.__version__.split(".")[:2]
-    assert f"rayproject/ray:{version}-" in (jobs / "Dockerfile").read_text()

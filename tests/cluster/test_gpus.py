@@ -5,13 +5,14 @@ All computes on CPUs: the one look at what TensorFlow sees is replaced in the pr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import json
 import os
 import shutil
 import socket
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,15 @@ from unet_ray.chaos import faults
 from unet_ray.chaos.trials import wait_until
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster import connection as cluster
-from unet_ray.errors import JobFailed
+from unet_ray.cluster import gpus
+from unet_ray.errors import JobFailed, TryAgain
+from unet_ray.labelling import job as labelling_job
 from unet_ray.labelling import work as labelling
 from unet_ray.labelling.stages import ChunkOutcome
-from unet_ray.model import devices
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import write_bundle
-from unet_ray.model.unet import weight_shapes
-from unet_ray.output import verify
+from unet_ray.model.weights import weight_shapes
+from unet_ray.output import plans, verify
 from unet_ray.progress import Progress
 
 pytestmark = pytest.mark.timeout(300)
@@ -45,30 +47,47 @@ REFUSED = (
     "there (pip install 'unet-ray[gpu]', which is tensorflow[and-cuda]) and an NVIDIA driver, or give --device cpu"
 )
 SEES_NONE = "TensorFlow sees none there"
-NO_NVIDIA_SMI = "there is no nvidia-smi there, which --precision auto asks (other values do not)"
+UNKNOWN = "TensorFlow does not know its compute capability, which --precision auto asks"
 
 # Python runs this in every process that Ray starts. Each look leaves a line; the first so many, as the file `sees`
-# says, see a GPU.
+# says, see the GPUs that Ray gave. Model actors wait until `together` of them have looked. The file `knows` has the
+# compute capability of each GPU of the machine. Where there is a file `aborts`, so does what tries XLA.
 LOOK = """
-import os
+import json, os, sys, time
 folder = os.path.dirname(__file__)
+def read(name):
+    with open(os.path.join(folder, name)) as file:
+        return file.read()
 def faked(look):
     def look_or_fake():
-        with open(os.path.join(folder, "looks"), "a+") as looks:
-            looks.write(f"{os.getpid()}\\n")
-            looks.seek(0)
-            n_looks = len(looks.readlines())
-        with open(os.path.join(folder, "sees")) as sees:
-            return ["GPU:0"] if n_looks <= int(sees.read()) else look()
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        with open("/proc/self/cmdline") as title, open(os.path.join(folder, "looks"), "a") as looks:
+            looks.write(json.dumps([title.read(), gpus]) + "\\n")
+        n_looks = len(read("looks").splitlines())
+        end_s = time.monotonic() + 100
+        while read("/proc/self/cmdline").startswith("ray::MapWorker") and time.monotonic() < end_s:
+            if read("looks").count("ray::MapWorker") >= int(read("together")):
+                break
+            time.sleep(0.05)
+        return [f"GPU:{gpu}" for gpu in gpus.split(",")] if n_looks <= int(read("sees")) else look()
     return look_or_fake
+def details(name):
+    capability = json.loads(read("knows"))[int(name.rpartition(":")[2])]
+    return {"compute_capability": tuple(capability)} if capability else {}
 try:
     from unet_ray.model import devices
 except ImportError:
     devices = None
 if devices:
     devices.visible_gpus = faked(devices.visible_gpus)
+    devices.gpu_details = details
+    if "unet_ray.model.xla_check" in sys.orig_argv and os.path.exists(os.path.join(folder, "aborts")):
+        devices.configure_tensorflow = lambda *arguments, **options: os.abort()
 """
 ALWAYS = 10**6
+KIND = {"accelerator_type:L4": 2}
+"""As Ray notes it of a node with such GPUs."""
+HOPPER, TURING = (9, 0), (7, 5)
 
 
 class Looks:
@@ -78,35 +97,47 @@ class Looks:
         self._folder = folder
         (folder / "sitecustomize.py").write_text(LOOK)
 
-    def see(self, n_looks: int) -> None:
-        """From now on so many looks see a GPU, and those after them what there is: none.
+    def see(
+        self, n_looks: int, knows: Sequence[tuple[int, int] | None] = (HOPPER, HOPPER), *, together: int = 0
+    ) -> None:
+        """From now on so many looks see a GPU, and those after them what there is: none. The first model actors go on
+        when there are so many `together`.
 
         First the model actors of an earlier job must have ended, which may still look.
         """
         assert wait_until(lambda: not faults.titled_below(os.getpid(), "ray::MapWorker"), timeout_s=60)
         (self._folder / "looks").write_text("")
         (self._folder / "sees").write_text(str(n_looks))
+        (self._folder / "together").write_text(str(together))
+        (self._folder / "knows").write_text(json.dumps(knows))
+
+    @contextlib.contextmanager
+    def aborting_xla(self) -> Iterator[None]:
+        """Meanwhile a process that tries XLA ends by SIGABRT."""
+        (self._folder / "aborts").write_text("")
+        yield
+        (self._folder / "aborts").unlink()
 
     def count(self) -> int:
-        return len((self._folder / "looks").read_text().splitlines())
+        return len(self._lines())
 
+    def of_actors(self) -> list[str]:
+        """The GPUs that each model actor was given."""
+        return sorted(gpus for title, gpus in self._lines() if title.startswith("ray::MapWorker"))
 
-def _commands(folder: Path) -> Path:
-    """A folder with all that Ray's processes need of this machine's commands (Ray 2.60)."""
-    (folder / "bash").symlink_to(shutil.which("bash"))
-    return folder
+    def _lines(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self._folder / "looks").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def looks(tmp_path_factory: pytest.TempPathFactory):
-    """A cluster of this machine that has two GPUs and no `nvidia-smi`, as Ray is told."""
+    """A cluster of this machine that has two GPUs, as Ray is told."""
     folder = tmp_path_factory.mktemp("look")
     looks = Looks(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
-        patch.setenv("PATH", f"{_commands(tmp_path_factory.mktemp('bin'))}{os.pathsep}{Path(sys.executable).parent}")
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setattr(ray, "init", functools.partial(ray.init, num_cpus=4, num_gpus=2))
+        patch.setattr(ray, "init", functools.partial(ray.init, num_cpus=4, num_gpus=2, resources=KIND))
         cluster.connect()
         yield looks
         ray.shutdown()
@@ -124,7 +155,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         ),
         ignore=tuple(PAIR_CLASSES["ignore"]),
     )
-    config = ModelConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.0)
+    config = UnetConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.0)
     weights = {name: random.normal(0, 0.5, shape).astype(np.float32) for name, shape in weight_shapes(config).items()}
     write_bundle(uri, weights, config, class_set, {})
     return uri
@@ -169,16 +200,26 @@ def rows_of(out: Path) -> list[dict]:
     return pa.concat_tables(pq.read_table(file) for file in sorted((out / "frames").glob("*.parquet"))).to_pylist()
 
 
-def test_what_is_labelled_on_gpus_is_what_cpus_label(looks: Looks, command, tmp_path: Path, capfd) -> None:
-    looks.see(ALWAYS)
+OTHER_DEVICE = (
+    "warning: the labels so far come from another device or other versions: device was gpu and is cpu; between the "
+    "two, a mask may differ in a few pixels"
+)
+
+
+def test_what_is_labelled_on_gpus_is_what_cpus_label_and_they_say_that_they_go_on(
+    looks: Looks, command, frames: Path, tmp_path: Path, capfd
+) -> None:
+    looks.see(ALWAYS, together=2)
     for device in ("gpu", "cpu"):
         out = ["--out", str(tmp_path / device), "--device", device, "--precision", "float32"]
         assert cli.main([*command["segment"], *out]) == 0, capfd.readouterr().err
         output = capfd.readouterr().out
         assert f"device: {device}\n" in output and "11 frames: 11 labelled, 0 rejected\n" in output
         assert f"; {'2 model actors' if device == 'gpu' else '1 model actor'} x " in output
-        assert looks.count() == 2, "each actor on a GPU looks once, and none on a CPU"
+        assert looks.of_actors() == ["0", "1"], "each actor on a GPU looks once, and none on a CPU"
         assert verify.verify(str(tmp_path / device)) == []
+        recorded = plans.read_run(str(tmp_path / device))["recorded"]
+        assert (recorded["device"], recorded.get("gpus")) == (device, "L4" if device == "gpu" else None)
     seen = set()
     for row, other in zip(rows_of(tmp_path / "gpu"), rows_of(tmp_path / "cpu"), strict=True):
         mask, expected = images.decode_mask(row["mask"]), images.decode_mask(other["mask"])
@@ -192,23 +233,63 @@ def test_what_is_labelled_on_gpus_is_what_cpus_label(looks: Looks, command, tmp_
         assert [row[name] for name in same] == [other[name] for name in same] and row["status"] == "ok"
         seen |= set(np.unique(mask))
     assert seen == {0, 1, 2}
+    log = shutil.copytree(frames, tmp_path / "log", copy_function=shutil.copy2)
+    shutil.copytree(log / "a", log / "c")
+    grown = [str(log) if argument == str(frames) else argument for argument in command["segment"]]
+    assert cli.main([*grown, "--out", str(tmp_path / "gpu"), "--device", "cpu"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    (warning,) = (index for index, line in enumerate(lines) if line.startswith("warning: "))
+    assert lines[warning] == OTHER_DEVICE and lines[warning + 1].startswith("16 frames in 9 chunks, 5 in 3 to do; ")
+    assert verify.verify(str(tmp_path / "gpu")) == []
+
+
+@pytest.mark.parametrize(
+    "workers", ["2", pytest.param("1", marks=pytest.mark.slow), pytest.param("1:2", marks=pytest.mark.slow)]
+)
+def test_a_training_and_an_evaluation_reserve_gpus(looks: Looks, command, workers: str, tmp_path: Path, capfd) -> None:
+    looks.see(ALWAYS)
+    each = ["--device", "gpu", "--precision", "float32"]
+    same = ["--dropout", "0", "--precision", "float32"]  # two workers would drop other pixels than one
+    assert cli.main([*command["train"], *same, "--device", "gpu", "--workers", workers]) == 0, capfd.readouterr().err
+    output = capfd.readouterr().out
+    amount = {"1": "1 worker x 4", "2": "2 workers x 2", "1:2": "1 to 2 workers x 2"}[workers]
+    assert f"{amount} CPUs and a GPU; " in output and "epoch 2/2" in output
+    assert cli.main([*command["train"], *same, "--device", "cpu", "--out", f"{tmp_path}/cpu"]) == 0
+    on_gpus, on_cpu = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("run", "cpu"))
+    assert on_gpus["loss"] == pytest.approx(on_cpu["loss"], rel=1e-3)
+    capfd.readouterr()
+    assert cli.main([*command["evaluate"], *each, "--model", f"{tmp_path}/run"]) == 0, capfd.readouterr().err
+    assert json.loads((tmp_path / "measured/metrics.json").read_text())["val/mean_iou"] > 0
+
+
+def test_a_training_that_wants_more_gpus_than_there_are_says_so(looks: Looks, command, capfd) -> None:
+    looks.see(ALWAYS)
+    options = ["--device", "gpu", "--workers", "3", "--cpus-per-worker", "1", "--wait-for-resources-s", "0"]
+    assert cli.main([*command["train"], *options]) == 2
+    assert capfd.readouterr().err == (
+        "unet-ray: error: 3 training workers want 3 CPUs, 3 GPUs (1 CPU, 1 GPU each); the cluster has 4 CPUs, 2 GPUs; "
+        "ask for fewer, or add nodes\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("job", "n_looks"),
     [
         *(("segment", 0), ("train", 0)),
-        *(pytest.param(job, n, marks=pytest.mark.slow) for job, n in (("train", 1), ("evaluate", 0), ("evaluate", 1))),
+        *(
+            pytest.param(job, n_looks, marks=pytest.mark.slow)
+            for job, n_looks in (("segment", 3), ("train", 3), ("evaluate", 0), ("evaluate", 1))
+        ),
     ],
 )
 def test_a_gpu_that_tensorflow_does_not_see_ends_the_job_at_once(
     looks: Looks, command, job: str, n_looks: int, tmp_path: Path, capfd
 ) -> None:
-    """Training and evaluation look before they read anything; where that node sees one, another may not."""
+    """All look before they read anything; where that node sees one, another may not."""
     looks.see(n_looks)
     assert cli.main([*command[job], "--device", "gpu", "--precision", "float32"]) == 1
     captured = capfd.readouterr()
-    hint = "; then the same command goes on" if job == "segment" else ""
+    hint = "; then the same command goes on" if job == "segment" and n_looks else ""
     assert captured.err == REFUSED.format(SEES_NONE) + hint + "\n"
     assert "Traceback" not in captured.out
     for second_try in ("once more", "a worker was lost", "the group has started again"):
@@ -216,7 +297,7 @@ def test_a_gpu_that_tensorflow_does_not_see_ends_the_job_at_once(
     if job == "segment":
         assert not list((tmp_path / "labels").rglob("part*")) and not (tmp_path / "labels/frames").exists()
     else:
-        assert looks.count() == n_looks + 1
+        assert looks.count() in (n_looks + 1, n_looks + 2)  # a trial of XLA, before workers start, looks too
     assert job != "train" or (" steps of 4 " in captured.out) == bool(n_looks)
 
 
@@ -238,35 +319,124 @@ def test_the_first_outcome_that_tells_of_such_a_gpu_ends_the_labelling() -> None
 
 
 @pytest.mark.parametrize("job", ["segment", "train"])
-def test_precision_auto_where_no_nvidia_smi_is_ends_the_job_at_once(looks: Looks, command, job: str, capfd) -> None:
-    looks.see(ALWAYS)
+def test_precision_auto_on_a_gpu_that_does_not_tell_ends_the_job_at_once(
+    looks: Looks, command, job: str, capfd
+) -> None:
+    looks.see(ALWAYS, [HOPPER, None] if job == "segment" else [None, None])
     assert cli.main([*command[job], "--device", "gpu", "--precision", "auto"]) == 1
     captured = capfd.readouterr()
-    assert captured.err == REFUSED.format(NO_NVIDIA_SMI) + "\n"
+    assert captured.err == REFUSED.format(UNKNOWN) + "\n"
     assert "Traceback" not in captured.out and " steps of " not in captured.out and " to do; " not in captured.out
 
 
-@pytest.mark.parametrize(
-    ("script", "problem"),
-    [
-        (
-            "exit 9",
-            "nvidia-smi does not answer --precision auto there (Command '['nvidia-smi', '--query-gpu=compute_cap'",
-        ),
-        (
-            "echo '[N/A]'",
-            "nvidia-smi does not answer --precision auto there (could not convert string to float: '[N/A]')",
-        ),
-        ("exit 0", "nvidia-smi, which --precision auto asks, lists none there"),
-        (None, NO_NVIDIA_SMI),
-    ],
-)
-def test_an_nvidia_smi_that_does_not_tell_is_no_answer(script, problem, tmp_path, monkeypatch) -> None:
-    if script:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(devices.UnusableGpu) as caught:
-        devices.has_bfloat16("gpu")
-    start, _, rest = REFUSED.removeprefix("unet-ray: error: ").partition("{}")
-    assert str(caught.value).startswith(start + problem) and str(caught.value).endswith(rest)
+@pytest.mark.parametrize(("knows", "expected"), [((HOPPER, HOPPER), True), ((HOPPER, TURING), False)])
+def test_precision_auto_is_what_all_gpus_of_a_node_have(looks: Looks, knows, expected: bool) -> None:
+    looks.see(ALWAYS, knows)
+    assert gpus.all_have_bfloat16(1.0, 1.0) is expected
+
+
+def hold(n_gpus: int) -> Callable[[], None]:
+    """Other work takes so many GPUs; what is returned makes it give them back."""
+
+    class Holder:  # here, as Ray's processes do not know this file
+        def ready(self) -> None:
+            pass
+
+    holder = ray.remote(num_cpus=0, num_gpus=n_gpus)(Holder).remote()
+    ray.get(holder.ready.remote())
+    return functools.partial(ray.kill, holder)
+
+
+def test_gpus_that_are_free_are_asked_and_those_in_use_are_waited_for(looks: Looks, monkeypatch) -> None:
+    monkeypatch.setattr(gpus, "WHOLE_NODE_S", 100.0)
+    node = ray.get_runtime_context().get_node_id()
+    given = lambda: os.environ["CUDA_VISIBLE_DEVICES"]  # noqa: E731
+    assert {key: sorted(value.split(",")) for key, value in gpus.ask_gpus(given, 1.0, 0.0).items()} == {
+        node: ["0", "1"]
+    }
+    monkeypatch.setattr(gpus, "WHOLE_NODE_S", 0.5)
+    give_back_one = hold(1)
+    assert gpus.ask_gpus(given, 0.5, 60.0)[node] in ("0", "1")
+    give_back_other = hold(1)
+    with pytest.raises(TryAgain, match="^no GPU was free for 0.1 s "):
+        gpus.ask_gpus(given, 0.5, 0.1)
+    monkeypatch.setattr(gpus, "say", lambda line: give_back_one())  # when it says that it waits
+    assert gpus.ask_gpus(given, 0.5, 60.0)[node] in ("0", "1")
+    give_back_other()
+
+
+@pytest.mark.parametrize("job", ["segment", "evaluate", "train"])
+def test_a_job_for_which_no_gpu_is_left_says_so_and_may_be_tried_again(
+    looks: Looks, command, job: str, monkeypatch, capfd
+) -> None:
+    looks.see(ALWAYS)
+    monkeypatch.setattr(gpus, "WHOLE_NODE_S", 0.1)
+    give_back = hold(2)
+    options = ["--device", "gpu", "--precision", "float32", "--wait-for-resources-s", "0.2"]
+    assert cli.main([*command[job], *options]) == 75
+    give_back()
+    captured = capfd.readouterr()
+    assert "no GPU of 1 node is free yet; waiting up to 0.2 s for one\n" in captured.out
+    assert captured.err == (
+        "unet-ray: error: no GPU was free for 0.2 s (--wait-for-resources-s): other work on this cluster has them; the "
+        "same command goes on where this one stopped\n"
+    )
+
+
+@pytest.mark.slow
+def test_what_is_measured_on_a_gpu_is_what_a_cpu_measures(looks: Looks, command, tmp_path, monkeypatch, capfd) -> None:
+    looks.see(ALWAYS)
+    monkeypatch.setattr(gpus, "WHOLE_NODE_S", 0.5)
+    results = {}
+    give_back = hold(1)  # the other one is left
+    for device in ("gpu", "cpu"):
+        options = ["--device", device, "--precision", "float32"]
+        assert cli.main([*command["evaluate"], *options]) == 0, capfd.readouterr().err
+        assert f"device: {device}\n" in capfd.readouterr().out
+        results[device] = json.loads((tmp_path / "measured/metrics.json").read_text())
+    give_back()
+    exact = [name for name, value in results["cpu"].items() if not isinstance(value, float)]
+    assert [results["gpu"].pop(name) for name in exact] == [results["cpu"].pop(name) for name in exact]
+    assert {"val/mean_iou", "val/expected_calibration_error/after"} <= results["cpu"].keys()
+    assert results["gpu"] == pytest.approx(results["cpu"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_actors_share_gpus_and_leave_none_idle(looks: Looks, command, capfd) -> None:
+    """Four with half a GPU and less than a CPU each, on two GPUs and four CPUs; of a range, too."""
+    looks.see(ALWAYS, together=4)
+    options = ["--device", "gpu", "--precision", "float32", "--batch-size", "2"]  # a block for each actor
+    assert cli.main([*command["segment"], *options, "--actors-per-gpu", "2", "--actors", "1:9"]) == 0
+    output = capfd.readouterr().out
+    assert "; 4 to 9 model actors x 1 thread, batches of 2, " in output
+    assert "11 frames: 11 labelled, 0 rejected\n" in output
+    assert looks.of_actors() == ["0", "0", "1", "1"]
+
+
+@pytest.mark.slow
+def test_where_xla_aborts_the_job_goes_on_without_it_and_says_so(looks: Looks, command, tmp_path, capfd) -> None:
+    looks.see(ALWAYS)
+    with looks.aborting_xla():
+        assert cli.main([*command["segment"], "--device", "gpu", "--precision", "float32", "--actors", "1"]) == 0
+    output = capfd.readouterr().out
+    assert (
+        f"warning: XLA ended its process by SIGABRT on a GPU of node {socket.gethostname()}; the job goes on without "
+        "XLA, which takes longer, and its labels may differ in a few pixels from those with it\n"
+    ) in output
+    assert "11 frames: 11 labelled, 0 rejected\n" in output
+    assert verify.verify(str(tmp_path / "labels")) == []
+    assert looks.of_actors() in (["0"], ["1"])
+
+
+@pytest.mark.slow
+def test_a_node_that_came_after_the_job_began_and_on_which_xla_aborts_ends_the_job(
+    looks: Looks, command, monkeypatch, capfd
+) -> None:
+    looks.see(ALWAYS)
+    monkeypatch.setattr(labelling_job, "try_xla", lambda share, wait_s: (True, []))  # this node was not there yet
+    with looks.aborting_xla():
+        assert cli.main([*command["segment"], "--device", "gpu", "--precision", "float32", "--actors", "1"]) == 1
+    assert capfd.readouterr().err == (
+        f"unet-ray: error: XLA ended its process by SIGABRT on a GPU of node {socket.gethostname()}, which came after "
+        "this job began; take that node out, or keep it, to go on without XLA; then the same command goes on\n"
+    )

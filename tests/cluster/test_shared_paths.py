@@ -149,10 +149,13 @@ def test_the_machines_share_nothing_but_the_paths_that_are_given(nodes, folders,
 
 
 PRECISION = """
+import os
+import ray
 from unet_ray.cluster import connection as cluster
 from unet_ray.labelling import job as segmentation
 cluster.connect()
 print(segmentation.resolve_precision("auto", "cpu"))
+print(ray.get(ray.remote(lambda: os.environ["CUDA_CACHE_PATH"]).remote()))
 """
 
 
@@ -163,8 +166,9 @@ def test_auto_is_bfloat16_where_every_machine_that_works_has_it(nodes, folders):
     for flags, expected in ((("avx512_bf16", "avx2"), "float32"), (("avx512_bf16", "fpu amx_bf16"), "bfloat16")):
         for processor, of_processor in zip(processors, flags, strict=True):
             processor.write_text(f"flags : {of_processor}\n")
-        done = run(nodes, ["-c", PRECISION])
-        assert done.stdout.splitlines()[-1] == expected, done.stdout + done.stderr
+        done = run(nodes, ["-c", PRECISION], {"CUDA_CACHE_PATH": "/mnt/kernels"})
+        # Where compiled kernels are kept is handed to the other machine's processes, too.
+        assert done.stdout.splitlines()[-2:] == [expected, "/mnt/kernels"], done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unet_ray import images
 from unet_ray.classes import PRESETS
 from unet_ray.config import DemoConfig
 from unet_ray.demo import run as demo
 from unet_ray.demo import synthetic
+from unet_ray.mask_png import encode_mask_png
 
 
 def test_a_folder_that_is_no_demos_is_refused_and_left_alone(tmp_path):
@@ -56,7 +56,7 @@ def test_labels_are_scored_against_the_drives_own_masks(tmp_path):
     masks = [true[0], np.full((32, 48), classes.names.index("sky"), np.uint8)]
     rows = {
         "frame_id": [f"archive.tar!drive00/{index:06d}.png" for index in range(2)],
-        "mask": [images.encode_mask_png(mask, classes.palette_K3) for mask in masks],
+        "mask": [encode_mask_png(mask, classes.palette_K3) for mask in masks],
     }
     (labels / "frames").mkdir(parents=True)
     pq.write_table(pa.table(rows), labels / "frames/part-00000.parquet")

@@ -29,6 +29,19 @@ def test_small_chunks_share_tasks_where_there_are_enough_of_them():
     assert shared([96, 96, 40, 40, 40, 96, 200, 1] * 5)[:6] == [[96], [96], [40, 40], [40], [96], [200]]
 
 
+def test_tasks_that_feed_a_gpu_have_a_batch_of_frames():
+    def shared(sizes, most_frames, batch_frames):
+        chunks = [dataclasses.replace(CHUNK, row_start=index, n_rows=size) for index, size in enumerate(sizes)]
+        blocks = allocation.share_tasks(chunks, most_frames, 4, batch_frames=batch_frames)
+        assert [chunk for block in blocks for chunk in block] == chunks
+        return [sum(chunk.n_rows for chunk in block) for block in blocks]
+
+    assert shared([96] * 10, 256, 256) == [288, 288, 288, 96]
+    assert shared([96] * 10, 192, 32) == [96] * 10  # all four actors get something
+    assert shared([1] * 70, 192, 32) == [32, 32, 6]
+    assert shared([300, 5, 300], 256, 256) == [300, 305]
+
+
 def config(**options) -> SegmentConfig:
     return SegmentConfig(model="m", frames=("f",), out="o", **options)
 
@@ -47,5 +60,16 @@ def test_actors_leave_room_for_the_tasks_that_feed_them():
     assert fits and shares.actors == (2, 2) and shares.threads == 2
     shares, fits = on([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}], "gpu")
     assert fits and (shares.actors, shares.actor_cpus, shares.actor_gpus) == ((1, 1), 1, 1)
+    shares, fits = on([{"CPU": 2.0, "GPU": 1.0}], "gpu", actors_per_gpu=2)
+    assert fits and (shares.actors, shares.actor_gpus, shares.actor_cpus) == ((2, 2), 0.5, 0.47)
+    for per_gpu in range(1, 17):  # shares add up to a whole GPU, and no more
+        shares, fits = on([{"CPU": 32.0, "GPU": 2.0}], "gpu", actors_per_gpu=per_gpu)
+        assert fits and shares.actors == (2 * per_gpu, 2 * per_gpu) and shares.actor_gpus * per_gpu <= 1
+    two_gpus = {"CPU": 16.0, "GPU": 2.0}
+    for actors, expected in {"1": (1, 1), "1:9": (4, 9), "1:3": (3, 3), "6:9": (6, 9)}.items():
+        shares, _ = on([two_gpus], "gpu", actors_per_gpu=2, actors=actors)
+        assert shares.actors == expected
+    assert on([two_gpus], "gpu", actors="1:9")[0].actors == (1, 9)  # Ray gives each a GPU of its own
+    assert on([{"CPU": 8.0}], "gpu", actors_per_gpu=3)[0].actors == (3, 3)  # the GPU is yet to come
     assert not on([{"CPU": 1.0, "GPU": 1.0}], "gpu")[1]  # nothing would decode
     assert on([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}], "gpu")[1]

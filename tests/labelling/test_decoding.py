@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from PIL import Image
 
 from unet_ray import images
+from unet_ray.digests import content_digest
 from unet_ray.labelling import decoding
 from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions
 
@@ -21,8 +23,8 @@ OPTIONS = DecodeOptions(network_size=(6, 10), max_pixels=10_000, timeout_s=20)
 FAULTS = """
 import os, signal, time
 from unet_ray import images
-decode_frame = images.decode_frame
-def faulty(data, **limits):
+read = images.decode_reduced_frame
+def faulty(data, *arguments, **limits):
     with open(os.environ["LOG"], "a") as log:
         log.write(f"{os.getpid()} {data[:5]}\\n")
     if data == b"crash":
@@ -37,9 +39,9 @@ def faulty(data, **limits):
         if not os.path.exists(os.environ["ONCE"]):
             open(os.environ["ONCE"], "w").close()
             os._exit(3)
-        return decode_frame(open(os.environ["GOOD"], "rb").read(), **limits)
-    return decode_frame(data, **limits)
-images.decode_frame = faulty
+        return read(open(os.environ["GOOD"], "rb").read(), *arguments, **limits)
+    return read(data, *arguments, **limits)
+images.decode_reduced_frame = faulty
 """
 
 
@@ -79,17 +81,20 @@ def test_refused_frames_are_results() -> None:
     assert all(frame.image is None and frame.error for frame in frames)
 
 
+def test_the_digest_is_of_the_bytes_that_were_decoded_or_refused() -> None:
+    contents = [png(18, 30), b"text", DecodedFrame(reason="missing", error="gone")]
+    digests = [frame.content_digest for frame in decoding.decode_here(contents, OPTIONS)]
+    assert digests == [xxhash.xxh3_64(png(18, 30)).hexdigest(), xxhash.xxh3_64(b"text").hexdigest(), None]
+    assert xxhash.xxh3_64(b"").hexdigest() == content_digest(b"") == "2d06800538d394c2"  # of XXH3's own test vectors
+
+
 @pytest.mark.timeout(300)
 def test_careful_equals_plain_for_good_and_refused_frames() -> None:
     contents: list[bytes | DecodedFrame] = [png(18, 30), b"text", DecodedFrame(reason="changed"), png(40, 20)]
     plain, careful = (list(way(contents, OPTIONS)) for way in (decoding.decode_here, decoding.decode_carefully))
     for one, other in zip(plain, careful, strict=True):
-        assert (one.reason, one.error, one.height_px, one.width_px) == (
-            other.reason,
-            other.error,
-            other.height_px,
-            other.width_px,
-        )
+        for name in ("reason", "error", "height_px", "width_px", "content_digest"):
+            assert getattr(one, name) == getattr(other, name)
         assert (one.image is None) == (other.image is None)
         if one.image is not None:
             np.testing.assert_array_equal(one.image, other.image)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from PIL import Image
 from unet_ray import cli, images
 from unet_ray.archives.listing import list_archives
 from unet_ray.chaos import faults
-from unet_ray.chaos.trials import wait_until
+from unet_ray.chaos.trials import beside_rejected, wait_until
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.cluster.connection import connect
 from unet_ray.cluster.gauges import Gauges
@@ -37,7 +39,7 @@ from unet_ray.labelling.job import segment
 from unet_ray.labelling.planning import _frame_pixels, say_changes, say_ignored
 from unet_ray.labelling.result import SegmentResult
 from unet_ray.labelling.stages import ChunkOutcome
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
 from unet_ray.output import ledger, manifest, plans, verify
 from unet_ray.progress import Progress
@@ -48,7 +50,7 @@ K = 5
 CLASSES = ClassSet(
     name="five", classes=tuple(SegmentationClass(name=f"c{i}", color=(i, 2 * i, 7), values=(i,)) for i in range(K))
 )
-CONFIG = ModelConfig(image_height_px=24, image_width_px=32, n_classes=K, n_filters=4, depth=2, dropout=0.0)
+CONFIG = UnetConfig(image_height_px=24, image_width_px=32, n_classes=K, n_filters=4, depth=2, dropout=0.0)
 SIZES = ((48, 66), (33, 52), (24, 32))
 
 # Python runs this in every process that Ray starts: a stand-in for a decoder that falls over some frames.
@@ -56,14 +58,15 @@ FAULT = """
 import os, signal, time
 from unet_ray import images
 def faulty(read):
-    def read_faultily(data, **limits):
+    def read_faultily(data, *arguments, **limits):
         if data.startswith(b"segfault"):
             os.kill(os.getpid(), signal.SIGSEGV)
         if data.startswith(b"hang"):
             time.sleep(600)
-        return read(data, **limits)
+        return read(data, *arguments, **limits)
     return read_faultily
-images.decode_frame, images.frame_size = faulty(images.decode_frame), faulty(images.frame_size)
+for name in ("decode_frame", "decode_reduced_frame", "frame_size"):
+    setattr(images, name, faulty(getattr(images, name)))
 """
 
 
@@ -83,7 +86,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random network, written without TensorFlow, so that this process stays a driver's."""
-    from unet_ray.model.unet import weight_shapes
+    from unet_ray.model.weights import weight_shapes
 
     uri = str(tmp_path_factory.mktemp("model"))
     random = np.random.default_rng(5)
@@ -210,6 +213,46 @@ def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     output = capsys.readouterr().out
     assert "18 frames in 5 chunks, 0 in 0 to do" in output
     assert f"check them with: unet-ray verify {labelled}" in output
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_while_the_last_night_is_at_work_leaves_what_one_after_the_other_would(
+    cluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A drive has come meanwhile. The second is a process of its own on the same Ray, and ends first."""
+    connect()
+    one_cpu = {"actors": "1", "cpus_per_actor": 1}
+    log, out = write_archive(tmp_path / "log", {"a": 7}), tmp_path / "overlapping"
+    options = {"chunk_frames": 4, "batch_size": 3, "device": "cpu", "precision": "float32", "out": out, **one_cpu}
+    line = ["segment", "--model", model, "--frames", str(log)]
+    line += [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    second: list[subprocess.CompletedProcess[str]] = []
+
+    def run_wave(job, blocks, *, carefully):
+        outcomes = waves.run_wave(job, blocks, carefully=carefully)
+        yield next(outcomes)
+        if not second:
+            write_archive(log, {"bb": 5})
+            environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+            command = [sys.executable, "-c", "import sys; from unet_ray import cli; sys.exit(cli.main())", *line]
+            second.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250))
+        yield from outcomes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling, "run_wave", run_wave)
+        first = run(model, log, out, **one_cpu)
+    (done,) = second
+    assert done.returncode == 0, done.stderr
+    assert "warning: another job, " in done.stdout and "12 frames: 12 labelled, 0 rejected" in done.stdout
+    assert "another job has added 5 frames to this output" in capsys.readouterr().out
+    assert (first.listed, first.ok, first.rejected) == (12, 12, {})
+    assert verify.verify(str(out)) == []
+    nights = tmp_path / "nights"
+    (log / "bb").rename(tmp_path / "bb")
+    run(model, log, nights, **one_cpu)
+    (tmp_path / "bb").rename(log / "bb")
+    run(model, log, nights, **one_cpu)
+    assert digests(out) == digests(nights)
 
 
 def test_another_option_on_a_finished_output_is_refused(labelled: Path, model: str, archive: Path) -> None:
@@ -342,15 +385,23 @@ def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
     archive = write_archive(tmp_path / "log", {"a": 7, "bb": 11})
     reasons = break_frames(archive)
     options = {"max_frame_megapixels": 0.02}
-    with pytest.raises(JobFailed, match="--max-rejected 0.1 of 18"):
+    with pytest.raises(JobFailed, match="--max-rejected 0.1 of 18") as refused:
         run(model, archive, tmp_path / "out", max_rejected=0.1, **options)
     assert not (tmp_path / "out/frames").exists()
+    with (tmp_path / "out/rejected.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert {row["frame_id"]: row["reason"] for row in listed}.items() <= reasons.items() and len(listed) > 1
+    first = ", ".join(f"{row['frame_id']} ({row['reason']})" for row in listed[:3])
+    assert str(refused.value).endswith(f" again. Rejected: {first}; all in {tmp_path}/out/rejected.csv")
 
     result = run(model, archive, tmp_path / "out", max_rejected=0.5, **options)
-    assert "without a record; once more, each frame in a process of its own" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "without a record; once more, each frame in a process of its own" in output
+    first = ", ".join(f"{frame_id} ({reason})" for frame_id, reason in list(reasons.items())[:3])
+    assert f"\nrejected: {first}; all in {tmp_path}/out/rejected.csv\n" in output
     assert (result.listed, result.ok) == (18, 12)
     assert result.rejected == {"crashed": 1, "not_an_image": 2, "too_large": 1, "truncated": 1, "unsupported": 1}
-    rows, good = rows_of(tmp_path / "out").to_pylist(), rows_of(labelled).to_pylist()
+    rows, good = rows_of(tmp_path / "out").to_pylist(), beside_rejected(rows_of(labelled).to_pylist(), reasons)
     assert {row["frame_id"]: row["reason"] for row in rows if row["status"] == "rejected"} == reasons
     for row, other in zip(rows, good, strict=True):
         assert row["frame_id"] == other["frame_id"]

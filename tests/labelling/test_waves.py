@@ -173,6 +173,19 @@ def test_of_an_error_of_pages_the_beginning_is_said(decoded):
     assert row["_kind"] == "failed" and len(row["_trouble"]) < 400
 
 
+def test_what_a_person_should_know_of_a_labelling_is_said_once(bundle, decoded, tmp_path, capsys):
+    class Noting(Labeler):
+        note = "a batch of 64 frames does not fit"
+
+    table = waves._ModelActor(lambda: Noting(bundle, LABELER), SIZE)(decoded)
+    outcomes = stages.outcomes_of(stages.write_chunks(table, str(tmp_path / "out"), bundle.class_set, "raw", "me"))
+    assert [(outcome.note, outcome.kind) for outcome in outcomes] == [("a batch of 64 frames does not fit", None)]
+    tally = labelling._Tally(9, 0.0)
+    tally.say_notes([*outcomes, *outcomes])
+    tally.say_notes(outcomes)
+    assert capsys.readouterr().out == "warning: a batch of 64 frames does not fit\n"
+
+
 def test_chunks_that_share_a_task_are_written_apart_and_have_their_trouble_together(gone):
     first, second = gone.chunks
     decoded = stages.decode_chunks([first, second], OPTIONS)
@@ -243,5 +256,5 @@ def test_a_network_that_did_not_load_at_first_is_loaded_once_for_all_blocks_of_i
     alone = Labeler(bundle, LABELER)
     expected = pa.concat_tables(stages.label_chunks(block, alone, SIZE) for block in blocks)
     assert labels.schema == expected.schema
-    for name in ("frame_id", "_trouble", "_mask", "_pixels", "_confidence"):
+    for name in ("frame_id", "_trouble", "_mask", "_pixels_<class>", "_confidence"):
         assert labels[name].to_pylist() == expected[name].to_pylist(), name

@@ -18,13 +18,15 @@ from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 
 from unet_ray.classes import ClassSet
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import read_bundle, save_bundle, write_bundle
 from unet_ray.model.export import export_model
-from unet_ray.model.unet import build_unet, named_weights
+from unet_ray.model.unet import build_unet
+from unet_ray.model.weights import named_weights
+from unet_ray.preprocessing import Preprocessing
 from unet_ray.storage import files as storage_files
 
-TINY = ModelConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.3)
+TINY = UnetConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.3)
 CLASSES = ClassSet.from_dict(
     {
         "name": "tiny",
@@ -38,6 +40,8 @@ CLASSES = ClassSet.from_dict(
 )
 METRICS = {"mean_iou": 0.5, "iou/road": 0.75, "iou/sky": None, "absent": ["sky"]}
 FRAMES = np.random.default_rng(7).integers(0, 256, (3, 24, 32, 3), dtype=np.uint8)
+DIGEST_OF_ZEROS = "af3fba90bab4843e271abeac6493ffb34b2bcb0488e7e3270e4971740fc734d5"
+"""Of `TINY` with weights of zeros, as the version before calibration wrote it."""
 RETRY = "; copy the whole folder again, or train again"
 
 
@@ -74,6 +78,30 @@ def resign(folder: Path, change=lambda document: None) -> None:
     (folder / "model.json").write_text(json.dumps(document))
 
 
+def to_format_1(document) -> None:
+    """`model.json` as unet_ray wrote it at first."""
+    height_px, width_px = document.pop("image_size")
+    options = {name: document["network"][name] for name in ("n_filters", "depth", "dropout")}
+    size = {"image_height_px": height_px, "image_width_px": width_px}
+    classes = {"n_classes": len(document["classes"]["classes"])}
+    preprocessing = {
+        "channels": "RGB",
+        "resize": "nearest",
+        "network_input": "uint8, divided by 255 in the network",
+    }
+    document.update(format_version=1, network=options | size | classes, preprocessing=preprocessing)
+
+
+def test_a_folder_of_format_1_keeps_its_digest(folder, model):
+    """The digest was written by the version that wrote the format (weights of zeros, as those of TensorFlow differ)."""
+    zeros = {name: np.zeros_like(tensor) for name, tensor in named_weights(model).items()}
+    write_bundle(str(folder), zeros, TINY, CLASSES, METRICS)
+    resign(folder, to_format_1)
+    bundle = read_bundle(str(folder))
+    assert bundle.model_config == TINY
+    assert bundle.digest == "4dd691eb47661c2d3fe5ae78c8707045a328f1cefeb48140d935d524668a8398"
+
+
 def test_round_trip(folder, model):
     for uri in (folder, folder.parent, f"{folder.parent}/"):
         bundle = read_bundle(str(uri))
@@ -86,8 +114,9 @@ def test_round_trip(folder, model):
 def test_files_are_those_of_the_format(folder, model):
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "model.json", "weights.safetensors"]
     document = json.loads((folder / "model.json").read_text())
-    assert document["format_version"] == 1
-    assert document["network"] == dataclasses.asdict(TINY)
+    assert document["format_version"] == 2
+    options = {"n_filters": 4, "depth": 2, "dropout": 0.3, "norm": "none", "residual": False}
+    assert (document["network"], document["image_size"]) == ({"kind": "unet"} | options, [24, 32])
     assert ClassSet.from_dict(document["classes"]) == CLASSES
     assert {entry["name"]: tuple(entry["shape"]) for entry in document["weights"]} == {
         name: tensor.shape for name, tensor in named_weights(model).items()
@@ -118,6 +147,19 @@ def test_equal_models_have_equal_bytes_and_the_digest_is_of_what_labels_depend_o
         write_bundle(str(again), nudged, TINY, CLASSES, METRICS),
     ]
     assert len({digest, *others}) == 4
+
+
+def test_a_temperature_is_kept_and_changes_the_digest_only_where_there_is_one(tmp_path, model):
+    weights = {name: np.zeros_like(tensor) for name, tensor in named_weights(model).items()}
+    folder = str(tmp_path / "model")
+    without = write_bundle(folder, weights, TINY, CLASSES, METRICS)
+    assert without == DIGEST_OF_ZEROS  # as before there were temperatures
+    assert read_bundle(folder).temperature is None
+    assert "temperature" not in json.loads((tmp_path / "model" / "model.json").read_text())
+    digests = [write_bundle(folder, weights, TINY, CLASSES, METRICS, temperature=value) for value in (1.5, 1.75)]
+    assert len({without, *digests}) == 3
+    bundle = read_bundle(folder)
+    assert (bundle.temperature, bundle.digest) == (1.75, digests[1])
 
 
 def test_a_bundle_goes_through_pickle_and_other_storage(folder, model):
@@ -188,10 +230,13 @@ def test_every_changed_byte_of_model_json_is_noticed(folder):
         (b"[1, 2]", "is altered or damaged: model.json is not a JSON object"),
         (b"[" * 500_000, "is altered or damaged: model.json is not whole JSON (nested too deeply)"),
         (b"\xff\xfe{}", "is altered or damaged: model.json is not whole JSON"),
-        (b" " * 1_000_001, "is altered or damaged: model.json has 1,000,001 bytes, at most 1,000,000 are allowed"),
-        (b"{}", "has the model format version None, this unet_ray reads 1; use the unet_ray that wrote it"),
-        (b'{"format_version": 2}', "has the model format version 2, this unet_ray reads 1; use the unet_ray that"),
-        (b'{"format_version": true}', "has the model format version True, this unet_ray reads 1; use the unet_ray"),
+        (b" " * 4_000_001, "is altered or damaged: model.json has 4,000,001 bytes, at most 4,000,000 are allowed"),
+        (b"{}", "has the model format version None, this unet_ray reads 1 to 2; use the unet_ray that wrote it"),
+        (b'{"format_version": 3}', "has the model format version 3, this unet_ray reads 1 to 2; use the unet_ray that"),
+        (
+            b'{"format_version": true}',
+            "has the model format version True, this unet_ray reads 1 to 2; use the unet_ray",
+        ),
         (
             b'{"format_version": 1, "a": 0}',
             "is altered or damaged: model.json has the keys a, format_version, expected",
@@ -207,39 +252,67 @@ def drop_key(document):
     del document["network"]["depth"]
 
 
+OF_BOTH_FORMATS = [
+    (lambda d: d.update(extra=1), "model.json has the keys classes, digest, extra, files, format_version, "),
+    (lambda d: d.pop("classes"), "model.json has the keys digest, files, format_version, "),
+    (lambda d: d["network"].update(depth=80), "model.json: --depth is 80; it must be 2 to 8"),
+    (lambda d: d["network"].update(dropout=float("nan")), "model.json: --dropout is nan; it must be in [0, 1)"),
+    (lambda d: d.update(network=[]), "model.json: the network is not a JSON object"),
+    (lambda d: d["classes"].update(classes=[]), "model.json: "),
+    (lambda d: d.update(classes=7), "model.json: "),
+    (lambda d: d.update(weights={}), "model.json does not describe its files and weights as format "),
+    (lambda d: d["weights"][0].update(shape=[-1]), "model.json does not describe its files and weights as format"),
+    (lambda d: d["weights"][0].update(shape=[2] * 9), "model.json does not describe its files and weights as format"),
+    (lambda d: d["weights"][0].update(dtype="object"), "model.json does not describe its files and weights as"),
+    (lambda d: d["weights"][0].update(name=None), "model.json does not describe its files and weights as format"),
+    (lambda d: d["weights"].append(d["weights"][0]), "model.json does not describe its files and weights as"),
+    (lambda d: d["files"]["metrics.json"].update(size_bytes="9"), "model.json does not describe its files and"),
+    (lambda d: d["weights"].pop(), "weights.safetensors has "),
+    (lambda d: d["weights"][0].update(name="a/kernel"), "weights.safetensors holds other tensors than model.json"),
+]
+OF_FORMAT_1 = [
+    (lambda d: d["preprocessing"].update(resize="area"), "model.json asks for a preprocessing that format 1 does"),
+    (lambda d: d["network"].update(layer="Lambda"), "model.json: the network must have the keys depth, dropout,"),
+    (drop_key, "model.json: the network must have the keys depth, dropout, image_height_px,"),
+    (lambda d: d["network"].update(depth=2.0), "model.json: depth is '2.0', not a number of its kind"),
+    (lambda d: d["network"].update(depth=True), "model.json: depth is 'True', not a number of its kind"),
+    (lambda d: d["network"].update(n_classes=4), "model.json names 3 classes for 4 outputs"),
+]
+OF_FORMAT_2 = [
+    (lambda d: d.update(temperature=0.0), "model.json has the temperature '0.0'"),
+    (lambda d: d.update(temperature=float("inf")), "model.json has the temperature 'inf'"),
+    (lambda d: d.update(temperature="hot"), "model.json has the temperature 'hot'"),
+    (lambda d: d["preprocessing"].update(resize="cubic"), "model.json: resize is 'cubic'; allowed are nearest, "),
+    (lambda d: d["preprocessing"].pop("fit"), "model.json: preprocessing has the keys "),
+    (lambda d: d["preprocessing"].update(mean=[0, 0]), "model.json: mean is (0, 0); allowed are three numbers"),
+    (lambda d: d.update(preprocessing=None), "model.json: preprocessing has the keys None"),
+    (lambda d: d["network"].update(layer="Lambda"), "model.json: a network of the kind unet must have the keys depth,"),
+    (drop_key, "model.json: a network of the kind unet must have the keys depth, dropout, n_filters, norm, residual"),
+    (lambda d: d["network"].update(kind="pickle"), "model.json: the network is of the kind 'pickle'; this unet_ray"),
+    (
+        lambda d: d["network"].update(kind=["unet"]),
+        "model.json: the network is of the kind \"['unet']\"; this unet_ray",
+    ),
+    (lambda d: d["network"].update(depth=2.0), "model.json: depth is '2.0', not a value of its type"),
+    (lambda d: d["network"].update(depth=True), "model.json: depth is 'True', not a value of its type"),
+    (lambda d: d["network"].update(residual=1), "model.json: residual is '1', not a value of its type"),
+    (lambda d: d["network"].update(norm="batch"), "model.json: --norm is 'batch'; it must be none or group"),
+    (lambda d: d.update(image_size=[24, 32.0]), "model.json: image_size is '[24, 32.0]', not [height, width]"),
+    (lambda d: d.update(image_size=[24, 0]), "model.json: image width is 0; it must be 1 to 8192"),
+    (
+        lambda d: d.update(network={"kind": "python", "function": "os", "arguments": {}}),
+        "model.json: the network is 'os'",
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda d: d.update(extra=1),
-            "model.json has the keys classes, digest, extra, files, format_version, network,",
-        ),
-        (lambda d: d.pop("classes"), "model.json has the keys digest, files, format_version, network,"),
-        (lambda d: d["network"].update(layer="Lambda"), "the network in model.json must have the keys depth, dropout,"),
-        (drop_key, "the network in model.json must have the keys depth, dropout, image_height_px,"),
-        (lambda d: d["network"].update(depth=2.0), "depth in model.json is '2.0', not a number of its kind"),
-        (lambda d: d["network"].update(depth=True), "depth in model.json is 'True', not a number of its kind"),
-        (lambda d: d["network"].update(depth=80), "model.json: --depth is 80; it must be 2 to 8"),
-        (lambda d: d["network"].update(dropout=float("nan")), "model.json: --dropout is nan; it must be in [0, 1)"),
-        (lambda d: d["network"].update(n_classes=4), "model.json names 3 classes for 4 outputs"),
-        (lambda d: d["classes"].update(classes=[]), "model.json: "),
-        (lambda d: d.update(classes=7), "model.json: "),
-        (lambda d: d["preprocessing"].update(resize="area"), "model.json asks for a preprocessing that format 1 does"),
-        (lambda d: d.update(weights={}), "model.json does not describe its files and weights as format 1 does"),
-        (lambda d: d["weights"][0].update(shape=[-1]), "model.json does not describe its files and weights as format"),
-        (
-            lambda d: d["weights"][0].update(shape=[2] * 5),
-            "model.json does not describe its files and weights as format",
-        ),
-        (lambda d: d["weights"][0].update(dtype="object"), "model.json does not describe its files and weights as"),
-        (lambda d: d["weights"][0].update(name=None), "model.json does not describe its files and weights as format"),
-        (lambda d: d["weights"].append(d["weights"][0]), "model.json does not describe its files and weights as"),
-        (lambda d: d["files"]["metrics.json"].update(size_bytes="9"), "model.json does not describe its files and"),
-        (lambda d: d["weights"].pop(), "weights.safetensors has "),
-        (lambda d: d["weights"][0].update(name="a/kernel"), "weights.safetensors holds other tensors than model.json"),
-    ],
+    ("version", "change", "message"),
+    [(2, *case) for case in OF_BOTH_FORMATS + OF_FORMAT_2] + [(1, *case) for case in OF_BOTH_FORMATS + OF_FORMAT_1],
 )
-def test_a_forged_model_json_is_refused_though_its_digest_fits(folder, change, message):
+def test_a_forged_model_json_is_refused_though_its_digest_fits(folder, version, change, message):
+    if version == 1:
+        resign(folder, to_format_1)
     resign(folder, change)
     assert refusal(folder).startswith(f"is altered or damaged: {message}")
 
@@ -295,13 +368,13 @@ def test_tampered_weights_of_the_right_size_are_refused(folder, replace, message
 
 
 def test_a_network_larger_than_its_weights_is_refused_before_it_is_built(folder):
-    resign(folder, lambda d: d["network"].update(depth=8, n_filters=1024, image_height_px=128, image_width_px=256))
+    resign(folder, lambda d: d["network"].update(depth=8, n_filters=1024))
     with pytest.raises(ValueError) as caught:
         read_bundle(str(folder)).build_model()
     assert str(caught.value).startswith(
         f"{folder} is not a model that fits together: the weights lack conv2d_10/bias, conv2d_10/kernel, conv2d_11/bias"
     )
-    resign(folder, lambda d: d["network"].update(depth=2, n_filters=8, image_height_px=24, image_width_px=32))
+    resign(folder, lambda d: d["network"].update(depth=2, n_filters=8))
     with pytest.raises(ValueError) as caught:
         read_bundle(str(folder)).build_model()
     assert str(caught.value) == (
@@ -357,6 +430,14 @@ def test_exports_to_keras_and_savedmodel_give_the_bundles_logits(folder, tmp_pat
     np.testing.assert_array_equal(keras.saving.load_model(keras_file)(FRAMES).numpy(), expected_BHWK)
     saved = tf.saved_model.load(saved_folder)
     np.testing.assert_allclose(saved.serve(tf.constant(FRAMES)).numpy(), expected_BHWK, atol=1e-5)
+
+
+def test_what_an_exported_network_cannot_keep_is_refused(tmp_path, model):
+    config = dataclasses.replace(TINY, preprocessing=Preprocessing(resize="area-dct"))
+    save_bundle(str(tmp_path / "model"), model, config, CLASSES, METRICS)
+    with pytest.raises(ValueError, match="--resize area-dct.*, which an exported network cannot keep"):
+        export_model(str(tmp_path / "model"), str(tmp_path / "tiny.keras"), "keras")
+    assert not (tmp_path / "tiny.keras").exists()
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

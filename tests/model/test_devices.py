@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import builtins
 import io
-import subprocess
+import os
 
 import pytest
 
@@ -24,11 +24,47 @@ def test_a_processor_has_bfloat16_where_its_flags_say_so(flags, expected, monkey
     assert devices.choose_policy("auto", "cpu") == ("mixed_bfloat16" if expected else "float32")
 
 
-@pytest.mark.parametrize(("capabilities", "expected"), [("8.0\n9.0\n", True), ("7.5\n", False), ("9.0\n7.0\n", False)])
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [([(8, 0), (9, 0)], True), ([(7, 5)], False), ([(10, 0), (7, 0)], False)]
+)
 def test_all_gpus_must_have_it(capabilities, expected, monkeypatch):
-    def answer(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        assert command == ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        return subprocess.CompletedProcess(command, 0, stdout=capabilities)
-
-    monkeypatch.setattr(devices.subprocess, "run", answer)
+    """On GPUs that TensorFlow is said to know."""
+    known = {f"GPU:{index}": capability for index, capability in enumerate(capabilities)}
+    monkeypatch.setattr(devices, "visible_gpus", lambda: list(known))
+    monkeypatch.setattr(devices, "gpu_details", lambda name: {"compute_capability": known[name]})
     assert devices.has_bfloat16("gpu") is expected
+
+
+def test_where_tensorflow_sees_no_gpu_the_error_names_the_node_and_the_remedy():
+    with pytest.raises(devices.UnusableGpu, match="^Ray has a GPU on node .*, but TensorFlow sees none there; install"):
+        devices.has_bfloat16("gpu")
+
+
+@pytest.mark.parametrize(
+    ("gpu_mb", "n_processes", "expected_mb"),
+    [(16_384, 2, 7168), (16_384, 4, 3072), (4096, 4, 512), (143_771, 3, 46_899)],
+)
+def test_processes_that_share_a_gpu_share_its_memory(gpu_mb, n_processes, expected_mb):
+    assert devices.memory_limit_mb(gpu_mb, n_processes) == expected_mb
+    assert n_processes * expected_mb < gpu_mb
+
+
+def test_compiled_kernels_are_kept_where_a_user_says_or_cuda_or_in_a_folder_of_this_users_own(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("CUDA_CACHE_PATH", "CUDA_CACHE_MAXSIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(devices.tempfile, "tempdir", str(tmp_path))
+    devices.keep_cuda_kernels()
+    assert "CUDA_CACHE_PATH" not in os.environ and os.environ["CUDA_CACHE_MAXSIZE"] == "4294967296"
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    for _ in range(2):
+        devices.keep_cuda_kernels()
+        folder = tmp_path / f"unet_ray-cuda-{os.getuid()}"
+        assert os.environ["CUDA_CACHE_PATH"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+        monkeypatch.delenv("CUDA_CACHE_PATH")
+    monkeypatch.setenv("CUDA_CACHE_PATH", "/mnt/kernels")
+    devices.keep_cuda_kernels()
+    assert os.environ["CUDA_CACHE_PATH"] == "/mnt/kernels"

@@ -9,10 +9,11 @@ import keras
 import numpy as np
 import pytest
 
-from unet_ray.model.architecture import ModelConfig
-from unet_ray.model.unet import build_unet, check_weight_shapes, named_weights, set_named_weights, weight_shapes
+from unet_ray.model.architecture import UnetConfig
+from unet_ray.model.unet import build_unet
+from unet_ray.model.weights import check_weight_shapes, named_weights, set_named_weights, weight_shapes
 
-TINY = ModelConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=3, dropout=0.3)
+TINY = UnetConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=3, dropout=0.3)
 
 # The notebook's own summary: name, output (height, width, channels), parameters.
 NOTEBOOK_LAYERS = """
@@ -53,14 +54,14 @@ conv2d_19 96 128 23 759
 """
 
 
-def frames(config: ModelConfig, count: int = 2) -> np.ndarray:
+def frames(config: UnetConfig, count: int = 2) -> np.ndarray:
     shape = (count, config.image_height_px, config.image_width_px, 3)
     return np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def notebook_unet() -> keras.Model:
-    return build_unet(ModelConfig(), seed=0)
+    return build_unet(UnetConfig(), seed=0)
 
 
 def test_layers_are_the_notebooks_one_by_one(notebook_unet):
@@ -102,10 +103,10 @@ def test_layers_are_wired_as_in_the_notebook(notebook_unet):
 @pytest.mark.parametrize(
     "config",
     [
-        ModelConfig(),
+        UnetConfig(),
         TINY,
-        ModelConfig(image_height_px=6, image_width_px=10, n_classes=1, n_filters=3, depth=2, dropout=0.0),
-        ModelConfig(image_height_px=32, image_width_px=48, n_classes=254, n_filters=1, depth=4),
+        UnetConfig(image_height_px=6, image_width_px=10, n_classes=1, n_filters=3, depth=2, dropout=0.0),
+        UnetConfig(image_height_px=32, image_width_px=48, n_classes=254, n_filters=1, depth=4),
     ],
 )
 def test_weight_shapes_are_those_of_the_built_network(config):
@@ -154,7 +155,7 @@ def test_the_global_dtype_policy_is_the_default():
 
 def test_a_seed_decides_the_weights_and_dropout_does_not_shift_them():
     weights = named_weights(build_unet(TINY, seed=11))
-    without_dropout = ModelConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=3, dropout=0.0)
+    without_dropout = UnetConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=3, dropout=0.0)
     for same in (build_unet(TINY, seed=11), build_unet(without_dropout, seed=11)):
         for name, tensor in named_weights(same).items():
             np.testing.assert_array_equal(tensor, weights[name])
@@ -166,9 +167,9 @@ def test_a_seed_decides_the_weights_and_dropout_does_not_shift_them():
 
 def test_another_process_draws_the_same_weights():
     code = (
-        "import hashlib; from unet_ray.config import ModelConfig; "
-        "from unet_ray.model.unet import build_unet, named_weights\n"
-        "config = ModelConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=3)\n"
+        "import hashlib; from unet_ray.model.architecture import UnetConfig; "
+        "from unet_ray.model.unet import build_unet; from unet_ray.model.weights import named_weights\n"
+        "config = UnetConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=3)\n"
         "weights = named_weights(build_unet(config, seed=11))\n"
         "print(hashlib.sha256(b''.join(t.tobytes() for t in weights.values())).hexdigest())"
     )
@@ -183,7 +184,7 @@ def test_dropout_acts_in_training_only_and_zero_leaves_it_out():
     model = build_unet(TINY, seed=5)
     np.testing.assert_array_equal(model(image_BHWC).numpy(), model(image_BHWC, training=False).numpy())
     assert not np.array_equal(model(image_BHWC, training=True).numpy(), model(image_BHWC, training=True).numpy())
-    plain = build_unet(ModelConfig(image_height_px=24, image_width_px=32, n_filters=4, depth=3, dropout=0), seed=5)
+    plain = build_unet(UnetConfig(image_height_px=24, image_width_px=32, n_filters=4, depth=3, dropout=0), seed=5)
     assert len(plain.variables) == len(plain.trainable_variables)
     np.testing.assert_array_equal(plain(image_BHWC, training=True).numpy(), plain(image_BHWC).numpy())
 

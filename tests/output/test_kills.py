@@ -143,8 +143,6 @@ def read_by_duckdb(out: str) -> list[tuple[int, int]]:
     return counts
 
 
-# The process is a copy of this one, which has threads of Arrow's; they are not needed there.
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize(("begun", "drives", "at_least"), [(None, FEW, 90), (FEW, MORE, 45)], ids=["first", "grown"])
 def test_killed_inside_any_write_the_next_run_gives_the_same_bytes(begun, drives, at_least, tmp_path, monkeypatch):
     """Where a writer holds half a file, or a whole one without its name."""
@@ -159,7 +157,7 @@ def test_killed_inside_any_write_the_next_run_gives_the_same_bytes(begun, drives
     while killed:
         if begun:
             shutil.copytree(start, out)
-        killed = killed_inside(index, lambda: segment(out, listing(drives)))
+        killed = killed_inside(index, out, listing(drives))
         for rows, frames in read_by_duckdb(out):
             assert rows == frames, f"a frame twice after a kill at step {index}"
         segment(out, listing(drives))

@@ -282,3 +282,26 @@ def test_unusable_places_are_one_line(out, export_format, message, tmp_path, mon
         ExportMasksConfig(labels="labels", out=out, format=export_format)
     assert str(refused.value) == message
     ExportMasksConfig(labels="labels", out="labels-masks.json", format=export_format)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["x/" + "n" * 252 + ".png"],
+            "has 260 bytes in one part; a file here may have 255 (and 4095 with its folders)",
+        ),
+        (["ä" * 126], "has 256 bytes in one part"),
+        (["/".join(["n" * 200] * 21)], "(and 4095 with its folders)"),
+        (["x", "x.png/y"], "the mask of the frame x would be the file x.png, which is the folder of another frame's:"),
+    ],
+)
+def test_names_that_make_no_files_are_refused_before_one_is_written(names, message, tmp_path, capsys):
+    labels = str(tmp_path / "labels")
+    small_output.segment(labels, mask_encoding="raw")
+    rename(labels, dict(zip(LABELLED, names, strict=False)))
+    assert export(labels, str(tmp_path / "masks")) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "masks").exists()
+    assert export(labels, str(tmp_path / "masks.json"), "--format", "coco") == 0

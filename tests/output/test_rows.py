@@ -11,6 +11,7 @@ import pytest
 
 from unet_ray.classes import ClassSet
 from unet_ray.frames import MANIFEST_SCHEMA
+from unet_ray.output import columns
 from unet_ray.output import rows as results
 
 CLASSES = ClassSet.from_dict(
@@ -45,32 +46,40 @@ def labels(n_frames: int, rejected: dict[int, str], seed: int = 0) -> results.Ch
         error=[f"{rejected[n]}!" if n in rejected else None for n in range(n_frames)],
         height_px=[None if b else 480 for b in bad],
         width_px=[None if b else 640 for b in bad],
+        content_digest=[None if b else f"{n:016x}" for n, b in enumerate(bad)],
         mask=[None if b else b"mask %d" % n for n, b in enumerate(bad)],
         mask_encoding="png",
         mask_height_px=[None if b else HEIGHT_PX for b in bad],
         mask_width_px=[None if b else WIDTH_PX for b in bad],
-        pixels_NK=pixels_NK,
-        class_confidence_NK=confidence_NK,
-        confidence_N=rng.random(n_frames, np.float32),
-        low_margin_share_N=rng.random(n_frames, np.float32),
+        grids=[None if b else rng.integers(0, 3, (2, 3), np.uint8) for b in bad],
+        figures={
+            "pixels_<class>": pixels_NK,
+            "confidence_<class>": confidence_NK,
+            "confidence": rng.random(n_frames, np.float32),
+            "low_margin_share": rng.random(n_frames, np.float32),
+        },
     )
 
 
-def documented(table: int) -> list[tuple[str, str]]:
-    """Names and types of the tables in the module's docstring."""
+def documented(number: int) -> list[tuple[list[str], str, str]]:
+    """Names, type and meaning of the rows of a table in the module's docstring."""
     tables = re.split(r"\| column \| type \| \|", results.__doc__ or "")[1:]
-    return re.findall(r"^\| `([^`]+)` \| (\w+) \|", tables[table], re.MULTILINE)
+    rows = re.findall(r"^\| (`[^|]+`) \| (\w+) \| ?(.*?) ?\|$", tables[number], re.MULTILINE)
+    return [(re.findall("`(.+?)`", names), dtype, meaning) for names, dtype, meaning in rows]
 
 
-def test_the_schemas_are_the_documented_ones():
-    schema = results.frames_schema(CLASSES)
-    columns = [(name, dtype) for name, dtype in documented(0) if "<class>" not in name]
-    for prefix, dtype in (("pixels_", "int64"), ("confidence_", "float32")):
-        assert (f"{prefix}<class>", dtype) in documented(0)
-        columns += [(prefix + name, dtype) for name in CLASSES.names]
-    types = {"float": "float32", "double": "float64"}
-    assert [(column.name, types.get(str(column.type), str(column.type))) for column in schema] == columns
-    assert [(c.name, types.get(str(c.type), str(c.type))) for c in results.statistics_schema()] == documented(1)
+def test_the_documented_columns_are_those_of_the_table():
+    assert documented(0) == columns.documented()
+    fields = [(name, dtype) for names, dtype, _ in documented(1) for name in names]
+    assert [(field.name, columns.type_name(field.type)) for field in results.statistics_schema()] == fields
+
+
+def test_the_schema_has_a_column_of_each_class_after_all_others():
+    named = [(name, dtype) for names, dtype, _ in columns.documented() for name in names]
+    expected = [(name, dtype) for name, dtype in named if "<class>" not in name]
+    for name, dtype in (entry for entry in named if "<class>" in entry[0]):
+        expected += [(name.replace("<class>", of_class), dtype) for of_class in CLASSES.names]
+    assert [(field.name, columns.type_name(field.type)) for field in results.frames_schema(CLASSES)] == expected
 
 
 def test_a_row_holds_what_the_frame_got_and_a_rejected_one_nothing_but_the_reason():
@@ -87,9 +96,9 @@ def test_a_row_holds_what_the_frame_got_and_a_rejected_one_nothing_but_the_reaso
         b"mask 0",
         "png",
     )
-    assert [third[f"pixels_{name}"] for name in CLASSES.names] == given.pixels_NK[2].tolist()
+    assert [third[f"pixels_{name}"] for name in CLASSES.names] == given.figures["pixels_<class>"][2].tolist()
     for k, name in enumerate(CLASSES.names):
-        expected = float(given.class_confidence_NK[2, k])
+        expected = float(given.figures["confidence_<class>"][2, k])
         assert third[f"confidence_{name}"] == (None if math.isnan(expected) else expected)
     assert {name: value for name, value in second.items() if value is not None} == {
         "frame_id": "d1/front/1.png",
@@ -111,7 +120,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(AssertionError, match="labels of 3 frames for 2 rows of the manifest"):
         results.result_table(rows, labels(3, {}), CLASSES)
     wrong = labels(2, {})
-    wrong.pixels_NK[1, 0] += 1
+    wrong.figures["pixels_<class>"][1, 0] += 1
     with pytest.raises(AssertionError, match="29 pixels counted in a mask of 4 x 7"):
         results.result_table(rows, wrong, CLASSES)
     with pytest.raises(ValueError, match="the catalogue's column 'Mask' has the name of a column of the output"):
@@ -121,8 +130,8 @@ def test_what_cannot_be_is_refused():
 def test_class_statistics_equal_sql(tmp_path):
     drives = [("d1", "front")] * 11 + [("d1", "rear")] * 2 + [("d2", "")] * 5 + [("d3", "front")] * 3
     given = labels(len(drives), {2: "missing", 11: "changed", 18: "truncated", 19: "truncated", 20: "truncated"})
-    given.pixels_NK[13:18] = [20, 8, 0]  # a drive without persons; d3 has no labelled frame
-    given.class_confidence_NK[13:18, 2] = np.nan
+    given.figures["pixels_<class>"][13:18] = [20, 8, 0]  # a drive without persons; d3 has no labelled frame
+    given.figures["confidence_<class>"][13:18, 2] = np.nan
     frames = results.result_table(manifest(drives), given, CLASSES)
     pq.write_table(frames, tmp_path / "part-00000.parquet")
     statistics = results.class_statistics((frames.slice(start, 4) for start in range(0, len(frames), 4)), CLASSES)

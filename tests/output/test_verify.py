@@ -269,3 +269,105 @@ def test_a_retry_of_a_damaged_file_does_it_again_whole(root, tmp_path):
     run(root, out, seen=seen)
     assert {"000-000003"} < set(seen)
     assert published(out) == published(str(tmp_path / "clean")) and verify.verify(out) == []
+
+
+# --- what is none of the output, and what names the run ---
+
+TWICE = "not in summary.json; its rows would be read twice, delete it"
+UNFINISHED = "was never finished, or is being written; run segment again, and delete it if it stays"
+PLANNED = "of no generation of the plan; run segment again, and delete it if it stays"
+STRANGERS = {
+    "frames/part-00009.parquet": (TWICE, True),
+    "frames/sub/mine.parquet": (TWICE, True),
+    "frames/.tmp-0123456789ab": (UNFINISHED, True),
+    "frames/.tmp-mine.parquet": (UNFINISHED, False),
+    "manifest/.tmp-0123456789ab": (UNFINISHED, True),
+    "manifest/g000-00001-0123456789abcdef.parquet": (PLANNED, True),
+    "manifest/copy.parquet": (PLANNED, False),
+}
+"""What is said of each, and whether `segment` takes it away."""
+
+
+@pytest.mark.parametrize("path", STRANGERS)
+def test_a_stranger_in_frames_or_manifest_is_named(path, root, tmp_path):
+    out = tmp_path / "out"
+    run(root, str(out))
+    (out / path).parent.mkdir(exist_ok=True)
+    source = next((out / path.partition("/")[0]).glob("*.parquet"))
+    (out / path).write_bytes(source.read_bytes())
+    why, goes = STRANGERS[path]
+    assert verify.verify(str(out)) == [f"{path}: {why}"]
+    expected = {name: data for name, data in published(str(out)).items() if name != path}
+    run(root, str(out))
+    assert {name: data for name, data in published(str(out)).items() if name != path} == expected
+    assert verify.verify(str(out)) == ([] if goes else [f"{path}: {why}"])
+
+
+def test_a_stranger_in_an_unfinished_output_is_named_too(root, tmp_path):
+    out = tmp_path / "out"
+    make_plan(root, str(out))
+    (out / "manifest" / "g007-00000-0123456789abcdef.parquet").write_bytes(b"PAR1")
+    first, second = verify.verify(str(out))
+    assert first.startswith("manifest/g007-00000-0123456789abcdef.parquet: of no generation of the plan; ")
+    assert "the output is not finished" in second
+
+
+@pytest.mark.parametrize("damage", [b"frames: elsewhere\n", b"", None])
+def test_a_changed_configuration_is_named_and_written_again(damage, root, tmp_path):
+    out = tmp_path / "out"
+    run(root, str(out))
+    expected = published(str(out))
+    file = out / "config.yaml"
+    file.unlink() if damage is None else file.write_bytes(damage)
+    why = "missing" if damage is None else "its content is not what was published"
+    assert verify.verify(str(out)) == [f"config.yaml: {why}; run segment again"]
+    seen: list[str] = []
+    run(root, str(out), seen=seen)
+    assert seen == [] and published(str(out)) == expected and verify.verify(str(out)) == []
+
+
+def test_a_configuration_of_other_words_is_sealed_anew(root, tmp_path):
+    """Whoever mends an output may do so with other options, of those that change no label."""
+    out = str(tmp_path / "out")
+    run(root, out)
+    (tmp_path / "out" / "config.yaml").write_bytes(b"")
+    plan = make_plan(root, out, config_yaml="frames: log\nactors: 2\n")
+    assert publish.finished_summary(plan) is None
+    publish.publish(plan, max_rejected=1)
+    assert verify.verify(out) == [] and b"actors: 2" in (tmp_path / "out" / "config.yaml").read_bytes()
+
+
+def test_changed_figures_are_named_and_only_they_are_written_again(root, tmp_path):
+    out = str(tmp_path / "out")
+    plan = make_plan(root, out)
+    for chunk in plan.chunks:
+        commit(out, chunk, label(chunk), writer="test")
+    publish.publish(plan, max_rejected=1, figures={"frames_per_s": 12.5})
+    file = tmp_path / "out" / "summary.json"
+    assert verify.verify(out) == [] and b'"frames_per_s": 12.5' in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(b"12.5", b"99.5"))
+    assert verify.verify(out) == ["summary.json: its figures are not what was published; run segment again"]
+    seen: list[str] = []
+    run(root, out, seen=seen)
+    assert seen == [] and verify.verify(out) == []
+
+
+def test_an_output_of_a_version_without_that_digest_is_whole(root, tmp_path):
+    out = str(tmp_path / "out")
+    summary = run(root, out)
+    summary = {name: value for name, value in summary.items() if name != "figures_are_sealed"}
+    older = {**summary, "figures": {"frames_per_s": 3.5}}
+    storage.write_whole(storage.join(out, "summary.json"), sealed(older))
+    (tmp_path / "out" / "config.yaml").write_bytes(b"another: 1\n")
+    assert verify.verify(out) == []
+    before = published(out)
+    run(root, out)
+    assert published(out) == before
+
+
+def test_a_preview_is_none_of_what_is_proved(root, tmp_path):
+    out = tmp_path / "out"
+    run(root, str(out))
+    for data in (b"", b"no picture"):
+        (out / "preview.png").write_bytes(data)
+        assert verify.verify(str(out)) == []

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from labelled import label, make_plan, run, write_archive
 
-from unet_ray import images, storage
-from unet_ray.archives.listing import find_roots, list_archives
+from unet_ray import storage
+from unet_ray.archives.listing import list_archives
+from unet_ray.archives.roots import find_roots
+from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import ledger, manifest, origins, plans, publish, salvage, verify
 from unet_ray.output.chunks import Chunk
 from unet_ray.output.records import commit
@@ -98,7 +100,7 @@ def test_a_bit_of_a_published_file_costs_at_most_the_label_that_it_is_in(column,
 
 def with_png_masks(table: pa.Table) -> pa.Table:
     masks = [
-        images.encode_mask_png(np.frombuffer(mask, np.uint8).reshape(2, 3), labelled.CLASSES.palette_K3)
+        encode_mask_png(np.frombuffer(mask, np.uint8).reshape(2, 3), labelled.CLASSES.palette_K3)
         for mask in table["mask"].to_pylist()
     ]
     columns = {"mask": pa.array(masks, pa.binary()), "mask_encoding": pa.array(["png"] * len(masks))}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ import pytest
 from PIL import Image
 
 from unet_ray import cli
+from unet_ray.classes import PRESETS, UnknownValuesError
 from unet_ray.config import CheckConfig
-from unet_ray.pairs.checks import CheckReport, check_data_set
+from unet_ray.pairs.check_report import CheckReport
+from unet_ray.pairs.checks import check_data_set
+from unet_ray.pairs.drives import find_named_drives
 
 RNG = np.random.default_rng(0)
 CAMVID_COLORS = np.array(
@@ -199,8 +204,149 @@ def test_many_unknown_values_are_summed_up(tmp_path: Path) -> None:
     save(tmp_path / "seg" / "a" / "0.png", np.arange(12 * 20, dtype=np.uint8).reshape(12, 20))
     what = [item.what for item in check(tmp_path).findings]
     assert what[0] == "masks have the unknown id 12"
-    assert what[-1] == f"masks have further unknown ids ({240 - 12 - 10})"
+    assert what[-1] == f"masks have {240 - 12} unknown ids in all"
     assert len(what) == 11
+    assert check(tmp_path).findings[-1].examples == ("a/0.png (228)",)
+
+
+def ids_of(share: float, value: int, other: int) -> np.ndarray:
+    mask_HW = np.full((12, 20), other, np.uint8)
+    mask_HW.reshape(-1)[: round(share * mask_HW.size)] = value
+    return mask_HW
+
+
+def cityscapes_pairs(root: Path, masks: list[np.ndarray]) -> None:
+    for index, mask_HW in enumerate(masks):
+        save(root / "rgb" / f"{index}.png", random_frame())
+        save(root / "seg" / f"{index}.png", mask_HW)
+
+
+def test_most_pixels_are_ignored_where_train_ids_are_taken_for_label_ids(tmp_path: Path) -> None:
+    # Of the train ids 0 to 18, the label ids of classes are 7, 8, 11, 12, 13, 17: road (0) and car (13) here.
+    cityscapes_pairs(tmp_path, [ids_of(0.8, 0, 13), ids_of(0.9, 0, 13), ids_of(0.7, 0, 8)])
+    folders = ["--images", f"{tmp_path}/rgb", "--masks", f"{tmp_path}/seg", "--classes"]
+    config = cli.parse("check", [*folders, "cityscapes"])
+    report = check_data_set(config)
+    assert not report.refused
+    assert findings(report, refused=False) == {
+        "masks are ignored for the most part: 80% of all pixels mean no class": (
+            3,
+            ("0.png (80%)", "1.png (90%)", "2.png (70%)"),
+        ),
+        "masks fit --classes bdd100k or cityscapes_train_ids: the same classes by other ids": (3, ()),
+    }
+    assert check_data_set(cli.parse("check", [*folders, "cityscapes_train_ids"])).findings == ()
+
+
+def test_label_ids_that_are_taken_for_train_ids(tmp_path: Path) -> None:
+    cityscapes_pairs(tmp_path, [ids_of(0.8, 7, 26), ids_of(0.8, 7, 33)])
+    report = check_data_set(
+        CheckConfig(images=f"{tmp_path}/rgb", masks=f"{tmp_path}/seg", classes="cityscapes_train_ids")
+    )
+    assert findings(report, refused=True).keys() == {"masks have the unknown id 26", "masks have the unknown id 33"}
+    assert findings(report, refused=False) == {
+        "masks fit --classes cityscapes or kitti: the same classes by other ids": (2, ())
+    }
+
+
+SWAPPED = "frames look like masks, and masks like frames: give --images and --masks the other way round"
+
+
+def test_swapped_folders_are_the_only_finding(tmp_path: Path) -> None:
+    for index in range(20):
+        save(tmp_path / "seg" / "a" / f"{index}.png", random_frame())
+        save(tmp_path / "rgb" / "a" / f"{index}.png", halves(0, 3))
+    (tmp_path / "seg" / "a" / "0.png").write_bytes(b"")
+    report = check(tmp_path)
+    assert [(item.what, item.n_files) for item in report.findings] == [(SWAPPED, 20)]
+    assert report.refused and report.n_masks_counted == 0
+
+
+def test_photographs_for_masks_of_another_class_set_are_swapped_too(tmp_path: Path) -> None:
+    for index in range(3):
+        save(tmp_path / "seg" / f"{index}.png", random_frame(40, 60))  # over 1,000 colours
+        save(tmp_path / "rgb" / f"{index}.png", halves(200, 201, 40, 60))  # no ids of camvid
+    assert [item.what for item in check(tmp_path).findings] == [SWAPPED]
+    for index in range(3):
+        save(tmp_path / "rgb" / f"{index}.png", random_frame(40, 60))
+    assert SWAPPED not in [item.what for item in check(tmp_path).findings]
+
+
+def test_an_error_about_a_photograph_holds_few_of_its_colours(tmp_path: Path) -> None:
+    colors_HWC = np.arange(3 * 300 * 400).reshape(300, 400, 3)
+    photograph = (colors_HWC * np.array([7, 13, 31]) % 251).astype(np.uint8)
+    known = {tuple(item.color) for item in PRESETS["camvid"].classes} | {(0, 0, 0)}
+    colors = {tuple(color) for color in photograph.reshape(-1, 3).tolist()} - known
+    with pytest.raises(UnknownValuesError) as error:
+        PRESETS["camvid"].encode_colors(photograph)
+    assert (error.value.n_values, len(error.value.values)) == (len(colors), min(256, len(colors)))
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (again.n_values, again.n_pixels, again.values) == (
+        error.value.n_values,
+        error.value.n_pixels,
+        error.value.values,
+    )
+
+
+def drives_named(root: Path, drives: tuple[str, ...], n_frames: int = 4, end: str = "", start: int = 8) -> None:
+    for drive in drives:
+        for number in range(start, start + n_frames):
+            save(root / "rgb" / f"{drive}{number:05d}{end}.png", random_frame())
+            save(root / "seg" / f"{drive}{number:05d}.png", halves(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("drives", "end", "expected"),
+    [
+        (("0001TP_", "0016E5_"), "", ["0001TP", "0016E5"]),
+        (("F61-", "F62-"), "", ["F61", "F62"]),
+        (("0001TP_", "0006R0_f"), "", ["0001TP_", "0006R0_f"]),
+        (("run", "day"), "", ["day", "run"]),
+        (("2018_cam0_", "2019_cam0_"), "_rgb8bit", ["2018_cam0", "2019_cam0"]),
+        (("a/x_", "a/y_", "b/x_"), "", ["a/x", "a/y", "b/x"]),
+    ],
+)
+def test_drives_that_only_names_tell_come_with_a_pattern_that_runs(
+    drives: tuple[str, ...], end: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drives_named(tmp_path, drives, end=end)
+    suffix = ["--image-suffix", end] if end else []
+    command = ["check", "--images", f"{tmp_path}/rgb", "--masks", f"{tmp_path}/seg", "--classes", "camvid", *suffix]
+    assert cli.main(command) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "look like several drives" in line)
+    option, pattern = shlex.split(line[line.index("--path-pattern") :])
+    assert cli.main([*command, option, pattern]) == 0
+    assert "No findings." in capsys.readouterr().out
+    report = check_data_set(cli.parse("check", [*command[1:], option, pattern]))
+    assert [(item.sequence, item.n_frames, item.first_index) for item in report.sequences] == [
+        (name, 4, 8) for name in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{number:06d}_10" for number in range(9)],  # KITTI
+        [f"0a0a{number}b1a-7c39d{number}41" for number in range(9)],  # BDD100K
+        [f"{side}_{number:04d}" for side in ("left", "right") for number in range(9)],
+        [f"cam{camera}_{number:04d}" for camera in (0, 1) for number in range(9)],
+        [f"aachen_{number:06d}_000019" for number in range(9)],  # Cityscapes: its drives are folders
+        [f"{number}" for number in range(9)],
+    ],
+)
+def test_other_names_are_no_drives(names: list[str]) -> None:
+    assert find_named_drives([f"{name}.png" for name in names], "") is None
+
+
+def test_a_pattern_that_misses_frames_comes_with_one_that_does_not(tmp_path: Path) -> None:
+    drives_named(tmp_path, ("0001TP_", "Seq05VD_"))
+    report = check(tmp_path, path_pattern=r"^(?P<sequence>\d+[A-Z]*)_(?P<frame_index>\d+)")
+    (finding,) = report.findings
+    assert finding.what == (
+        "frames do not match --path-pattern: their drive has no name; give --path-pattern "
+        r"'^(?P<sequence>.+)[_.-](?P<frame_index>\d+)\D*$', which fits all"
+    )
+    assert (finding.n_files, finding.examples[0]) == (4, "Seq05VD_00008.png")
 
 
 def test_names_that_a_pattern_does_not_match(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_folders_that_cannot_be_paired(tmp_path: Path) -> None:
     )
     assert message(images, other) == (
         f"no frame in {images} has a mask in {other}: frames are such as '1.png', masks such as 'x.png'; "
-        "without extension they must be equal, or give --image-suffix and --mask-suffix"
+        "without extension they must be equal, or give --image-suffix and --mask-suffix, or patterns of both with {} "
+        "for what is equal (--images 'camera/{}_camera_{}.png' --masks 'label/{}_label_{}.png')"
     )
     write(tmp_path / "rgb" / "1.bmp", frame())
     assert message(images, masks) == (f"two frames have the name '1': {images}/1.bmp and {images}/1.png; take one away")

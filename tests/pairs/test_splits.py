@@ -10,7 +10,15 @@ from PIL import Image
 
 from unet_ray.config import TrainConfig
 from unet_ray.pairs.pairs import ImagePair
-from unet_ray.pairs.splits import Split, difference_hash, leak_rate, leak_warning, split_pairs
+from unet_ray.pairs.splits import (
+    Split,
+    _count_ones_by_hand,
+    count_ones,
+    difference_hash,
+    leak_rate,
+    leak_warning,
+    split_pairs,
+)
 from unet_ray.training.data import find_data
 
 
@@ -177,6 +185,13 @@ def test_near_duplicates_leak() -> None:
     assert leak_rate(split) == 0
     assert leak_rate(split, hashes=hashes) == 0.5
     assert leak_rate(split, hashes={"/rgb/b/1.png": 0}) == 0
+
+
+@pytest.mark.parametrize("count", [count_ones, _count_ones_by_hand])
+def test_bits_are_counted_as_python_counts_them(count) -> None:
+    values = np.random.default_rng(0).integers(0, 2**64, 1000, np.uint64)
+    values[:3] = 0, 1, 2**64 - 1
+    assert count(values).tolist() == [value.bit_count() for value in values.tolist()]
 
 
 def test_difference_hash_sees_the_picture_not_its_noise() -> None:

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import labelled
 import numpy as np
 import pyarrow.parquet as pq
 from labelled import DRIVES, make_plan, run, write_archive
@@ -41,8 +47,9 @@ def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(
     run(root, out)
     plan = make_plan(root, out)
     files = [pq.ParquetFile(path) for path in sorted((tmp_path / "out" / "frames").iterdir())]
+    rows_of = {str(path): pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out" / "frames").iterdir())}
     (tmp_path / "log" / "b" / "2.png").unlink()
-    samples = list(preview._read_samples(plan, list_archives([root]), files, list(range(13))))
+    samples = list(preview._read_samples(plan, list_archives([root]), rows_of, list(range(13))))
     names = [f"{drive}/{index}.png" for drive, n_frames in DRIVES.items() for index in range(n_frames)]
     assert [caption.split()[0] for *_, caption in samples] == [name for name in names if name != "b/2.png"]
     rows = {row["frame_id"]: row for file in files for row in file.read().to_pylist()}
@@ -52,14 +59,44 @@ def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(
         assert mask_HW.tobytes() == rows[name]["mask"]
 
 
-def test_it_is_drawn_again_when_the_output_has_changed(tmp_path, monkeypatch, capsys):
+def test_it_is_drawn_again_when_the_output_has_changed_or_it_is_no_picture(tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "out")
     run(write_archive(tmp_path / "log"), out)
     plan, listing, drawn = make_plan(str(tmp_path / "log"), out), list_archives([str(tmp_path / "log")]), []
     monkeypatch.setattr(preview, "write_preview", lambda plan, listing: drawn.append(plan) or f"{out}/preview.png")
     show_preview(plan, listing, False)
-    (tmp_path / "out" / "preview.png").write_bytes(b"of an earlier run")
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(f"{out}/preview.png")  # of an earlier run
     show_preview(plan, listing, False)
     assert len(drawn) == 1
     show_preview(plan, listing, True)
-    assert len(drawn) == 2 and capsys.readouterr().out == f"preview: {out}/preview.png\n" * 3
+    assert len(drawn) == 2
+    for data in (b"", b"no picture", Path(f"{out}/preview.png").read_bytes()[:40]):
+        Path(f"{out}/preview.png").write_bytes(data)
+        show_preview(plan, listing, False)
+    assert len(drawn) == 5 and capsys.readouterr().out == f"preview: {out}/preview.png\n" * 6
+
+
+MANY_FILES = """
+import resource, sys
+from pathlib import Path
+import labelled
+from PIL import Image
+from unet_ray.archives.listing import list_archives
+from unet_ray.output import verify
+from unet_ray.output.chunks import Cutting
+from unet_ray.reports.preview import write_preview
+folder = Path(sys.argv[1])
+root, out = labelled.write_archive(folder / "log", {"a": 200}), str(folder / "out")
+for path in Path(root).rglob("*.png"):
+    Image.new("RGB", (3, 2)).save(path)
+labelled.CUTTING = Cutting(chunk_frames=1, shard_rows=1)
+labelled.run(root, out)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+assert write_preview(labelled.make_plan(root, out), list_archives([root])) == f"{out}/preview.png"
+assert verify.verify(out) == []
+"""
+
+
+def test_an_output_of_more_files_than_a_process_may_open_is_shown_and_verified(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(labelled.__file__).parent)}
+    subprocess.run([sys.executable, "-c", MANY_FILES, str(tmp_path)], env=environment, check=True, timeout=250)

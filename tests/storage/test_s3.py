@@ -18,11 +18,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from s3_server import ask, make_bucket, reach, run_server
+from s3_server import KEY_ID, SECRET, ask, make_bucket, reach, run_server
 
 from unet_ray import storage
 from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import FrameGone, read_frames
+from unet_ray.storage.access import try_access
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,24 @@ def test_a_server_that_is_gone_is_trouble_that_may_pass(bucket, monkeypatch):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(storage.StorageError, match="trying again may help"):
         storage.read_bytes(f"{bucket}/a")
+
+
+def test_the_doctor_leaves_a_bucket_as_it_was(bucket):
+    assert try_access(f"{bucket}/labels", writing=True).works == ("list", "write", "delete", "put if absent")
+    assert fsspec.filesystem("s3").find(bucket) == []
+    write_log(bucket)
+    before = fsspec.filesystem("s3").find(bucket)
+    assert try_access(f"{bucket}/log", writing=True).works == ("list", "read", "write", "delete", "put if absent")
+    assert try_access(f"{bucket}/log/*.png", writing=False).works == ("list", "read")
+    assert fsspec.filesystem("s3").find(bucket) == before
+    assert try_access("s3://no-such-bucket/labels", writing=True).fails in ("list", "write")
+
+
+def test_a_store_that_the_doctor_does_not_reach_is_named(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("UNET_RAY_STORAGE_RETRY_S", "0")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    access = try_access(bucket, writing=False)
+    assert (access.works, access.fails) == ((), "list") and "http://127.0.0.1:9" in access.problem
+    assert access.remedy.startswith("check from this node: endpoint, region, network, and the credentials")
+    assert SECRET not in access.problem and KEY_ID not in access.problem

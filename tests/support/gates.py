@@ -38,15 +38,18 @@ def gated(act, name, most_s):
 
 class Gated:
     def find_spec(self, name, path=None, target=None):
-        if name not in MOST_S:
+        if name not in MOST_S and name not in ANSWERS:
             return None
-        gates = MOST_S.pop(name)
+        gates, answers = MOST_S.pop(name, {}), ANSWERS.pop(name, {})
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
         def run_and_patch(module):
             run(module)
             for function, most_s in gates.items():
                 setattr(module, function, gated(getattr(module, function), function, most_s))
+            for function, answer in answers.items():
+                if callable(getattr(module, function)):
+                    setattr(module, function, lambda *_, answer=answer: answer)
         spec.loader.exec_module = run_and_patch
         return spec
 
@@ -57,16 +60,25 @@ sys.meta_path.insert(0, Gated())
 class Gates:
     """Gates before some functions of some modules, in every Python process with these settings."""
 
-    def __init__(self, folder: Path, most_s: Mapping[str, Mapping[str, float]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        most_s: Mapping[str, Mapping[str, float]],
+        answers: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
         """All are shut.
 
         Args:
             folder: an empty one.
             most_s: by module and function, the seconds after which a call is let through anyway.
+            answers: by module and function, what it says of this machine, where there is no such device to ask.
         """
         self._folder = folder
         plain = {module: dict(functions) for module, functions in most_s.items()}
-        (folder / "sitecustomize.py").write_text(f"inf = float('inf')\nMOST_S = {plain!r}\n{_SITE}")
+        given = {module: dict(functions) for module, functions in (answers or {}).items()}
+        (folder / "sitecustomize.py").write_text(
+            f"inf = float('inf')\nMOST_S = {plain!r}\nANSWERS = {given!r}\n{_SITE}"
+        )
 
     @property
     def settings(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from unet_ray import storage
 from unet_ray.archives.listing import list_archives
 from unet_ray.classes import ClassSet, SegmentationClass
+from unet_ray.digests import content_digest
 from unet_ray.output import ledger, manifest, plans, publish, salvage
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk, Cutting
@@ -54,21 +55,27 @@ def label(chunk: Chunk, *, reject: tuple[str, ...] = ()) -> pa.Table:
         error=["ends early" if b else None for b in bad],
         height_px=[2] * len(ids),
         width_px=[3] * len(ids),
+        content_digest=[content_digest(i.replace("/", "").removesuffix(".png").encode()) for i in ids],
         mask=[None if b else mask.tobytes() for mask, b in zip(masks, bad, strict=True)],
         mask_encoding="raw",
         mask_height_px=[2] * len(ids),
         mask_width_px=[3] * len(ids),
-        pixels_NK=pixels_NK,
-        class_confidence_NK=confidence_NK,
-        confidence_N=np.full(len(ids), 0.75, np.float32),
-        low_margin_share_N=np.zeros(len(ids), np.float32),
+        grids=[None if b else mask.reshape(2, 3) for mask, b in zip(masks, bad, strict=True)]
+        if chunk.rows is None
+        else (),
+        figures={
+            "pixels_<class>": pixels_NK,
+            "confidence_<class>": confidence_NK,
+            "confidence": np.full(len(ids), 0.75, np.float32),
+            "low_margin_share": np.zeros(len(ids), np.float32),
+        },
     )
     return results.result_table(rows, labels, CLASSES)
 
 
 def make_plan(root: str, out: str, **options) -> plans.Plan:
     lineage = options.pop("lineage", LINEAGE)
-    return plans.plan(out, list_archives([root]), lineage, CUTTING, config_yaml="frames: log\n", **options)
+    return plans.plan(out, list_archives([root]), lineage, CUTTING, **{"config_yaml": "frames: log\n", **options})
 
 
 def run(root: str, out: str, *, reject: tuple[str, ...] = (), max_rejected: float = 1.0, seen=None) -> dict:

@@ -24,6 +24,15 @@ WAITING = b"will now block forever"
 START_TIMEOUT_S = 120.0
 START_TRIES = 6
 """Ray 2.60 gives a node up whose agent, a Python process, needs more than 15 s to start: on a busy machine, often."""
+_HEAD_ID = f"{0:056x}".replace("0", "f", 51)
+"""By Ray's fake provider, with which the autoscaler knows the head."""
+_FAKE = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_enable_autoscaler_v2": "1",  # as `ray up` and KubeRay have it
+    "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
+    "RAY_NODE_TYPE_NAME": "ray.head.default",
+}
 _COMMANDS = (
     *("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands"),
     *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
@@ -56,7 +65,7 @@ class RayNodes:
         token.write_text(secrets.token_hex(32))
         self.environment = {
             **os.environ,
-            **({"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"} if autoscaling else {}),
+            **(_FAKE if autoscaling else {}),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
@@ -68,14 +77,15 @@ class RayNodes:
         self.port, dashboard_port = _free_ports(2)
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         self.ray_folder = self.folder / "ray"
+        self._head = (
+            *prefix, "ray", "start", "--block",
+            "--head", f"--port={self.port}", f"--temp-dir={self.ray_folder}", "--num-cpus=0",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
+            *([f"--autoscaling-config={self._write_autoscaling(autoscaling)}"] if autoscaling else []),
+            *([f"--node-ip-address={address}"] if address else []),
+        )  # fmt: skip
         try:
-            self._start(
-                "--head", f"--port={self.port}", f"--temp-dir={self.ray_folder}", "--num-cpus=0",
-                "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
-                *([f"--autoscaling-config={self._write_autoscaling(autoscaling)}"] if autoscaling else []),
-                *([f"--node-ip-address={address}"] if address else []),
-                prefix=prefix,
-            )  # fmt: skip
+            self.head = self._start(*self._head)
             self.address = (self.ray_folder / "ray_current_cluster").read_text().strip()
         except BaseException:
             self.stop()
@@ -92,10 +102,13 @@ class RayNodes:
                     **{key: [] for key in _COMMANDS},
                     "cluster_name": "fake",
                     "max_workers": 8,
-                    "idle_timeout_minutes": 0.2,
+                    "idle_timeout_minutes": 0.5,  # from the start of a node, which on a busy machine takes long
                     "upscaling_speed": 1.0,
                     "provider": {
-                        "type": "fake_multinode",
+                        "type": "external",  # with its own name Ray looks for an example that is not in the wheel
+                        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                        "head_node_id": _HEAD_ID,
+                        "launch_multiple": True,
                         "gcs_address": f"{ray.util.get_node_ip_address()}:{self.port}",
                         "use_node_id_as_ip": True,
                         "disable_node_updaters": True,
@@ -110,12 +123,24 @@ class RayNodes:
 
     def add(self, *options: str, prefix: Sequence[str] = (), num_cpus: int = 1) -> subprocess.Popen[bytes]:
         """Starts a node; `prefix` makes its command run in another place."""
-        return self._start(f"--address={self.address}", f"--num-cpus={num_cpus}", *options, prefix=prefix)
+        join = ("ray", "start", "--block", f"--address={self.address}", f"--num-cpus={num_cpus}")
+        # In one folder for all, each node deletes and unpacks the job's code again, under the feet of its driver.
+        own = f"--temp-dir={self.folder / f'n{len(self.processes)}'}"
+        return self._start(*prefix, *join, own, *options)
 
-    def _start(self, *options: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def replace_head(self) -> None:
+        """Kills the head, and starts another at its address."""
+        below = faults.descendants(self.head.pid)
+        faults.kill([self.head.pid])
+        faults.kill(below)
+        self.head.wait()
+        (self.ray_folder / "ray_current_cluster").unlink()  # another machine has no note of the one that is lost
+        self.head = self._start(*self._head)
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
         """Starts a node and waits until it is there: two that start at once choose one name for a socket (Ray 2.60)."""
         for _ in range(START_TRIES):
-            process, log = self._launch([*prefix, "ray", "start", "--block", *options])
+            process, log = self._launch(command)
             if wait_until(lambda: WAITING in log.read_bytes(), process, timeout_s=START_TIMEOUT_S):  # noqa: B023
                 return process
         raise AssertionError(self.output())

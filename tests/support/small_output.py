@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 import os
-import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from unet_ray import images, storage
+from unet_ray import storage
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
+from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import ledger, manifest, plans, publish, rejected, salvage
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk, Cutting
@@ -32,9 +33,7 @@ CLASS_SET = ClassSet(
         SegmentationClass(name="pedestrian", color=(220, 20, 60), values=(3,)),
     ),
 )
-LINEAGE = plans.Lineage(
-    bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "native", "stride": None}, result_version=1
-)
+LINEAGE = plans.Lineage(bundle_digest="ab" * 32, class_set=CLASS_SET, options={"mask_size": "native", "stride": None})
 CUTTING = Cutting(chunk_frames=3, shard_rows=5)
 
 FIRST_DRIVES = {("a", ""): 5, ("b", "left"): 4, ("b", "right"): 2}
@@ -69,8 +68,10 @@ def mask_of(frame_id: str) -> np.ndarray:
     return seed.integers(0, 3, (int(seed.integers(2, 5)), 5), np.uint8)
 
 
-def label(rows: pa.Table, broken: Mapping[str, str] = BROKEN, mask_encoding: str = "raw") -> pa.Table:
-    """The rows of a chunk."""
+def label(
+    rows: pa.Table, broken: Mapping[str, str] = BROKEN, mask_encoding: str = "raw", *, neighbours: bool = True
+) -> pa.Table:
+    """The rows of a chunk; the network's grid is the mask."""
     ids = rows["frame_id"].to_pylist()
     reasons = [broken.get(frame_id) for frame_id in ids]
     masks = [mask_of(frame_id) for frame_id in ids]
@@ -81,14 +82,18 @@ def label(rows: pa.Table, broken: Mapping[str, str] = BROKEN, mask_encoding: str
         error=[None if reason is None else f"it is {reason}" for reason in reasons],
         height_px=[480] * len(ids),
         width_px=[640] * len(ids),
-        mask=[images.encode_mask_png(mask, CLASS_SET.palette_K3) if is_png else mask.tobytes() for mask in masks],
+        content_digest=[f"{zlib.crc32(frame_id.encode()):016x}" for frame_id in ids],
+        mask=[encode_mask_png(mask, CLASS_SET.palette_K3) if is_png else mask.tobytes() for mask in masks],
         mask_encoding=mask_encoding,
         mask_height_px=[mask.shape[0] for mask in masks],
         mask_width_px=[mask.shape[1] for mask in masks],
-        pixels_NK=pixels_NK,
-        class_confidence_NK=(0.5 + pixels_NK / 50).astype(np.float32),
-        confidence_N=np.array([mask.mean() / 4 + 0.3 for mask in masks], np.float32),
-        low_margin_share_N=np.array([mask[0].mean() / 4 for mask in masks], np.float32),
+        grids=[None if reason else mask for mask, reason in zip(masks, reasons, strict=True)] if neighbours else (),
+        figures={
+            "pixels_<class>": pixels_NK,
+            "confidence_<class>": np.where(pixels_NK > 0, 0.5 + pixels_NK / 50, np.nan).astype(np.float32),
+            "confidence": np.array([mask.mean() / 4 + 0.3 for mask in masks], np.float32),
+            "low_margin_share": np.array([mask[0].mean() / 4 for mask in masks], np.float32),
+        },
     )
     return results.result_table(rows, labels, CLASS_SET)
 
@@ -108,7 +113,8 @@ def work(
     """Labels and commits what is pending, or some chunks; returns their ids."""
     chunks = ledger.pending(plan) if chunks is None else chunks
     for chunk in chunks:
-        commit(plan.out, chunk, label(manifest.read_rows(chunk), broken, mask_encoding), writer="job-1")
+        table = label(manifest.read_rows(chunk), broken, mask_encoding, neighbours=chunk.rows is None)
+        commit(plan.out, chunk, table, writer="job-1")
     return [chunk.chunk_id for chunk in chunks]
 
 
@@ -186,28 +192,30 @@ def flipped(data: bytes, index: int, bit: int = 0) -> bytes:
     return data[:index] + bytes([data[index] ^ 1 << bit]) + data[index + 1 :]
 
 
-def killed_inside(index: int, act: Callable[[], Any]) -> bool:
-    """Runs `act` in a process that is gone at its `index`-th step (from 0) of writing or deleting local files.
+_PROCESSES = multiprocessing.get_context("forkserver")
+"""Of children of a process that has no threads: one of this process might find a lock or the heap as another thread,
+of Arrow's or DuckDB's, has left it (`corrupted double-linked list`, once in some hundred, 2026-11-30)."""
+_PROCESSES.set_forkserver_preload(["unet_ray.output.publish", "unet_ray.output.rejected", "unet_ray.output.salvage"])
+
+
+def killed_inside(index: int, out: str, archive: Listing) -> bool:
+    """Runs `segment` in a process that is gone at its `index`-th step (from 0) of writing or deleting local files.
 
     Nothing of it runs after that, as after SIGKILL. A file has none of its bytes after `open` and half before `fsync`.
 
     Returns:
         Whether it came so far.
     """
-    child = os.fork()
-    if child == 0:
-        done = False
-        try:
-            _die_at(index)
-            act()
-            done = True
-        finally:
-            if not done:
-                traceback.print_exc()
-            os._exit(not done)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9), f"step {index}: {code}"
-    return code == 9
+    child = _PROCESSES.Process(target=_segment_until, args=(index, out, archive))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, 9), f"step {index}: {child.exitcode}"
+    return child.exitcode == 9
+
+
+def _segment_until(index: int, out: str, archive: Listing) -> None:
+    _die_at(index)
+    segment(out, archive)
 
 
 def _die_at(index: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -84,13 +85,15 @@ def last_state(run: str | Path, epoch: int) -> dict[str, np.ndarray]:
 
 
 def assert_same_end(one: str | Path, other: str | Path, epochs: int) -> None:
-    """Model, optimizer and confusion matrices of the last epoch, and the best model, are equal to the bit."""
+    """Model, optimizer and confusion matrices of the last epoch, and the model folder, are equal to the bit."""
     first, second = last_state(one, epochs), last_state(other, epochs)
     assert first.keys() == second.keys() and any(name.startswith("optimizer/") for name in first)
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor, second[name], err_msg=name)
     for name, tensor in final_weights(one).items():
         np.testing.assert_array_equal(tensor, final_weights(other)[name], err_msg=name)
+    folders = [json.loads((Path(run) / "model" / "model.json").read_text()) for run in (one, other)]
+    assert folders[0]["temperature"] == folders[1]["temperature"] and folders[0]["digest"] == folders[1]["digest"]
 
 
 def wait_for_epoch(run: str | Path, epoch: int, timeout_s: float = 600) -> None:

@@ -5,8 +5,10 @@ import pytest
 from small_training import make_config
 
 from unet_ray.classes import IGNORED_ID, PRESETS
+from unet_ray.config import AugmentConfig
 from unet_ray.images import resize_nearest
-from unet_ray.training.augmentation import AugmentConfig, augment
+from unet_ray.preprocessing import Preprocessing, network_input, network_mask
+from unet_ray.training.augmentation import augment
 from unet_ray.training.task import Group, WorkerTask
 from unet_ray.training.worker import Worker
 
@@ -20,6 +22,32 @@ def test_augmentation_with_all_parts_off_is_the_resize():
     image, mask = augment(RGB, IDS, (20, 30), STILL, np.random.default_rng(0))
     np.testing.assert_array_equal(image, resize_nearest(RGB, 20, 30))
     np.testing.assert_array_equal(mask, resize_nearest(IDS, 20, 30))
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("resize", ["nearest", "bilinear", "bilinear-antialias", "area", "area-dct"])
+def test_with_all_parts_off_a_view_is_what_the_model_is_shown_in_use(resize, fit):
+    preprocessing = Preprocessing(resize=resize, fit=fit, mean=(120.0, 110.0, 100.0))
+    image, mask = augment(RGB, IDS, (20, 60), STILL, np.random.default_rng(0), preprocessing)
+    np.testing.assert_array_equal(image, network_input(RGB, (20, 60), preprocessing))
+    np.testing.assert_array_equal(mask, network_mask(IDS, (20, 60), preprocessing))
+    assert ((mask == IGNORED_ID).any()) == (fit == "pad")
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "area"])
+def test_a_smooth_view_shows_the_same_places_as_its_mask(resize):
+    rows, columns = np.mgrid[:64, :96]
+    image = np.stack([2 * rows, 2 * columns, rows * 0 + 77], -1).astype(np.uint8)
+    config = AugmentConfig(scale=(0.3, 2.0), brightness=0, contrast=0, saturation=0)
+    rng, outside = np.random.default_rng(12), 0
+    for _ in range(40):
+        seen, places = augment(image, rows.astype(np.uint8), (20, 30), config, rng, Preprocessing(resize=resize))
+        inside = places != IGNORED_ID
+        assert (seen[inside][:, 2] == 77).all() and (seen[~inside] == 0).all()
+        step = np.abs(np.diff(places.astype(int), axis=0))[inside[1:] & inside[:-1]].max(initial=0)
+        assert np.abs(seen[..., 0].astype(int) - 2 * places)[inside].max() <= 2 * step + 2
+        outside += not inside.all()
+    assert 10 < outside < 35
 
 
 def test_augmentation_is_a_function_of_the_seed():
@@ -94,9 +122,9 @@ def test_colors_change_as_three_steps_by_hand_do(part):
 
 
 def test_bad_augmentation_is_refused():
-    with pytest.raises(ValueError, match=r"scale is \(1.0, 0.5\); give two numbers with 0 < smallest <= largest"):
+    with pytest.raises(ValueError, match=r"--scale is 1.0 0.5; give two numbers with 0 < smallest <= largest"):
         AugmentConfig(scale=(1.0, 0.5))
-    with pytest.raises(ValueError, match="contrast is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match="--contrast is -1; it must be at least 0"):
         AugmentConfig(contrast=-1)
     with pytest.raises(ValueError, match=r"the frame is \(33, 49\) and its mask \(32, 49\); they must be of one size"):
         augment(RGB, IDS[1:], (20, 30), STILL, np.random.default_rng(0))
@@ -109,7 +137,8 @@ def views_of_a_worker(**changes) -> list[tuple[np.ndarray, np.ndarray]]:
     """A training worker's views, 24x32, of a dozen frames that tell their own places: red = row, green = column."""
     config = make_config(Path("data"), Path("run"), augment=True, **(OFF | changes))
     nothing = dict.fromkeys(("class_weights_K", "pixels_K", "image_pixels_K", "train", "validation", "samples"))
-    task = WorkerTask(config=config, class_set=PRESETS["camvid"], device="cpu", cpus=1, start_timeout_s=600, **nothing)
+    about = {"config": config, "model_config": config.model_config(1), "class_set": PRESETS["camvid"]}
+    task = WorkerTask(**about, device="cpu", cpus=1, start_timeout_s=600, **nothing)
     view = Worker(task, Group(rank=0, n_workers=1, agree=lambda value: value, tell=print))._view(epoch=3)
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     image = np.stack([rows, columns, rows * 0 + 77], -1).astype(np.uint8)

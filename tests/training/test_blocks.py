@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,14 @@ import ray
 import tensorflow as tf
 from PIL import Image
 
+from unet_ray import images
 from unet_ray.chaos import faults
 from unet_ray.classes import IGNORED_ID, ClassSet, SegmentationClass
 from unet_ray.errors import JobFailed
+from unet_ray.labelling import decoding
+from unet_ray.labelling.decoding import DecodeOptions
 from unet_ray.pairs.pairs import find_pairs
+from unet_ray.preprocessing import Preprocessing, network_input
 from unet_ray.training import batches, blocks
 from unet_ray.training.batches import IngestPlan
 
@@ -68,6 +73,32 @@ def test_a_row_holds_the_pair(data):
     np.testing.assert_array_equal(np.frombuffer(row["image"], np.uint8).reshape(24, 32, 3), expected)
     assert row["pixels"] == [int(np.sum(mask == k)) for k in range(3)]
     assert row["problem"] == ""
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("resize", ["nearest", "bilinear", "bilinear-antialias", "area", "area-dct"])
+@pytest.mark.parametrize("extension", [".png", ".jpg"])
+def test_training_validation_and_labelling_show_the_network_the_same_image(tmp_path, resize, fit, extension):
+    noise = np.random.default_rng(1).integers(0, 256, (40, 150, 3), np.uint8)
+    image, mask = noise.repeat(4, 0).repeat(2, 1), np.full((160, 300), 7, np.uint8)
+    for folder, array, end in (("frames", image, extension), ("masks", mask, ".png")):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(array).save(tmp_path / folder / f"0{end}")
+    (pair,) = find_pairs(str(tmp_path / "frames"), str(tmp_path / "masks")).pairs
+    preprocessing = Preprocessing(resize=resize, fit=fit)
+    plan = dataclasses.replace(PLAN, mask_format="ids", preprocessing=preprocessing)
+    row = blocks.read_row(0, pair, plan)
+    from_block = np.frombuffer(row["image"], np.uint8).reshape(24, 32, 3)
+    streamed, small_mask = batches.FileReader([pair], plan).read(0)
+    data = (tmp_path / "frames" / f"0{extension}").read_bytes()
+    options = DecodeOptions(network_size=(24, 32), preprocessing=preprocessing, max_pixels=10**6, timeout_s=60)
+    labelled = decoding.decode(data, options)
+    np.testing.assert_array_equal(from_block, labelled.image)
+    np.testing.assert_array_equal(streamed, labelled.image)
+    assert (labelled.height_px, labelled.width_px) == (160, 300)
+    assert (small_mask == IGNORED_ID).any() == (fit == "pad")
+    whole = network_input(images.decode_frame(data), (24, 32), preprocessing)
+    assert np.array_equal(labelled.image, whole) == (resize != "area-dct" or extension == ".png")
 
 
 def test_the_hash_is_of_the_frame_whatever_is_kept_of_it(data):
@@ -199,6 +230,27 @@ def test_a_short_batch_is_padded_with_frames_that_count_nothing():
     assert [set(frame.ravel().tolist()) for frame in mask] == [{2}, {1}, {IGNORED_ID}, {IGNORED_ID}]
 
 
-def test_a_view_is_told_the_frames_index():
-    image, mask = batches.gather(Frames(), [5, 1], 2, (24, 32), lambda i, m, index: (i + 1, m * 0 + index))  # type: ignore[arg-type]
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_view_is_told_the_frames_index(n_threads):
+    def view(image, mask, index):
+        return image + 1, mask * 0 + index
+
+    image, mask = batches.gather(Frames(), [5, 1], 2, (24, 32), view, n_threads)  # type: ignore[arg-type]
     assert image[0, 0, 0, 0] == 6 and mask[1, 0, 0] == 1
+
+
+def test_the_next_batch_is_made_while_one_is_used():
+    began, may_end = [threading.Event() for _ in range(3)], [threading.Event() for _ in range(3)]
+
+    def make(batch: int) -> int:
+        began[batch].set()
+        assert may_end[batch].wait(60)
+        return batch
+
+    numbers = batches.one_ahead(make, 3)
+    may_end[0].set()
+    assert next(numbers) == 0 and began[1].wait(60)  # while 0 is used
+    assert not began[2].is_set()  # one ahead, not all
+    may_end[1].set()
+    may_end[2].set()
+    assert list(numbers) == [1, 2]

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ import ray
 import yaml
 from PIL import Image
 from ray.util.placement_group import placement_group
-from small_training import HeldFrames, held_up, last_state, make_config, write_data
+from small_training import CLASSES, HeldFrames, final_weights, held_up, last_state, make_config, write_data
 
 from unet_ray.chaos import faults
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
@@ -108,6 +110,7 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
         *("run.json", "samples.png", "tensorboard"),
     }
     assert json.loads((run / "metrics.json").read_text()) == result.metrics
+    assert read_bundle(config.out).temperature == result.metrics["temperature"]
     with open(run / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
@@ -195,6 +198,30 @@ def test_the_metrics_are_those_of_a_naive_count(undisturbed):
 
 
 @pytest.mark.timeout(300)
+def test_the_temperature_is_that_of_the_smallest_likelihood_of_the_models_own_validation(undisturbed):
+    """By trying out, in float64, one frame at a time."""
+    config, result = undisturbed
+    model = read_bundle(config.out).build_model(dtype_policy="float32")
+    logits, labels = [], []
+    for pair in validation_frames(config):
+        image, raw = (resize_nearest(np.asarray(Image.open(uri)), 24, 32) for uri in (pair.image_uri, pair.mask_uri))
+        mask = np.select([raw.max(2) == 7, raw.max(2) == 13, raw.max(2) == 10], [0, 1, 2], 255)
+        logits.append(np.asarray(model(image[None])[0], np.float64)[mask != 255])
+        labels.append(mask[mask != 255])
+    logits_PK, labels_P = np.concatenate(logits), np.concatenate(labels)
+
+    def likelihood(temperature: float) -> float:
+        scaled = (logits_PK - logits_PK.max(1, keepdims=True)) / temperature
+        return float(np.mean(np.log(np.exp(scaled).sum(1)) - scaled[np.arange(len(labels_P)), labels_P]))
+
+    temperature = result.metrics["temperature"]
+    best = min(np.geomspace(1 / 8, 8, 1001), key=likelihood)
+    assert temperature == pytest.approx(best, rel=0.06) and likelihood(temperature) < 1.01 * likelihood(best)
+    assert 0 <= result.metrics["val/expected_calibration_error/after"] < 0.2
+    assert result.metrics["val/expected_calibration_error/before"] >= 0
+
+
+@pytest.mark.timeout(300)
 def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys):
     config, result = undisturbed
     for pair in validation_frames(config):
@@ -202,23 +229,39 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
             target = tmp_path / folder / f"{pair.pair_id}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(Path(uri).read_bytes())
-    results = evaluate(
-        EvaluateConfig(
-            model=config.out,
-            images=str(tmp_path / "frames"),
-            masks=str(tmp_path / "masks"),
-            out=str(tmp_path / "out"),
-            batch_size=3,
-            precision="float32",
-            device="cpu",
-        )
+    options = EvaluateConfig(
+        model=config.out,
+        images=str(tmp_path / "frames"),
+        masks=str(tmp_path / "masks"),
+        out=str(tmp_path / "out"),
+        batch_size=3,
+        precision="float32",
+        device="cpu",
     )
+    results = evaluate(options)
     assert results["val/mean_iou"] == pytest.approx(result.metrics["val/mean_iou"], abs=1e-3)
     assert results["val/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-3)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
     assert 0 < results["val/boundary_f1/car"] <= 1
+    assert results["temperature"] == result.metrics["temperature"]
+    for when in ("before", "after"):
+        key = f"val/expected_calibration_error/{when}"
+        assert results[key] == pytest.approx(result.metrics[key], abs=1e-4)
+    assert all(-1 <= results[f"val/error_correlation/{kind}"] <= 1 for kind in ("pearson", "spearman"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "samples.png", "confusion.png"}
-    assert f"mean IoU {results['val/mean_iou']:.3f} over 3 of 3 classes" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"mean IoU {results['val/mean_iou']:.3f} over 3 of 3 classes" in output
+    before, after = (results[f"val/expected_calibration_error/{when}"] for when in ("before", "after"))
+    temperature, pearson = results["temperature"], results["val/error_correlation/pearson"]
+    assert (
+        f"\nexpected calibration error {after:.4f}; {before:.4f} without the model's temperature of {temperature:.3f}\n"
+        f"expected and true error of the frames correlate by {pearson:.3f}\n"
+    ) in output
+    flipped = evaluate(dataclasses.replace(options, out=None, tta="flip"))
+    assert flipped.keys() == results.keys() and flipped["val/loss"] != results["val/loss"]
+    assert (
+        "\nthese are of the mean of a frame's logits and its mirror image's (--tta flip)\n" in capsys.readouterr().out
+    )
 
 
 # --- the same command, another command ---
@@ -229,10 +272,109 @@ def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
     config, result = undisturbed
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
     again = train(config)
-    assert capsys.readouterr().out == f"{config.out} is finished already; --overwrite trains it anew\n"
+    assert capsys.readouterr().out.endswith(f"\n{config.out} is finished already; --overwrite trains it anew\n")
     assert again == result
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
     train(dataclasses.replace(config, max_failures=9, collective_timeout_s=5))  # changes nothing in the result
+
+
+def test_a_finished_run_says_that_its_data_have_changed(undisturbed, tmp_path, capsys):
+    config, result = undisturbed
+    data = Path(config.images).parent
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(config.out, tmp_path / "run")
+    folders = {name: str(tmp_path / "data" / Path(getattr(config, name)).name) for name in ("images", "masks")}
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(written | folders))
+    moved = dataclasses.replace(config, **folders, out=str(tmp_path / "run"))
+    assert train(moved).metrics == result.metrics
+    for folder in folders.values():
+        first = min(path for path in Path(folder).rglob("*") if path.is_file())
+        shutil.copy(first, first.with_stem(f"{first.stem}9"))
+    with pytest.raises(
+        ValueError, match=r"holds a run that began with other data: .*_frames was \d+, now \d+"
+    ) as error:
+        train(moved)
+    assert "\n" not in str(error.value)
+    capsys.readouterr()
+    shutil.rmtree(folders["masks"])
+    assert train(moved).metrics == result.metrics
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "warning: whether this run was trained on the data as they are now is not known: "
+        f"{folders['masks']}: no such folder of masks",
+        f"{moved.out} is finished already; --overwrite trains it anew",
+    ]
+
+
+@pytest.mark.timeout(300)
+def test_a_finished_run_grows_with_other_workers(undisturbed, tmp_path, capsys):
+    config, result = undisturbed
+    shutil.copytree(config.out, tmp_path / "run")
+    longer = dataclasses.replace(config, out=str(tmp_path / "run"), workers=1, epochs=config.epochs + 2)
+    grown = train(longer)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "the run goes on otherwise than before, --workers was 2, now 1: the same mathematics, but sums are rounded in "
+        "another order, and dropout drops other pixels",
+        "the run goes on to epoch 14, before it was 12",
+    ]
+    assert grown.history[:12] == result.history and [row["epoch"] for row in grown.history[12:]] == [13, 14]
+    assert grown.metrics["epochs"] == 14 and train(longer) == grown
+    with pytest.raises(ValueError, match=r"another configuration: --epochs was 14, now 12;"):
+        train(dataclasses.replace(longer, epochs=12))
+
+
+def test_a_run_of_an_older_version_had_the_defaults_of_today(data, tmp_path):
+    config = make_config(data, tmp_path / "run", workers=2)
+    run_folder.begin(config, about_of(config))
+    file = tmp_path / "run" / "config.yaml"
+    before = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({key: value for key, value in before.items() if key not in ("init_from", "scale")}))
+    assert run_folder.finished(config) is None and run_folder.changes(config) == []
+    with pytest.raises(ValueError, match=r"--scale was 0\.5 1\.0, now 0\.4 1\.0; --init-from was None, now .*/m;"):
+        run_folder.finished(dataclasses.replace(config, init_from=str(tmp_path / "m"), scale=(0.4, 1.0)))
+    cosine = dataclasses.replace(config, schedule="cosine", epochs=20)
+    before["schedule"] = "cosine"
+    file.write_text(yaml.safe_dump(before))
+    assert run_folder.changes(cosine) == [
+        "the run goes on to epoch 20, before it was 12; the cosine is that of the whole, longer run from here on"
+    ]
+
+
+@pytest.mark.timeout(300)
+def test_a_run_starts_from_the_weights_of_another(undisturbed, data, cluster, tmp_path, capsys):
+    config, result = undisturbed
+    still = {"workers": 1, "epochs": 1, "learning_rate": 1e-12, "dropout": 0.0, "seed": 77}
+    again = train(make_config(data, tmp_path / "again", init_from=config.out, **still))
+    assert f"the run starts from the weights of {result.model}\n" in capsys.readouterr().out
+    assert again.metrics["val/mean_iou"] == pytest.approx(result.metrics["val/mean_iou"], abs=1e-6)
+    for name, tensor in final_weights(config.out).items():
+        np.testing.assert_allclose(final_weights(again.run)[name], tensor, atol=1e-6, err_msg=name)
+
+    classes = {**CLASSES, "classes": [{**CLASSES["classes"][0], "name": "street"}, *CLASSES["classes"][1:]]}
+    (tmp_path / "others.yaml").write_text(yaml.safe_dump(classes))
+    others = make_config(
+        data, tmp_path / "others", init_from=config.out, classes=str(tmp_path / "others.yaml"), **still
+    )
+    train(others)
+    assert "its classes are others, so the last layer starts anew" in capsys.readouterr().out
+    kept = final_weights(others.out)
+    for name, tensor in final_weights(config.out).items():
+        equal = np.allclose(kept[name], tensor, atol=1e-6)
+        assert equal == (name != "conv2d_7/kernel") or name == "conv2d_7/bias", name
+
+
+def test_weights_that_do_not_fit_are_refused_before_ray_starts(undisturbed, data, tmp_path):
+    config, _ = undisturbed
+    with pytest.raises(ValueError) as caught:
+        train(make_config(data, tmp_path / "deeper", init_from=config.out, depth=3, image_size=(24, 32)))
+    assert str(caught.value) == (
+        f"--init-from {config.out} is a network of another shape than this run's; give --depth 2, or another model"
+    )
+    assert not (tmp_path / "deeper").exists()
+    with pytest.raises(ValueError, match=r"--init-from .* lies in --out"):
+        make_config(data, config.out, init_from=str(Path(config.out) / "model"))
 
 
 @pytest.mark.timeout(300)
@@ -357,6 +499,29 @@ def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, 
     ):
         train(config)
     assert checkpoints.list_epochs(str(tmp_path / "run")) == []
+
+
+class FramesThatDoNotFit(HeldFrames):
+    """Reading a frame asks TensorFlow for 64 TB, as a batch does that is too large for its device."""
+
+    def hold(self, index: int) -> None:
+        import tensorflow as tf
+
+        tf.random.uniform([2**44])
+
+
+@pytest.mark.timeout(300)
+def test_a_batch_that_does_not_fit_ends_at_once_with_the_remedy(data, cluster, tmp_path, capsys):
+    config = make_config(data, tmp_path / "run", accumulate=2, max_failures=3)
+    with held_up(FramesThatDoNotFit, tmp_path / "marker"), pytest.raises(JobFailed) as caught:
+        train(config)
+    assert re.fullmatch(
+        r"worker [01]'s cpu has not enough memory for its part of a batch of 4 frames on 2 workers, 1 frame at once: "
+        r"OOM when allocating tensor with shape\[17592186044416\] and type float on \S+ by allocator \w+; give a "
+        r"smaller --batch-size, or a larger --accumulate, which computes the same",
+        str(caught.value),
+    )
+    assert capsys.readouterr().out.count("precision: ") == 1  # no second group of them
 
 
 @pytest.mark.timeout(300)
@@ -512,9 +677,12 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.timeout(300)
-def test_all_frames_can_train(data, cluster, tmp_path):
+def test_all_frames_can_train(data, cluster, tmp_path, capsys):
     result = train(make_config(data, tmp_path / "run", workers=1, epochs=2, val_fraction=0, loss="focal"))
     assert "val/mean_iou" not in result.metrics and result.metrics["best_epoch"] == 2
+    assert "\nconfidence is not calibrated: no frames validate\n" in capsys.readouterr().out
+    assert "temperature" not in result.metrics and not any("calibration" in key for key in result.metrics)
+    assert "temperature" not in json.loads((tmp_path / "run" / "model" / "model.json").read_text())
     names = {path.name for path in (tmp_path / "run").glob("*.png")}
     assert names == {"samples.png", "curves.png"}  # of frames that trained
     assert read_bundle(result.run).model_config.n_filters == 4

@@ -3,14 +3,18 @@
 | column | |
 |---|---|
 | `uri` | the frame's file; where it is relative, to the catalogue's folder |
-| `frame_id` | optional: its name in all outputs; without it the `uri` as it stands |
+| `frame_id` | optional: its name in all outputs; where it is empty the `uri` as it stands |
 | `sequence`, `camera`, `frame_index`, `timestamp_ns` | optional; without them the id says it, as paths do elsewhere |
-| any other | carried through to the output |
+| any other | carried through to the output: from CSV as text, only an empty field is null; from Parquet as it is |
 """
 
 from __future__ import annotations
 
+import csv as csv_lines
 import errno
+import io
+import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,8 +24,9 @@ from pyarrow import csv
 
 from unet_ray import storage
 from unet_ray.archives.members import MAX_NAME_BYTES
-from unet_ray.archives.parquet import find_image_column
+from unet_ray.archives.parquet import find_image_column, why_no_images
 from unet_ray.archives.parquet_files import Allowance, TooMuch, is_plain, open_parquet
+from unet_ray.archives.reach import Reach
 from unet_ray.frames import extension
 
 _TYPES = {
@@ -33,6 +38,8 @@ _TYPES = {
     "timestamp_ns": pa.int64(),
 }
 _BATCH_ROWS = 20_000
+_HEADER_BYTES = 2**20
+_TAIL_BYTES = 64
 
 
 def is_catalogue(uri: str, image_column: str | None) -> bool:
@@ -55,15 +62,16 @@ def is_catalogue(uri: str, image_column: str | None) -> bool:
     if "uri" in schema.names and image_column is None:
         return True
     raise ValueError(
-        f"{uri} has neither a column {image_column or 'image'!r} of encoded images nor a column 'uri'; "
-        f"its columns are {', '.join(schema.names)}"
+        f"{uri} has {why_no_images(schema, image_column)}, and no column 'uri'; its columns are "
+        f"{', '.join(schema.names)}"
     )
 
 
-def read_catalogue(uri: str) -> Iterator[tuple[pa.Table, list[storage.FileInfo]]]:
+def read_catalogue(uri: str, reach: Reach) -> Iterator[tuple[pa.Table, list[storage.FileInfo | OSError]]]:
     """Yields a catalogue piece by piece: its rows with `frame_id` filled in, and the file of each row.
 
-    A file that is not there has the version `""`, which no file has: it becomes a row with the reason `missing`.
+    A file that is not there has the version `""`, which no file has: it becomes a row with the reason `missing`. One
+    that could not be asked for, as nobody may look into its folder, is an error.
 
     Raises:
         ValueError: no column `uri`, a row without one, a column of the wrong type, a name of over 4,096 bytes, or no
@@ -78,14 +86,25 @@ def read_catalogue(uri: str) -> Iterator[tuple[pa.Table, list[storage.FileInfo]]
         if any(not entry for entry in uris):
             raise ValueError(f"{uri}: row {n_rows + uris.index(next(e for e in uris if not e)) + 1} has no uri")
         _refuse_long_names(table, uri)
-        if "frame_id" not in table.column_names:
+        reach.look(uri, table["uri"])
+        reach.require()  # again: it may have changed since `require_readable`
+        if "frame_id" in table.column_names:
+            ids = pc.coalesce(table["frame_id"], table["uri"])
+            table = table.set_column(table.column_names.index("frame_id"), "frame_id", ids)
+        else:
             table = table.append_column("frame_id", table["uri"])
         n_rows += table.num_rows
-        whole = [entry if "://" in entry or entry.startswith("/") else storage.join(folder, entry) for entry in uris]
+        whole = [storage.beside(folder, entry) for entry in uris]
         with ThreadPoolExecutor(storage.REQUESTS_IN_FLIGHT) as pool:
-            yield table, list(pool.map(_look, [storage.resolve(entry) for entry in whole]))
+            yield table, list(pool.map(_look, [entry if "\0" in entry else storage.resolve(entry) for entry in whole]))
     if not n_rows:
         raise ValueError(f"{uri} holds no frame: it has no rows")
+
+
+def require_readable(uri: str, reach: Reach) -> None:
+    """Raises ValueError where a catalogue is none; notes what it names elsewhere, and looks at no file of it."""
+    for batch in _batches(uri):
+        reach.look(uri, _typed(batch, uri)["uri"])
 
 
 def _refuse_long_names(table: pa.Table, uri: str) -> None:
@@ -95,13 +114,17 @@ def _refuse_long_names(table: pa.Table, uri: str) -> None:
             raise ValueError(f"{uri}: a {name} has {longest:,} bytes; at most {MAX_NAME_BYTES:,} are read")
 
 
-def _look(uri: str) -> storage.FileInfo:
+def _look(uri: str) -> storage.FileInfo | OSError:
     try:
         return storage.info(uri)
-    except OSError as error:
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)) and error.errno != errno.ENAMETOOLONG:
-            raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, storage.NotAFile):
         return storage.FileInfo(path=storage.name(uri), uri=uri, size_bytes=0, version="")
+    except PermissionError as error:
+        return error
+    except storage.StorageError as error:
+        if error.errno == errno.ELOOP:
+            return error
+        raise
 
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:
@@ -118,18 +141,46 @@ def _batches(uri: str) -> Iterator[pa.RecordBatch]:
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{uri} {error}") from error
         return
-    options = csv.ConvertOptions(column_types=_TYPES, strings_can_be_null=True)
+    try:
+        yield from _csv_batches(uri)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri} is no CSV file that can be read: {' '.join(str(error).split())}") from error
+
+
+def _csv_batches(uri: str) -> Iterator[pa.RecordBatch]:
+    """A CSV file's rows. Its own columns are text, whatever stands in them: `000112` is no number, `NA` no null."""
+    lines = csv.ParseOptions(newlines_in_values=True)
+    names = _column_names(storage.read_bytes(uri, 0, _HEADER_BYTES))
+    last: list[object] = [None]
+    types = {name: _TYPES.get(name, pa.string()) for name in names}
+    values = csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
     with storage.open_read(uri) as source:
-        try:
-            yield from csv.open_csv(source, convert_options=options)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri} is no CSV file that can be read: {' '.join(str(error).split())}") from error
+        with csv.open_csv(source, parse_options=lines, convert_options=values) as reader:
+            for batch in reader:
+                yield batch
+                last = batch.column(batch.num_columns - 1)[-1:].to_pylist()
+        source.seek(-min(_TAIL_BYTES, source.seek(0, os.SEEK_END)), os.SEEK_END)
+        is_closed = source.read().rstrip(b"\r\n").endswith(b'"')
+    if last and isinstance(last[-1], str) and "\n" in last[-1] and not is_closed:
+        raise pa.ArrowInvalid("a quote is open at its end, and the lines since then are one value")
+
+
+def _column_names(head: bytes) -> list[str]:
+    """The first line that is not empty. Arrow's reader reads ahead, in a thread, in a file that is closed."""
+    lines = csv_lines.reader(io.StringIO(head.decode("utf-8-sig", "replace"), newline=""))
+    try:
+        return next(filter(None, lines), [])
+    except csv_lines.Error as error:
+        raise pa.ArrowInvalid(f"its first line: {error}") from error
 
 
 def _typed(batch: pa.RecordBatch, uri: str) -> pa.Table:
     """The catalogue's rows with plain Arrow types: no dictionaries, no extension types."""
     if "uri" not in batch.schema.names:
         raise ValueError(f"{uri} has no column 'uri'; its columns are {', '.join(batch.schema.names)}")
+    twice = next((name for name, number in Counter(batch.schema.names).items() if number > 1), None)
+    if twice is not None:
+        raise ValueError(f"{uri} has the column {twice!r} twice; give each a name of its own")
     columns, fields = [], []
     for column in batch.schema:
         if column.name.startswith("__index_level_"):  # pandas' own
@@ -140,6 +191,10 @@ def _typed(batch: pa.RecordBatch, uri: str) -> pa.Table:
         values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
         if not is_plain(values.type):
             raise ValueError(f"{uri}: column {column.name!r} is {column.type}; only Arrow's usual types are carried")
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{uri}: column {column.name!r} is not UTF-8; write it so") from error
         wanted = _TYPES.get(column.name, values.type)
         try:
             columns.append(values.cast(wanted))

@@ -1,4 +1,4 @@
-"""Two rows of a listing that are one frame are refused: an archive reached by two ways, a file that is named twice.
+"""Listings that name one frame twice are refused: an archive reached by two ways, a file that is named twice.
 
 A link or a hard link below a root has a name of its own there and is a frame of its own.
 """
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unet_ray.frames import archive_of
 from unet_ray.storage import overlaps
 
 
@@ -43,10 +44,11 @@ def _require_distinct_members(table: pa.Table, file_of_row: pa.ChunkedArray) -> 
     same = np.ones(len(order) - 1, bool)
     for key in keys:
         same &= np.diff(key[order]) == 0
-    if same.any():
-        at = int(np.argmax(same))
+    for at in np.flatnonzero(same).tolist():
         first, second = sorted(order[at : at + 2].tolist())
         ids = [table["frame_id"][row].as_py() for row in (first, second)]
+        if table["kind"][first].as_py() == "tar" and len({archive_of(frame_id) for frame_id in ids}) == 1:
+            continue  # a link in it has a name of its own, as one below a folder
         uri = table["uri"][first].as_py()
         raise ValueError(f"{uri} is listed twice: as {ids[0]!r} and as {ids[1]!r} it is one frame; name each once")
 

@@ -1,4 +1,4 @@
-"""What lies in an archive, whatever its kind."""
+"""The frames in an archive of any kind: how each is listed, and how its bytes are read."""
 
 from __future__ import annotations
 
@@ -41,3 +41,5 @@ def list_members(file: storage.FileInfo, findings: Findings, image_column: str |
         findings.refuse(file.uri, " ".join(str(error).split()) or "damaged")
     except FileNotFoundError:
         findings.refuse(file.uri, "vanished while it was listed")
+    except (PermissionError, storage.NotAFile) as error:
+        findings.refuse(file.uri, error.strerror or type(error).__name__)

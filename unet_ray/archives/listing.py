@@ -4,7 +4,7 @@
 >>> listing.table.slice(0, 96)            # frames.MANIFEST_SCHEMA, in the order of the output
 
 Everything below a root is accounted for: listed (a row of the table), ignored (counted by extension: what has no
-image extension), or unlistable (an unreadable folder, a tar that ends early), which fails the job.
+image extension, or is hidden), or unlistable (an unreadable folder, a tar that ends early), which fails the job.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,32 +23,26 @@ from unet_ray.archives import doubles, members
 from unet_ray.archives.catalogues import is_catalogue, read_catalogue
 from unet_ray.archives.kinds import list_members
 from unet_ray.archives.members import Findings
+from unet_ray.archives.reach import Reach
+from unet_ray.archives.roots import FoundRoots, find_roots, folder_of
 from unet_ray.frames import (
     IMAGE_EXTENSIONS,
     MANIFEST_SCHEMA,
     Listing,
     PathFields,
-    Root,
     extension,
     is_frame,
+    is_text,
     natural_key,
     parse_path,
     roots_metadata,
     with_digits,
 )
-from unet_ray.storage import overlaps
+from unet_ray.messages import first_few
 from unet_ray.storage.listings import ListPart
 
 _ARCHIVES_AT_ONCE = 8
 _ROWS_A_BATCH = 50_000 // _ARCHIVES_AT_ONCE  # each of so many holds that as objects
-
-
-class FoundRoots(NamedTuple):
-    """Where to list."""
-
-    places: list[tuple[str, str]]
-    """Label and URI of every place, globs resolved; a label begins the ids of the frames below."""
-    roots: tuple[Root, ...]
 
 
 def list_archives(
@@ -57,6 +51,8 @@ def list_archives(
     roots: FoundRoots | None = None,
     path_pattern: str | None = None,
     image_column: str | None = None,
+    include_hidden: bool = False,
+    allow_uris: Sequence[str] = (),
 ) -> Listing:
     """Lists folders (at any depth), tar, zip and Parquet files, catalogues, and globs of them; archives in parallel.
 
@@ -68,33 +64,38 @@ def list_archives(
         roots: what `find_roots` made of them, where that was called before.
         path_pattern: see `parse_path`.
         image_column: the column of Parquet files that holds the encoded images, where it is not `image`.
+        include_hidden: lists what `frames.is_hidden`, too; what a root or a catalogue names itself is never hidden.
+        allow_uris: prefixes of what catalogues may name beside what lies below their folders and the roots.
 
     Raises:
         ValueError: a root that does not exist or holds no frame, two frames with one id, or a frame twice.
         StorageError: the store did not answer.
     """
-    rows, findings = _Rows(path_pattern), Findings()
+    rows, findings = _Rows(path_pattern), Findings(include_hidden)
     archives: list[tuple[str, storage.FileInfo]] = []
     resolved = [storage.resolve(uri) for uri in uris]
-    roots = find_roots(uris) if roots is None else roots
+    roots = find_roots(uris, include_hidden=include_hidden) if roots is None else roots
+    findings.ignored.update({members.HIDDEN: roots.n_hidden} if roots.n_hidden else {})
+    reach = Reach((uri for _, uri in roots.places), allow_uris)
     is_folder = {uri: storage.is_folder(uri) for _, uri in roots.places}
     for label, uri in roots.places:
         if is_folder[uri]:
-            list_some = partial(_list_part, f"{label}/" if label else "", path_pattern)
+            list_some = partial(_list_part, f"{label}/" if label else "", uri, path_pattern, include_hidden)
             for table, of_part, part_archives in _in_threads(list_some, storage.list_parts(uri)):
                 rows.add_table(table)
                 findings.add(of_part)
                 archives += part_archives
         else:
-            archives += _list_file(label, uri, rows, findings, image_column, is_named=uri in resolved)
-    list_one = partial(list_archive, path_pattern=path_pattern, image_column=image_column)
+            archives += _list_file(label, uri, rows, findings, image_column, reach, is_named=uri in resolved)
+    list_one = partial(
+        list_archive, path_pattern=path_pattern, image_column=image_column, include_hidden=include_hidden
+    )
     for table, of_archive in _in_threads(list_one, archives):
         rows.add_table(table)
         findings.add(of_archive)
     table = rows.table()
     if len(table) == 0 and not findings.unlistable:
-        ignored = f"{sum(findings.ignored.values()):,} other files" if findings.ignored else "nothing"
-        raise ValueError(f"{', '.join(uris)} holds {ignored}; frames are {', '.join(IMAGE_EXTENSIONS)}")
+        raise ValueError(no_frames(uris, findings.ignored))
     _require_distinct(table)
     doubles.require_once(table, is_folder)
     order, columns, schema = _order(table), table.columns, _schema_with_roots(table.schema, resolved)
@@ -103,9 +104,18 @@ def list_archives(
     return Listing(
         table=pa.Table.from_arrays(columns, schema=schema),
         ignored=dict(sorted(findings.ignored.items())),
+        include_hidden=include_hidden,
+        not_files=tuple(findings.not_files),
         unlistable=tuple(findings.unlistable),
         roots=roots.roots,
     )
+
+
+def no_frames(uris: Sequence[str], ignored: Mapping[str, int]) -> str:
+    """Returns the error of roots that hold no frame."""
+    content = first_few([f"{number:,} {kind}" for kind, number in sorted(ignored.items())]) or "nothing"
+    content += " (--include-hidden takes what is hidden)" if members.HIDDEN in ignored else ""
+    return f"{', '.join(uris)} holds {content}; frames are {', '.join(IMAGE_EXTENSIONS)}"
 
 
 def _in_threads(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
@@ -114,11 +124,15 @@ def _in_threads(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Ite
 
 
 def list_archive(
-    archive: tuple[str, storage.FileInfo], *, path_pattern: str | None, image_column: str | None
+    archive: tuple[str, storage.FileInfo],
+    *,
+    path_pattern: str | None,
+    image_column: str | None,
+    include_hidden: bool = False,
 ) -> tuple[pa.Table, Findings]:
     """Lists one tar, zip or Parquet file, given by its path relative to the root and its file."""
     path, file = archive
-    rows, findings = _Rows(path_pattern), Findings()
+    rows, findings = _Rows(path_pattern), Findings(include_hidden)
     for member in list_members(file, findings, image_column):
         rows.add(f"{path}!{member.path}", file, extension(path)[1:], member)
     return rows.table(), findings
@@ -159,65 +173,10 @@ class _Rows:
         try:
             # MANIFEST_SCHEMA comes first, so that carried columns follow behind whatever the order of the roots.
             return pa.concat_tables([MANIFEST_SCHEMA.empty_table(), *self._tables], promote_options="default")
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             raise ValueError(
                 f"catalogues have columns of one name and different types: {' '.join(str(error).split())}"
             ) from error
-
-
-def find_roots(uris: Sequence[str], labels: Mapping[str, str] | None = None) -> FoundRoots:
-    """Returns the roots of a listing, and every place below them, with what globs match in their place.
-
-    Args:
-        uris: as they were given.
-        labels: how the ids below some of the roots begin, by the root's resolved URI.
-
-    Raises:
-        ValueError: a glob that matches nothing, roots that are equal or lie in each other.
-    """
-    given = {storage.resolve(uri): uri for uri in reversed(uris)}
-    roots = _roots([storage.resolve(uri) for uri in uris], labels or {})
-    overlaps.require_distinct_roots([(given.get(uri, uri), uri) for _, uri in roots.places], _may_be_catalogue)
-    return roots
-
-
-def _may_be_catalogue(uri: str) -> bool:
-    """Whether a root may name frames that lie elsewhere; those that it names twice are found in the listing."""
-    return extension(uri) in (".csv", ".parquet")
-
-
-def _roots(uris: Sequence[str], labels: Mapping[str, str]) -> FoundRoots:
-    places: list[tuple[str, str]] = []
-    roots: list[Root] = []
-    plain = [uri for uri in dict.fromkeys(uris) if not is_glob(uri)]
-    depth = 1
-    while len({tail(uri, depth) for uri in plain}) < len(set(plain)):  # roots with one name: `a/cam0` and `b/cam0`
-        depth += 1
-        if depth > max(uri.count("/") for uri in plain) + 1:
-            twice = next(uri for uri in plain if sum(tail(uri, depth) == tail(other, depth) for other in plain) > 1)
-            raise ValueError(f"{twice} has the path of another of --frames; their frames' ids would be the same")
-    for uri in uris:
-        if uri not in plain:
-            base, matches, label = _glob_base(uri), storage.glob(uri), labels.get(uri, "")
-            if not matches:
-                raise ValueError(f"{uri}: nothing matches")
-            for match in matches:
-                places.append(("/".join(filter(None, (label, match.removeprefix(base).strip("/")))), match))
-        else:
-            natural = "" if len(uris) == 1 and storage.is_folder(uri) else tail(uri, depth)
-            label = labels.get(uri, natural)
-            places.append((label, uri))
-        roots.append(Root(uri, label))
-    return FoundRoots(places, tuple(roots))
-
-
-def is_glob(uri: str) -> bool:
-    """Whether a root is a pattern, not the name of something that is there."""
-    return storage.is_pattern(uri) and not storage.exists(uri)
-
-
-def _glob_base(uri: str) -> str:
-    return storage.split_pattern(uri)[0]
 
 
 def with_roots(table: pa.Table, uris: Iterable[str]) -> pa.Table:
@@ -229,57 +188,82 @@ def _schema_with_roots(schema: pa.Schema, uris: Iterable[str]) -> pa.Schema:
     return schema.with_metadata(roots_metadata(folder_of(uri) for uri in uris if storage.is_local(uri)))
 
 
-def folder_of(uri: str) -> str:
-    """Returns the folder that a root is or lies in."""
-    if is_glob(uri):
-        return _glob_base(uri)
-    return uri if storage.is_folder(uri) else uri.rpartition("/")[0]
-
-
-def tail(uri: str, depth: int) -> str:
-    """Returns the last parts of a URI: `b/cam0` of `/logs/b/cam0` at depth 2."""
-    return "/".join(uri.partition("://")[2 if "://" in uri else 0].strip("/").split("/")[-depth:])
-
-
 def _list_part(
-    prefix: str, path_pattern: str | None, list_some: ListPart
+    prefix: str, root: str, path_pattern: str | None, include_hidden: bool, list_some: ListPart
 ) -> tuple[pa.Table, Findings, list[tuple[str, storage.FileInfo]]]:
     """Lists a part of a folder: the frames that are files, and the archives."""
-    rows, findings = _Rows(path_pattern), Findings()
+    rows, findings = _Rows(path_pattern), Findings(include_hidden)
 
     def note(where: str, error: OSError) -> None:
         if isinstance(error, storage.StorageError):
             raise error
+        if findings.hides(where.removeprefix(f"{root.rstrip('/')}/")):
+            return
+        if isinstance(error, storage.NotAFile):
+            findings.ignore_no_file(where)
+            return
         findings.refuse(where, error.strerror or str(error))
 
     files = list_some(note)
-    archives = [archive for file in files for archive in _sort_out(prefix + file.path, file, rows, findings)]
+    archives = [
+        archive
+        for file in files
+        if not findings.hides(file.path)
+        for archive in _sort_out(prefix + file.path, file, rows, findings)
+    ]
     return rows.table(), findings, archives
 
 
 def _list_file(
-    label: str, uri: str, rows: _Rows, findings: Findings, image_column: str | None, *, is_named: bool
+    label: str, uri: str, rows: _Rows, findings: Findings, image_column: str | None, reach: Reach, *, is_named: bool
 ) -> list[tuple[str, storage.FileInfo]]:
     """Adds the frame that a file is or those of a catalogue, returns an archive; a glob's match may be ignored."""
+    try:
+        file, is_table = look_at_file(uri, image_column, is_named=is_named)
+    except storage.NotAFile:
+        findings.ignore_no_file(uri)
+        return []
+    if is_table:
+        _add_catalogue(uri, rows, findings, reach)
+        return []
+    return list(_sort_out(label, file, rows, findings))
+
+
+def look_at_file(uri: str, image_column: str | None, *, is_named: bool) -> tuple[storage.FileInfo, bool]:
+    """Returns a file that is no folder, and whether it is a catalogue.
+
+    Args:
+        uri: the file.
+        image_column: see `list_archives`.
+        is_named: whether it was given itself, and not matched by a glob.
+
+    Raises:
+        ValueError: it is not there, or is nothing that is read.
+        NotAFile: a glob's match is a pipe, a socket or a device.
+        StorageError: the store did not answer.
+    """
     try:
         file = storage.info(uri)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{uri}: no such folder or file") from error
+    except storage.NotAFile as error:
+        if not is_named:
+            raise
+        raise ValueError(f"{uri} is {error.strerror}; give a folder, a file, or a glob of them") from error
     if (why := members.why_unreadable(uri)) is not None:
         raise ValueError(f"{uri}: {why}")
     if is_catalogue(uri, image_column):
-        _add_catalogue(uri, rows)
-        return []
+        return file, True
     if is_named and not members.is_archive(uri) and not is_frame(uri):
         raise ValueError(f"{uri} is not an archive; give a folder, a tar, zip, Parquet or CSV file, or a glob of them")
-    return list(_sort_out(label, file, rows, findings))
+    return file, False
 
 
 def _sort_out(
     path: str, file: storage.FileInfo, rows: _Rows, findings: Findings
 ) -> Iterator[tuple[str, storage.FileInfo]]:
     """Adds a file that is a frame, yields one that is an archive, and notes any other."""
-    if not members.is_utf8(path):
+    if not is_text(path):
         findings.refuse(file.uri, "a name that is not UTF-8")
     elif is_frame(path):
         rows.add(path, file)
@@ -291,11 +275,16 @@ def _sort_out(
         findings.ignore(path)
 
 
-def _add_catalogue(uri: str, rows: _Rows) -> None:
+def _add_catalogue(uri: str, rows: _Rows, findings: Findings, reach: Reach) -> None:
     """Adds a catalogue's rows; what its columns do not say is read from the id, as from a path."""
-    for given, files in read_catalogue(uri):
+    for given, files in read_catalogue(uri, reach):
         part = _Rows(rows.path_pattern)
-        for frame_id, file in zip(given["frame_id"].to_pylist(), files, strict=True):
+        for file in files:
+            if isinstance(file, OSError):
+                findings.refuse_frame(file)
+        given = given.filter(pa.array([isinstance(file, storage.FileInfo) for file in files]))
+        present = [file for file in files if isinstance(file, storage.FileInfo)]
+        for frame_id, file in zip(given["frame_id"].to_pylist(), present, strict=True):
             part.add(frame_id, file)
         table = part.table()
         for name in given.column_names:

@@ -1,8 +1,8 @@
 """What lies in one tar, zip or Parquet file: its frames' names and places, and their bytes out of the last two.
 
 Nothing is unpacked: a lister reads headers by range and says where each frame's bytes are. What a hostile archive may
-try ends in `Findings.unlistable`, by name: members with `..` or an absolute path, links, devices, names or directories
-made to fill the memory, sizes that lead in circles.
+try ends in `Findings.unlistable`, by name: frames with `..` or an absolute path, links that leave the archive, devices,
+names or directories made to fill the memory, sizes that lead in circles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from unet_ray import storage
-from unet_ray.frames import extension, is_frame
+from unet_ray.frames import extension, is_frame, is_hidden, is_text
+from unet_ray.messages import printable
 
 ARCHIVE_EXTENSIONS = (".tar", ".zip", ".parquet")
 """What is looked into, in a folder too."""
@@ -29,8 +30,16 @@ _COMPRESSED_TAR = re.compile(r"(?i)\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4
 MAX_NAME_BYTES = 4096  # as Linux has it
 _MAX_REFUSED = 1_000  # members, which are named each
 _READ_AHEAD_BYTES = 128 * 2**10  # one request a tar header where frames are larger, several headers where smaller
-_LEAVES = "a name that leaves the archive"
+LEAVES = "a name that leaves the archive"
 NO_FILE = "a link, device or sparse file"
+
+HIDDEN = "hidden"
+LINK = "link"
+NOT_A_FILE = "pipe, socket or device"
+"""What is ignored and counted for what it is, not by its extension."""
+
+_EXAMPLES = 3
+_LONGEST_EXTENSION = 16  # letters, so that names do not fill the memory as kinds of their own
 
 
 class Member(NamedTuple):
@@ -48,21 +57,44 @@ class Member(NamedTuple):
 class Findings:
     """What a lister met and did not list."""
 
+    include_hidden: bool = False
     ignored: Counter[str] = field(default_factory=Counter)
     unlistable: list[tuple[str, str]] = field(default_factory=list)
+    not_files: list[str] = field(default_factory=list)
+    """The first few pipes, sockets and devices."""
 
     def add(self, other: Findings) -> None:
         """Takes over another lister's findings."""
         self.ignored.update(other.ignored)
         self.unlistable += other.unlistable
+        self.not_files = (self.not_files + other.not_files)[:_EXAMPLES]
+
+    def hides(self, path: str) -> bool:
+        """Whether a file is passed over as hidden; counts it if so."""
+        if self.include_hidden or not is_hidden(path):
+            return False
+        self.ignored[HIDDEN] += 1
+        return True
 
     def ignore(self, path: str) -> None:
         """Counts a file that is no frame."""
-        self.ignored[extension(path) or "no extension"] += 1
+        kind = extension(path) or "no extension"
+        self.ignored[kind if len(kind) <= _LONGEST_EXTENSION else "other extensions"] += 1
+
+    def ignore_no_file(self, uri: str) -> None:
+        """Counts a pipe, socket or device, and names the first few."""
+        self.ignored[NOT_A_FILE] += 1
+        self.not_files = [*self.not_files, printable(uri)][:_EXAMPLES]
 
     def refuse(self, uri: str, why: str) -> None:
-        """Names what cannot be listed; a name that is not UTF-8 is shown with escapes."""
-        self.unlistable.append((uri if is_utf8(uri) else ascii(uri)[1:-1], why))
+        """Names what cannot be listed; what is no text in a name is shown with escapes."""
+        self.unlistable.append((printable(uri), why))
+
+    def refuse_frame(self, error: OSError) -> None:
+        """Names a frame that could not be asked for. Raises the error where there are more of these than are named."""
+        if len(self.unlistable) >= _MAX_REFUSED:
+            raise error
+        self.refuse(str(error.filename), error.strerror or type(error).__name__)
 
 
 class BadMember(ValueError):
@@ -87,11 +119,6 @@ def why_unreadable(path: str) -> str | None:
     if _COMPRESSED_TAR.search(path) is None:
         return None
     return "a compressed tar cannot be read by range; unpack it, or pack it again as a plain .tar"
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a name is text; bytes that are none come as lone surrogates from the file system and from tarfile."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 class RangeFile:
@@ -135,25 +162,35 @@ class RangeFile:
 
 
 def _why_refused_name(path: str) -> str | None:
-    if not is_utf8(path) or "\0" in path:
-        return "a name that is not UTF-8"
+    if not is_text(path):
+        return "a name with NUL in it" if "\0" in path else "a name that is not UTF-8"
     if len(path) > MAX_NAME_BYTES:
         return f"a name of more than {MAX_NAME_BYTES:,} letters"
-    parts = path.replace("\\", "/").split("/")
-    return _LEAVES if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:", path) else None
+    parts = path.split("/")
+    return LEAVES if not parts[0] or ".." in parts else None
 
 
-def accept(path: str, refused: str | None, file: storage.FileInfo, findings: Findings) -> str | None:
-    """Returns the plainest form of a member's path where it is a frame; counts or names what is none."""
-    refused = _why_refused_name(path) or refused
-    if refused is not None:
-        if len(findings.unlistable) == _MAX_REFUSED:
-            raise Broken(f"has more than {_MAX_REFUSED:,} members that cannot be listed")
-        findings.refuse(f"{file.uri}!{path[:MAX_NAME_BYTES]}", refused)
-    elif not is_frame(path):
+def accept(
+    path: str, refused: str | None, file: storage.FileInfo, findings: Findings, original: str | None = None
+) -> str | None:
+    """Returns the plainest form of a member's path where it is a frame; counts or names what is none.
+
+    Args:
+        path: within the archive.
+        refused: why it is not listed, if that is so.
+        file: the archive.
+        findings: where it is counted or named.
+        original: the name as it stands in the archive, where that is another.
+    """
+    if not is_frame(path):
         findings.ignore(path)
-    else:
+        return None
+    refused = _why_refused_name(path) or refused
+    if refused is None:
         return posixpath.normpath(path)  # `tar cf log.tar .` writes ./cam0/1.png
+    if len(findings.unlistable) == _MAX_REFUSED:
+        raise Broken(f"has more than {_MAX_REFUSED:,} members that cannot be listed")
+    findings.refuse(f"{file.uri}!{(original or path)[:MAX_NAME_BYTES]}", refused)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Parquet files that anybody may have written, read by range: what makes much of little in them is bounded.
+"""Parquet files that anybody may have written: read by range, and refused where they would exhaust memory.
 
 A page may unpack ten thousand times, a dictionary say one value of megabytes in a million rows, a delta make each value
 of the one before, a run length write a list of a billion. What a row group may come to is read from the file's footer,
@@ -82,7 +82,7 @@ def _as_invalid(uri: str) -> Iterator[None]:
     """What is damaged is invalid, for which Arrow has OSErrors, too, without a number; others are the store's."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last one of a name, in pyarrow 19
         if isinstance(error, OSError) and error.errno is not None:
             with storage.naming(uri):
                 raise
@@ -122,7 +122,9 @@ class ParquetRows:
     def _chunks(self, group: int, column: str | None) -> Iterator[tuple[Any, pq.ColumnChunkMetaData]]:
         about = self._file.metadata.row_group(group)
         for index in range(about.num_columns):
-            if column is None or about.column(index).path_in_schema == column:
+            with _as_invalid(self._uri):
+                path = about.column(index).path_in_schema
+            if column is None or path == column or path.startswith(f"{column}."):  # `image.list.element` of a list
                 yield self._file.schema.column(index), about.column(index)
 
     def packed_and_unpacked(self, group: int, column: str | None = None) -> tuple[int, int]:
@@ -136,6 +138,15 @@ class ParquetRows:
             packed += chunk.total_compressed_size
             unpacked += max(chunk.total_uncompressed_size, values)
         return packed, unpacked
+
+    def is_all_null(self, column: str) -> bool:
+        """Whether a column holds nothing in any row, as the file's statistics say; not known counts as no."""
+        chunks = [chunk for group in range(self._file.num_row_groups) for _, chunk in self._chunks(group, column)]
+        statistics = [chunk.statistics for chunk in chunks]
+        return all(
+            about is not None and about.has_null_count and about.null_count == chunk.num_values
+            for about, chunk in zip(statistics, chunks, strict=True)
+        )
 
     def why_too_much(self, group: int, column: str | None = None) -> str | None:
         """Returns why a row group is not unpacked: to so much more than lies in the file that nothing real is in it."""

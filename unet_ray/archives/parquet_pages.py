@@ -1,4 +1,4 @@
-"""The pages of a Parquet file's columns, by their own headers: Arrow makes what these say, not what the footer says.
+"""The pages of a Parquet file's columns, sized by their own headers, which Arrow trusts more than the footer.
 
 >>> source = PageGuard(open_read(uri))
 >>> file = pq.ParquetFile(source)

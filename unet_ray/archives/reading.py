@@ -176,6 +176,8 @@ def _checked(ref: _Reference, content: _Content, version_now: str | None) -> byt
     uri, size = ref.uri, ref.size_bytes
     if version_now is None or isinstance(content, FileNotFoundError):
         return FrameGone("missing", f"{uri} is gone since it was listed" if ref.version else f"{uri} is not there")
+    if not version_now and not ref.version:
+        return FrameGone("not_an_image", f"{uri} is a folder, a pipe, a socket or a device, not a file")
     if version_now != ref.version or isinstance(content, storage.FileChanged):
         return FrameGone("changed", f"{uri} has changed since it was listed")
     if isinstance(content, members.BadMember):

@@ -34,7 +34,7 @@ from unet_ray.classes import PRESETS
 from unet_ray.cluster.processes import KEEP_MEMORY
 from unet_ray.demo import synthetic
 from unet_ray.model import devices
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
 
 JPEG_QUALITY = 90
@@ -53,7 +53,7 @@ class Settings:
     """Frames that are drawn."""
     drive_frames: int
     """Frames of one drive, a folder."""
-    network: ModelConfig
+    network: UnetConfig
     large_network: tuple[int, int]
     """Height and width of the large network's input."""
     teaching_epochs: int
@@ -88,7 +88,7 @@ FULL = Settings(
     frame_size=(480, 640),
     distinct=240,
     drive_frames=1000,
-    network=ModelConfig(n_classes=23),
+    network=UnetConfig(n_classes=23),
     large_network=(480, 640),
     teaching_epochs=6,
     frames=12_000,
@@ -114,7 +114,7 @@ SIZES = {
         frame_size=(48, 64),
         distinct=12,
         drive_frames=24,
-        network=ModelConfig(image_height_px=16, image_width_px=24, n_classes=23, n_filters=4, depth=3),
+        network=UnetConfig(image_height_px=16, image_width_px=24, n_classes=23, n_filters=4, depth=3),
         large_network=(48, 64),
         teaching_epochs=2,
         frames=48,
@@ -265,7 +265,7 @@ class Arena:
         with self._made_once("large_model") as folder:
             if folder:
                 bundle = read_bundle(str(self.model()))
-                config = dataclasses.replace(bundle.model_config, image_height_px=height_px, image_width_px=width_px)
+                config = bundle.model_config.sized((height_px, width_px))
                 write_bundle(str(folder), bundle.weights, config, bundle.class_set, {})
         return self.data / "large_model"
 
@@ -284,17 +284,17 @@ class Arena:
 
     def null_model(self) -> Path:
         """A network that costs next to nothing: one filter, two levels, the same size and classes."""
-        return self._write_null_model("null_model", {})
+        return self._write_null_model("null_model", self.settings.network.image_size)
 
     def speck_model(self) -> Path:
         """The same for frames of 16x16."""
-        return self._write_null_model("speck_model", {"image_height_px": 16, "image_width_px": 16})
+        return self._write_null_model("speck_model", (16, 16))
 
-    def _write_null_model(self, name: str, size: dict[str, int]) -> Path:
-        config = dataclasses.replace(self.settings.network, n_filters=1, depth=2, **size)
+    def _write_null_model(self, name: str, size: tuple[int, int]) -> Path:
+        config = dataclasses.replace(self.settings.network.sized(size), n_filters=1, depth=2)
         with self._made_once(name) as folder:
             if folder:
-                from unet_ray.model.unet import weight_shapes  # loads TensorFlow
+                from unet_ray.model.weights import weight_shapes  # loads TensorFlow
 
                 numbers = np.random.default_rng(0)
                 shapes = weight_shapes(config).items()
@@ -310,7 +310,7 @@ class Arena:
     @property
     def network_size(self) -> tuple[int, int]:
         """Height and width of the network's input."""
-        return self.settings.network.image_height_px, self.settings.network.image_width_px
+        return self.settings.network.image_size
 
     def camvid(self) -> Path:
         """The data set of the whole training.
@@ -322,10 +322,10 @@ class Arena:
             raise Skipped("give --camvid, the folder with train/, trainannot/, val/ and valannot/")
         return self._camvid.resolve()
 
-    def require(self, module: str) -> None:
-        """Raises Skipped where a library of the extra `bench` is not installed."""
+    def require(self, module: str, extra: str = "bench") -> None:
+        """Raises Skipped where a library of an extra is not installed."""
         if importlib.util.find_spec(module) is None:
-            raise Skipped(f"{module} is not installed (pip install 'unet-ray[bench]')")
+            raise Skipped(f"{module} is not installed (pip install 'unet-ray[{extra}]')")
 
     # --- running ---
 

@@ -274,6 +274,7 @@ PROGRAMS = {
     **dict.fromkeys(("notebook_loop", "tfdata_loop", "ray_pattern"), "peers"),
     **dict.fromkeys(("our_step", "steps_apart", "keras_step", "keras_fit"), "training_peers"),
     **dict.fromkeys(("our_ingest", "tfdata_ingest"), "training_peers"),
+    "onnx_network": "onnx_contests",
     **dict.fromkeys(("torch_loop", "torch_step", "torch_ingest"), "torch_peers"),
 }
 """The module of each program; one that is not asked for is not imported."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from unet_ray.bench import cost_contests, labelling_contests, training_contests
+from unet_ray.bench import cost_contests, labelling_contests, onnx_contests, training_contests
 from unet_ray.bench.arena import Arena, Contest, ContestantFailed
 from unet_ray.bench.benchmark import Journal, Measurement, Row, Skipped, in_turn, lacking
 
@@ -15,11 +16,15 @@ CONTESTS = {
         *labelling_contests.CONTESTS,
         *cost_contests.CONTESTS,
         *training_contests.CONTESTS,
+        *onnx_contests.CONTESTS,
         labelling_contests.GPU,
     )
 }
 
-CPU_ROWS = {row.name: row for row in (*labelling_contests.ROWS, *cost_contests.ROWS, *training_contests.ROWS)}
+CPU_ROWS = {
+    row.name: row
+    for row in (*labelling_contests.ROWS, *cost_contests.ROWS, *training_contests.ROWS, *onnx_contests.ROWS)
+}
 """By name, in the table's order."""
 
 GPU_ROWS = {row.name: row for row in labelling_contests.GPU_ROWS}
@@ -36,7 +41,7 @@ def play(
     Returns:
         Whether no contestant failed. One that is skipped, or fails, takes its rows with it and no others.
     """
-    settings = {"source": arena.source, **vars(arena.settings), "network": vars(arena.settings.network)}
+    settings = {"source": arena.source, **vars(arena.settings), "network": dataclasses.asdict(arena.settings.network)}
     rounds = journal.rounds(contest.name, settings)
     went_well = True
     while todo := lacking([row for row in rows if not _is_out(row, journal)], rounds, repeats):

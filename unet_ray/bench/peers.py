@@ -165,7 +165,7 @@ def ray_pattern(
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     config = read_bundle(model).model_config
-    size = (config.image_height_px, config.image_width_px)
+    size = config.image_size
     (
         ray.data.read_images(frames, mode="RGB", include_paths=True)
         .map(_Resize(size))
@@ -208,7 +208,7 @@ class _Predictor:
 
         configure_tensorflow("cpu", threads, op_threads=threads if with_predict else 1)
         bundle = read_bundle(model)
-        self._size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
+        self._size = bundle.model_config.image_size
         self._net = bundle.build_model(dtype_policy="float32") if with_predict else None
         self._labeler = None
         if not with_predict:

@@ -21,7 +21,7 @@ from unet_ray.bench.peers import MaskFile, list_frames
 from unet_ray.bench.training_peers import WARM_UP_STEPS, digest_of, some_pairs
 from unet_ray.images import decode_mask, resize_nearest
 from unet_ray.labelling.decoding import DecodeOptions, decode
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import Bundle, read_bundle
 
 _PADDED = "same"
@@ -30,7 +30,7 @@ _PADDED = "same"
 class TorchUnet(nn.Module):
     """`unet.build_unet` layer by layer: uint8 [B, H, W, 3] to float32 logits [B, K, H, W]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: UnetConfig) -> None:
         super().__init__()
         self._config = config
         widths = [config.n_filters << level for level in range(config.depth)]
@@ -80,6 +80,7 @@ def _two(layers: Iterator[nn.Module], x: torch.Tensor) -> torch.Tensor:
 
 def build(bundle: Bundle) -> TorchUnet:
     """Returns the network with a bundle's weights, float32, channels_last."""
+    assert isinstance(bundle.model_config, UnetConfig), bundle.model_config
     net = TorchUnet(bundle.model_config)
     with torch.no_grad():
         for number, layer in enumerate([*net.convolutions, net.classify]):
@@ -118,7 +119,7 @@ def torch_loop(*, frames: str, model: str, out: str, batch_size: int, threads: i
     net.convolutions.to(getattr(torch, precision))
     net.transposes.to(getattr(torch, precision))
     paths = list_frames(frames)
-    size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
+    size = bundle.model_config.image_size
     file, done = MaskFile(out), 0
     with torch.inference_mode():
         for image_BHWC in DataLoader(_Frames(paths, size), batch_size=batch_size, num_workers=threads):
@@ -137,7 +138,7 @@ def torch_step(
     torch.manual_seed(0)
     bundle = read_bundle(model)
     net = build(bundle)
-    size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
+    size = bundle.model_config.image_size
     image_BHWC, mask_BHW = map(
         torch.from_numpy, some_pairs(images, masks, batch_size, size, bundle.class_set.name)
     )  # masks without ignored pixels: carla23 ignores none that is drawn

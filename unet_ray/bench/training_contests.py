@@ -55,7 +55,7 @@ def _losses_agree(peer: str) -> Callable[[Round], tuple[bool, str]]:
 def _train_options(arena: Arena, out: Path, images: Path, masks: Path, classes: object) -> dict[str, Any]:
     settings = arena.settings
     return {
-        "--images": images, "--masks": masks, "--classes": classes, "--out": out, "--val-fraction": 0,
+        "--recipe": "notebook", "--images": images, "--masks": masks, "--classes": classes, "--out": out,
         "--n-filters": settings.network.n_filters, "--depth": settings.network.depth, "--device": "cpu",
     }  # fmt: skip
 
@@ -77,7 +77,7 @@ def _camvid_classes(arena: Arena) -> Path:
 def _training_ours(arena: Arena) -> Measurement:
     camvid, classes = arena.camvid(), _camvid_classes(arena)
     options = _train_options(arena, arena.output("training_ours"), camvid / "train", camvid / "trainannot", classes)
-    options |= {"--mask-format": "ids", "--epochs": arena.settings.epochs, "--recipe": "notebook"}
+    options |= {"--mask-format": "ids", "--epochs": arena.settings.epochs}
     options["--seed"] = arena.round_number
     ended = arena.command("train", options, *_image_size(arena))
     return {"wall_s": ended.wall_s, "mean_iou": _evaluate(arena, Path(options["--out"]), classes)}

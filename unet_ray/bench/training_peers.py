@@ -55,15 +55,16 @@ def our_step(
     from unet_ray.model.bundle import read_bundle
     from unet_ray.model.devices import choose_policy, configure_tensorflow
     from unet_ray.training import steps as ours
+    from unet_ray.training.optimizer import make_optimizer
 
     configure_tensorflow(device, threads, op_threads=threads)
-    strategy = ours.start_strategy(n_workers)
+    strategy = ours.start_strategy(n_workers, "cpu")
     bundle = read_bundle(model)
     net = bundle.build_model(dtype_policy=choose_policy(precision, device))
     image_BHWC, mask_BHW = some_pairs(images, masks, batch_size, net.input_shape[1:3], bundle.class_set.name)
     predict = ours.Predictor(net)
     loss = predict.loss(predict(image_BHWC, mask_BHW)[2])
-    step = ours.TrainStep(net, ours.make_optimizer("adam", 1e-3, 0.0), strategy, loss="ce")
+    step = ours.TrainStep(net, make_optimizer("adam", 1e-3, 0.0), strategy, loss="ce")
     started = 0.0
     for number in range(WARM_UP_STEPS + steps):
         if number == WARM_UP_STEPS:
@@ -161,13 +162,13 @@ def keras_fit(
     import keras
 
     from unet_ray.config import load_class_set
-    from unet_ray.model.architecture import ModelConfig
+    from unet_ray.model.architecture import UnetConfig
     from unet_ray.model.bundle import save_bundle
     from unet_ray.model.unet import build_unet
 
     keras.utils.set_random_seed(seed)
     class_set = load_class_set(classes)
-    config = ModelConfig(
+    config = UnetConfig(
         image_height_px=size[0], image_width_px=size[1], n_classes=class_set.n_classes, n_filters=n_filters, depth=depth
     )
 

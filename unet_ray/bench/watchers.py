@@ -1,4 +1,4 @@
-"""What is looked at while a contestant of the benchmark runs: its commits, its memory, how busy the GPU is."""
+"""Watches a contestant of the benchmark while it runs: its commits, its memory, how busy the GPU is."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ try:
 except ImportError:
     images = None
 def faulty(read):
-    def read_faultily(data, **limits):
+    def read_faultily(data, *arguments, **limits):
         if data.startswith(b"segfault"):
             ctypes.string_at(0)
         if data.startswith(b"hang"):
@@ -175,10 +175,11 @@ def faulty(read):
         if data.startswith(b"memory"):
             hoard = [bytearray(3 << 29) for _ in range(2)]
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(data, **limits)
+        return read(data, *arguments, **limits)
     return read_faultily
 if images:
-    images.decode_frame, images.frame_size = faulty(images.decode_frame), faulty(images.frame_size)
+    for name in ("decode_frame", "decode_reduced_frame", "frame_size"):
+        setattr(images, name, faulty(getattr(images, name)))
 '''
 
 KILLERS = {b"segfault": "crashed", b"hang": "timed_out", b"memory": "out_of_memory"}

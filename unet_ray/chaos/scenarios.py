@@ -35,19 +35,19 @@ class Outcome:
     """A line of the table."""
 
     scenario: str
-    did: str
-    """What was done to the jobs."""
-    exit_codes: tuple[int, ...]
-    """Of the jobs, in order; negative: the signal that ended it."""
-    frames: int
-    """Rows of the output, 0 where none is published."""
-    rejected: int
-    redone: str
-    """Parts written + frames opened once more although their chunk was done; empty where that was not watched."""
-    same: str
-    """`bytes` or `rows` of the undisturbed run, or `no`."""
-    seconds: float
     problems: tuple[str, ...]
+    did: str = ""
+    """What was done to the jobs."""
+    exit_codes: tuple[int, ...] = ()
+    """Of the jobs, in order; negative: the signal that ended it."""
+    frames: int = 0
+    """Rows of the output, 0 where none is published."""
+    rejected: int = 0
+    redone: str = ""
+    """Parts written + frames opened once more although their chunk was done; empty where that was not watched."""
+    same: str = "no"
+    """`bytes` or `rows` of the undisturbed run, or `no`."""
+    seconds: float = 0.0
 
     @property
     def verdict(self) -> str:
@@ -464,7 +464,14 @@ def run(stage: Stage, name: str) -> Outcome:
     with contextlib.ExitStack() as stack:
         if name in _ON_A_SHARED_CLUSTER:
             stack.enter_context(_cluster(stage, n_nodes=1, cpus=4))
-        trial = SCENARIOS[name](stage)
+        try:
+            outcome = _outcome(name, SCENARIOS[name](stage))
+        except ValueError as error:  # what should be an output is none: its job did not come to plan it
+            outcome = Outcome(scenario=name, problems=(f"{error}; see stage/trials/{name}/log.txt",))
+    return dataclasses.replace(outcome, seconds=round(time.monotonic() - started_s, 1))
+
+
+def _outcome(name: str, trial: Trial) -> Outcome:
     finished = (trial.out / "frames").exists()
     rows = rows_of(trial.out) if finished else None
     redone = "+".join(map(str, trial.redone())) if trial.events else ""
@@ -476,7 +483,6 @@ def run(stage: Stage, name: str) -> Outcome:
         rejected=rows["status"].to_pylist().count("rejected") if rows else 0,
         redone=redone,
         same=trial.same,
-        seconds=round(time.monotonic() - started_s, 1),
         problems=tuple(trial.problems),
     )
 

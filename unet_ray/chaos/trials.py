@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +31,8 @@ from PIL import Image
 from unet_ray import storage
 from unet_ray.chaos import faults
 from unet_ray.classes import ClassSet, SegmentationClass
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.digests import content_digest
+from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import write_bundle
 from unet_ray.output import manifest, plans, verify
 from unet_ray.output.tables import read_parquet
@@ -45,7 +46,7 @@ STOP_WITHIN_S = 15.0
 _CLASSES = ClassSet(
     name="five", classes=tuple(SegmentationClass(name=f"c{i}", color=(i, 2 * i, 7), values=(i,)) for i in range(5))
 )
-_MODEL = ModelConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=2, dropout=0.0)
+_MODEL = UnetConfig(image_height_px=24, image_width_px=32, n_classes=5, n_filters=4, depth=2, dropout=0.0)
 _MAIN = "import sys; from unet_ray.cli import main; sys.exit(main())"
 
 
@@ -160,7 +161,7 @@ def frames_of(archive: Path) -> list[Path]:
 
 def _write_model(folder: Path, seed: int) -> Path:
     """A random network: a fault cares for no accuracy."""
-    from unet_ray.model.unet import weight_shapes  # loads TensorFlow
+    from unet_ray.model.weights import weight_shapes  # loads TensorFlow
 
     numbers = np.random.default_rng(seed)
     weights = {name: numbers.normal(0, 0.5, shape).astype(np.float32) for name, shape in weight_shapes(_MODEL).items()}
@@ -379,16 +380,22 @@ class Trial:
             reasons: of the frames that must be rejected.
         """
         problems = verify.verify(str(self.out))
-        actual, wanted = ({row["frame_id"]: row for row in rows_of(out).to_pylist()} for out in (self.out, expected))
+        actual = {row["frame_id"]: row for row in rows_of(self.out).to_pylist()}
+        wanted = {row["frame_id"]: row for row in beside_rejected(rows_of(expected).to_pylist(), reasons)}
         rejected = {frame_id: row["reason"] for frame_id, row in actual.items() if row["status"] != "ok"}
         if rejected != reasons:
             problems.append(f"rejected are {sorted(rejected.items())}, not {sorted(reasons.items())}")
-        wrong = [i for i in wanted if i not in reasons and {**wanted[i], "uri": ""} != {**actual.get(i, {}), "uri": ""}]
+        wrong = [i for i in wanted if i not in reasons and self._in_archive(wanted[i]) != actual.get(i)]
         problems += [f"{frame_id}: another row" for frame_id in wrong[:3]]
         if len(rows_of(self.out)) != len(actual) or actual.keys() != wanted.keys():
             problems.append("a frame is there twice, or not at all")
         self.problems += problems
         self.same = "no" if problems else "rows"
+
+    def _in_archive(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row as it is of the same pixels in this trial's archive."""
+        file = self.archive / row["frame_id"]
+        return {**row, "uri": str(file), "content_digest": content_digest(file.read_bytes())}
 
     def require_nothing_torn(self) -> None:
         """Notes a problem unless every file that a reader sees is whole."""
@@ -403,6 +410,16 @@ class Trial:
                 self.problems.append(f"{path} is torn: {error}")
             if path.startswith("_work/parts/") and storage.sha256(data)[:16] not in name:
                 self.problems.append(f"{path} is not what its name says")
+
+
+def beside_rejected(rows: Sequence[dict[str, Any]], rejected: Container[str]) -> list[dict[str, Any]]:
+    """Returns rows of whole frames as they are where others are rejected: without a change since the one before."""
+    return [
+        {name: None if name.startswith("changed_share") else value for name, value in row.items()}
+        if before is not None and before["frame_id"] in rejected
+        else row
+        for before, row in zip([None, *rows], rows, strict=False)
+    ]
 
 
 def contents(out: Path, *, with_work: bool = False) -> dict[str, bytes]:

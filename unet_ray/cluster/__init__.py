@@ -3,7 +3,7 @@
 What is owed to the ways of Ray 2.60, to be looked at again with each new Ray:
 
 - `connection`: variables of `connect`; the notice of `_without_notice`; what of its processes Ray leaves behind
-  (`end_ray`); a raylet's death goes unnoticed (`_end_with_ray`); joining has no time limit (`limited`, `_knock`).
+  (`end_ray`); the death of a part goes unnoticed (`lifeline`); joining has no time limit (`limited`, `_knock`).
 - `resources`: the autoscaler keeps one request of all (`ASK_EVERY_S`); Ray Train waits without end (`Room`).
 - `tasks`: warnings that nobody can help; stack traces instead of errors (`outcome`); options of Ray Data's context.
 - `gauges`: a gauge is forgotten after 20 s. `shared_paths`: where a submitted job is unpacked.

@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
-import select
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from unet_ray.cluster import lifeline
 from unet_ray.cluster.processes import KEEP_MEMORY, descendants
 from unet_ray.cluster.watchdog import Watchdog
 from unet_ray.errors import EXIT_TRY_AGAIN, TryAgain
@@ -28,8 +29,14 @@ WORKER_ENVIRONMENT = {
     **KEEP_MEMORY,
 }
 
+CUDA_CACHE = ("CUDA_CACHE_PATH", "CUDA_CACHE_MAXSIZE")
+"""Where a driver keeps compiled kernels, as CUDA names it; workers on other nodes get what is set here."""
+
 START_TIMEOUT_S = 300.0
 """After which a Ray that has neither started nor let us in is given up."""
+
+MIN_OPEN_FILES = 128
+"""Of each process. With 64 a raylet of 2 CPUs dies without a word, with 96 a job of 2,000 frames goes through."""
 
 _handed: tuple[tuple[str, str], dict[str, str]] | None = None
 """The connection to a Ray that was made here, and what that Ray's workers know of storage."""
@@ -59,6 +66,7 @@ def connect() -> None:
     # Decoding, labelling and writing share CPUs, and take turns by the chunk.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _require_files()
     stop_handler = signal.getsignal(signal.SIGTERM)
     if is_local():
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
@@ -68,7 +76,7 @@ def connect() -> None:
         with limited("the start of Ray on this machine", START_TIMEOUT_S):
             _start_ray(arguments)
         atexit.register(end_ray)
-        _end_with_ray()
+        lifeline.end_with_ray()
     else:
         address = os.environ["RAY_ADDRESS"]
         try:
@@ -77,7 +85,9 @@ def connect() -> None:
                 _without_notice(),
                 limited(f"joining the Ray at {address}, which may want another token,", START_TIMEOUT_S),
             ):
-                ray.init(runtime_env={"env_vars": {**WORKER_ENVIRONMENT, **storage_variables}}, **arguments)
+                cuda_cache = {name: os.environ[name] for name in CUDA_CACHE if name in os.environ}
+                variables = {**WORKER_ENVIRONMENT, **cuda_cache, **storage_variables}
+                ray.init(runtime_env={"env_vars": variables}, **arguments)
         except (OSError, RuntimeError) as error:
             cause = " ".join(str(error).split())
             raise ValueError(f"RAY_ADDRESS is {address}; no cluster lets us in there: {cause}") from error
@@ -90,6 +100,16 @@ def connect() -> None:
     say(f"Ray {ray.__version__} {where}: {amounts({key: have.get(key, 0) for key in ('CPU', 'GPU')})}")
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         say("warning: this Ray cluster has no authentication, whoever reaches it can run code; set RAY_AUTH_MODE=token")
+
+
+def _require_files() -> None:
+    """Raises ValueError where Ray's processes could not open their files; it raises the soft limit itself."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < MIN_OPEN_FILES:
+        raise ValueError(
+            f"a process may have {most:,} open files here, and Ray needs {MIN_OPEN_FILES:,}; raise the limit "
+            "(ulimit -n, LimitNOFILE of systemd)"
+        )
 
 
 @contextlib.contextmanager
@@ -163,6 +183,7 @@ def end_ray(*, in_order: bool = True) -> None:
     for pid in {*started, *(below for parent in started for below in descendants(parent))}:
         with contextlib.suppress(ProcessLookupError):
             handles.append(os.pidfd_open(pid))
+    lifeline.expect_end()
     if in_order:
         ray.shutdown()
     for process in handles:
@@ -180,34 +201,21 @@ def disconnect() -> None:
         end_ray()
 
 
-def _end_with_ray() -> None:
-    """Ends this process, as one that may be tried again, when the Ray that it started dies under it.
-
-    Ray 2.60 itself ends a process at work with exit code 1 and no word, and leaves an idle one waiting for ever.
-    """
-
-    def wait(raylet: int) -> None:
-        death = select.poll()
-        death.register(raylet, select.POLLIN)
-        death.poll()
-        os.close(raylet)
-        if ray.is_initialized():  # it is no longer while Ray is shut down in order
-            what = "Ray's process on this machine (raylet) was ended, perhaps for want of memory"
-            print(
-                f"unet-ray: error: {what}; the same command goes on where this one stopped", file=sys.stderr, flush=True
-            )
-            os._exit(EXIT_TRY_AGAIN)  # in order, the end would wait for Ray; its processes end with this one
-
-    node: Any = ray._private.worker._global_node
-    for started in node.all_processes.get("raylet", ()):
-        threading.Thread(target=wait, args=[os.pidfd_open(started.process.pid)], daemon=True).start()
-
-
 def _knock(address: str) -> None:
-    """Raises OSError where nothing listens at `host:port`; Ray 2.60 itself tries for ten minutes."""
-    host, separator, port = address.rpartition(":")
-    if separator and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    """Raises OSError where nothing listens at `host:port`; Ray 2.60 itself tries for ten minutes.
+
+    Raises:
+        ValueError: an address of another kind, of the dashboard, say, or of Ray Client.
+    """
+    if address in ("auto", "local"):  # words of Ray's own: what runs on this machine, and one more
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise ValueError(
+            f"RAY_ADDRESS is {address}; give host:port of the cluster's head, such as 10.0.0.5:6379, or auto "
+            "(http://… is its dashboard, which `ray job submit` takes)"
+        )
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def is_local() -> bool:

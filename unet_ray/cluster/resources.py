@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from unet_ray.cluster import autoscaler
 from unet_ray.cluster.connection import is_local
 from unet_ray.errors import TryAgain
 from unet_ray.messages import amounts, say
@@ -23,16 +24,21 @@ ROOM_EVERY_S = 2.0
 
 
 def resolve_device(device: str) -> str:
-    """Returns `gpu` or `cpu` for `--device`; `auto` is a GPU where the cluster has one.
+    """Returns `gpu` or `cpu` for `--device`; `auto` is a GPU where the cluster has one, or its autoscaler can add one.
 
     Raises:
         ValueError: `gpu` was asked for and the cluster has none.
+        TryAgain: the cluster's autoscaler does not say what it can add.
     """
     n_gpus = ray.cluster_resources().get("GPU", 0)
     if device == "gpu" and n_gpus == 0 and is_local():
         raise ValueError("--device is gpu and this machine has no GPU; use --device cpu, or auto to take what there is")
-    resolved = device if device != "auto" else ("gpu" if n_gpus else "cpu")
-    say(f"device: {resolved}" + (" (auto)" if device == "auto" else ""))
+    if device != "auto":
+        say(f"device: {device}")
+        return device
+    comes = not n_gpus and autoscaler.adds_nodes() and autoscaler.can_come({"GPU": 1.0})
+    resolved = "gpu" if n_gpus or comes else "cpu"
+    say(f"device: {resolved} (auto{', a node with one can come' if comes else ''})")
     return resolved
 
 
@@ -151,11 +157,20 @@ def alive_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def gpu_kinds() -> list[str]:
+    """Returns the kinds of GPUs on the nodes that are there, as Ray names them (`L4`); none where no Ray can tell."""
+    prefix, nodes = "accelerator_type:", alive_nodes() if ray.is_initialized() else []
+    return sorted({key.removeprefix(prefix) for node in nodes for key in node if key.startswith(prefix)})
+
+
 def fits(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
-    """Whether all bundles fit on nodes with these resources, placed first-fit, the largest first."""
+    """Whether all bundles fit on nodes with these resources, placed first-fit, the largest first.
+
+    Ray counts ten-thousandths, in which shares of a GPU add up: `1 - 0.1 - … - 0.1` is a bit less than nothing.
+    """
     free = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda bundle: -sum(bundle.values())):
-        room = next((node for node in free if all(node.get(k, 0) >= v for k, v in bundle.items())), None)
+        room = next((node for node in free if all(node.get(k, 0) > v - 1e-5 for k, v in bundle.items())), None)
         if room is None:
             return False
         for key, value in bundle.items():

@@ -1,4 +1,4 @@
-"""What a job's machines must have before it begins: each sees its local paths, TensorFlow sees the GPU of one."""
+"""What a job's machines must have before it begins: each sees its local paths."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray import storage
-from unet_ray.cluster.tasks import TASK_RETRIES, outcome
 from unet_ray.messages import say
-from unet_ray.model import devices
 
 LOOK_TIMEOUT_S = 300.0
 """For a node that has yet to make its environment and start a process."""
-
-FREE_GPU_TIMEOUT_S = 60.0
-"""For a GPU that another job may hold. After that the job goes on: its workers look for themselves."""
 
 _JOB_FOLDER = f"{os.sep}runtime_resources{os.sep}working_dir_files{os.sep}"
 """Part of the path of the folder that Ray unpacks for a submitted job (Ray 2.60)."""
@@ -98,23 +93,3 @@ def _look_at(node_id: str, paths: list[str]) -> ray.ObjectRef:
 
 def _missing(paths: list[str]) -> list[str]:
     return [path for path in paths if not os.path.exists(path)]
-
-
-def require_usable_gpu(device: str, precision: str) -> None:
-    """Raises UnusableGpu where TensorFlow cannot use the GPU that Ray gives; to be called before anything is read.
-
-    One GPU stands for all, because nodes of one kind lack the same. Each process that computes on one looks again.
-    """
-    if device != "gpu":
-        return
-    looking = ray.remote(num_cpus=0, num_gpus=1, max_retries=TASK_RETRIES)(_look_at_gpu).remote(precision)
-    if not ray.wait([looking], timeout=FREE_GPU_TIMEOUT_S)[0]:
-        ray.cancel(looking)
-        return
-    outcome(looking)
-
-
-def _look_at_gpu(precision: str) -> None:
-    devices.require_gpu()
-    if precision == "auto":
-        devices.has_bfloat16("gpu")

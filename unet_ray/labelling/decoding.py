@@ -17,13 +17,15 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import numpy as np
 
 from unet_ray import images
+from unet_ray.digests import content_digest
+from unet_ray.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, decode_input
 
 ATTEMPTS = 3
 """Times that a frame may end a process in which no other frame was decoded, before it is rejected."""
@@ -51,6 +53,8 @@ class DecodedFrame:
     """Why it is rejected."""
     error: str | None = None
     """One line for a person."""
+    content_digest: str | None = None
+    """`digests.content_digest` of its bytes; None where they could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,9 @@ class DecodeOptions:
     """What decoding depends on."""
 
     network_size: tuple[int, int] | None
-    """(h, w) to resize to by nearest neighbour, as in training; None keeps the frame as it is."""
+    """(h, w) to resize to as in training; None keeps the frame as it is."""
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    """How to resize."""
     max_pixels: int
     """A frame with more is rejected by its header."""
     timeout_s: float
@@ -68,12 +74,15 @@ class DecodeOptions:
 def decode(data: bytes, options: DecodeOptions) -> DecodedFrame:
     """Decodes one frame; a refused one is a result, too."""
     try:
-        image_HWC = images.decode_frame(data, max_pixels=options.max_pixels)
+        if options.network_size:
+            image_HWC, (height_px, width_px) = decode_input(
+                data, options.network_size, options.preprocessing, max_pixels=options.max_pixels
+            )
+        else:
+            image_HWC = images.decode_frame(data, max_pixels=options.max_pixels)
+            height_px, width_px = image_HWC.shape[:2]
     except images.ImageRefused as refusal:
         return DecodedFrame(reason=refusal.reason, error=str(refusal))
-    height_px, width_px = image_HWC.shape[:2]
-    if options.network_size:
-        image_HWC = images.resize_nearest(image_HWC, *options.network_size)
     return DecodedFrame(image=image_HWC, height_px=height_px, width_px=width_px)
 
 
@@ -91,7 +100,7 @@ def decode_here(contents: Iterable[bytes | DecodedFrame], options: DecodeOptions
             continue
         with _within(options.timeout_s):
             frame = decode(content, options)
-        yield frame
+        yield _with_digest(frame, content)
 
 
 @contextmanager
@@ -115,7 +124,14 @@ def decode_carefully(contents: Iterable[bytes | DecodedFrame], options: DecodeOp
     """As `decode_here`, but a frame that crashes, hangs or takes all memory is a rejected frame."""
     with _Child(options) as child:
         for content in contents:
-            yield content if isinstance(content, DecodedFrame) else _decode_in(child, content)
+            if isinstance(content, DecodedFrame):
+                yield content
+            else:
+                yield _with_digest(_decode_in(child, content), content)
+
+
+def _with_digest(frame: DecodedFrame, data: bytes) -> DecodedFrame:
+    return replace(frame, content_digest=content_digest(data))
 
 
 def _decode_in(child: _Child, data: bytes) -> DecodedFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -14,8 +15,11 @@ import ray
 
 from unet_ray import storage
 from unet_ray.archives import doubles
-from unet_ray.archives.listing import FoundRoots, find_roots, list_archives
+from unet_ray.archives.listing import list_archives
+from unet_ray.archives.mistakes import require_usable_roots
+from unet_ray.archives.roots import FoundRoots, find_roots
 from unet_ray.cluster.connection import connect, is_local
+from unet_ray.cluster.gpus import all_have_bfloat16, try_xla
 from unet_ray.cluster.resources import resolve_device, wait_for_first_node, wait_for_resources
 from unet_ray.cluster.shared_paths import require_seen_by_all
 from unet_ray.cluster.tasks import TASK_RETRIES, map_on_cluster, outcome
@@ -24,17 +28,27 @@ from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import Listing
 from unet_ray.labelling.allocation import Allocation, allocate
 from unet_ray.labelling.decoding import DecodeOptions
-from unet_ray.labelling.planning import _say_still_changed, make_plan, refuse_unlistable, say_changes, say_ignored
+from unet_ray.labelling.planning import (
+    _say_still_changed,
+    make_plan,
+    refuse_unlistable,
+    require_usable_output,
+    say_changes,
+    say_ignored,
+    say_other_machines,
+)
 from unet_ray.labelling.result import SegmentResult, result_of, say_result, show_preview
 from unet_ray.messages import count, say
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
-from unet_ray.model.label_options import LabelOptions
+from unet_ray.model.label_options import LabelOptions, default_batch_size
+from unet_ray.model.onnx_labels import require_labelling_options
 from unet_ray.model.tiling import Tiling, choose_tiling
-from unet_ray.output import heartbeats, ledger, origins, plans, publish, salvage
-from unet_ray.output.chunks import Chunk
+from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected_csv, salvage
+from unet_ray.output.chunks import Chunk, frames_together
 from unet_ray.output.manifest import known_and_new, read_rows
 from unet_ray.output.plans import Plan
+from unet_ray.output.rejected import TooManyRejected
 from unet_ray.storage import overlaps
 
 if TYPE_CHECKING:
@@ -56,16 +70,30 @@ def segment(config: SegmentConfig) -> SegmentResult:
     os.environ.setdefault("RAY_task_oom_retries", str(TASK_RETRIES))  # of its own, and endless by default
     config.configure_storage()
     out = storage.resolve(config.out)
+    published = _is_published(config)
+    if not published:  # a finished output may lie where nobody can write
+        storage.require_writable(out, "--out")
+    plans.require_folders(out, ("manifest", "frames", "_work"))
     # Frames that the output holds already keep their ids.
     labels = origins.labels_for(out, config.frames, add_root=config.add_root, is_new=config.overwrite)
-    roots = find_roots(config.frames, labels)
+    roots = find_roots(config.frames, labels, include_hidden=config.include_hidden)
     # What a glob matches may be a link to where the output is, which its pattern alone does not show.
     overlaps.require_apart(config.out, [("--frames", uri) for _, uri in roots.places], both_ways=True)
-    bundle = read_bundle(config.model)
+    bundle = read_bundle(config.model, allow_network=config.allow_network)
+    bundle.require_buildable()
     tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
+    require_labelling_options(bundle, slides=tiling is not None, tta=config.tta, precision=config.precision)
+    require_usable_roots(
+        config.frames,
+        roots,
+        config.image_column,
+        include_hidden=config.include_hidden,
+        allow_uris=config.allow_uri,
+    )
+    require_usable_output(config, bundle, tiling)
     if config.overwrite:
         heartbeats.refuse_living(out)
-    published = _is_published(config) and is_local()
+    published = published and is_local()
     listing = _list(config, roots) if published else _list_and_connect(config, roots)
     refuse_unlistable(listing)
     doubles.require_outside(listing.table["uri"], out)
@@ -75,7 +103,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
             return result
         connect()
     device = resolve_device(config.device)
-    precision = _precision(config, device)
+    precision = "float32" if bundle.onnx else _precision(config, device)
     look = functools.partial(require_seen_by_all, _read_by_workers(config, listing), storage.resolve(config.out))
     look()  # before anything is written
 
@@ -87,14 +115,25 @@ def segment(config: SegmentConfig) -> SegmentResult:
         network = _Network(bundle, tiling, precision, device)
         try:
             whole = _label_and_publish(config, plan, network, listing, _Run(job, look, watch))
-        except (JobFailed, FileNotFoundError):
+        except (JobFailed, FileNotFoundError) as error:
             watch.look()
             watch.require_ours()  # what is damaged or gone may be so because another job has overwritten the output
+            if isinstance(error, TooManyRejected):
+                raise _with_names(error, watch.plan or plan) from error
             raise
     result = result_of(whole.plan, whole.summary, whole.frames_per_s)
-    say_result(result)
+    say_result(result, whole.plan)
     show_preview(whole.plan, listing, whole.is_news)
     return result
+
+
+def _with_names(error: TooManyRejected, plan: Plan) -> JobFailed:
+    """Writes the list of rejected frames, and returns the error with the first of them."""
+    try:
+        rejected_csv.write(plan)
+        return JobFailed(f"{error}. Rejected: {rejected_csv.first_names(plan)}")
+    except FileNotFoundError:  # another job, to which more is allowed, has just published, and written the list
+        return error
 
 
 def _warn_of_another_job(out: str, job: str) -> None:
@@ -183,15 +222,21 @@ def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listin
         if config.retry_rejected is not None:
             _say_still_changed(rows, listing)
         wait_for_first_node(network.device, config.wait_for_resources_s)
+        say_other_machines(plan, len(chunks), network.device)
     allocation = allocate(config, network.device)
-    say(_arithmetic(plan, chunks, config, network.precision, allocation))
+    label = _label_options(config, plan, network, allocation)
+    say(_arithmetic(plan, chunks, label, allocation))
     if not chunks:
         return 0.0
     wait_for_resources(allocation.bundles(), config.wait_for_resources_s, "model actors")
     run.require_seen()  # on the nodes that have come only now, too
     from unet_ray.labelling.work import work  # see `_list_and_connect`
 
-    job = _wave_job(config, plan, network, run.job, allocation)
+    tried_nodes: Sequence[str] = ()
+    if network.device == "gpu" and not network.bundle.onnx:
+        works, tried_nodes = try_xla(allocation.actor_gpus, config.wait_for_resources_s)
+        label = dataclasses.replace(label, xla=works)
+    job = _wave_job(config, plan, network, run.job, label, allocation, tried_nodes)
     return work(job, plan, chunks, config.max_rejected, run.watch.require_ours)
 
 
@@ -199,7 +244,14 @@ def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listin
 
 
 def _list(config: SegmentConfig, roots: FoundRoots) -> Listing:
-    return list_archives(config.frames, roots=roots, path_pattern=config.path_pattern, image_column=config.image_column)
+    return list_archives(
+        config.frames,
+        roots=roots,
+        path_pattern=config.path_pattern,
+        image_column=config.image_column,
+        include_hidden=config.include_hidden,
+        allow_uris=config.allow_uri,
+    )
 
 
 def _list_and_connect(config: SegmentConfig, roots: FoundRoots) -> Listing:
@@ -233,7 +285,7 @@ def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, list
     say_changes(plan)
     say(f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, 0 in 0 to do")
     result = result_of(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
-    say_result(result)
+    say_result(result, plan)
     show_preview(plan, listing, is_news=False)
     return result
 
@@ -253,16 +305,25 @@ def _precision(config: SegmentConfig, device: str) -> str:
     if options:
         return options.get("precision", "float32")
     wait_for_first_node(device, config.wait_for_resources_s)
-    return resolve_precision(config.precision, device)
+    return resolve_precision(config.precision, device, 1 / config.actors_per_gpu, config.wait_for_resources_s)
 
 
-def resolve_precision(precision: str, device: str) -> str:
-    """Returns the arithmetic for `--precision`: `auto` is bfloat16 where every device has it, else float32."""
+def resolve_precision(precision: str, device: str, share: float = 1.0, wait_s: float = 0.0) -> str:
+    """Returns the arithmetic for `--precision`: `auto` is bfloat16 where every device has it, else float32.
+
+    Args:
+        precision: as it was given.
+        device: `gpu` or `cpu`.
+        share: the GPUs, or part of one, that an actor reserves.
+        wait_s: how long all GPUs may be in use.
+    """
     if precision != "auto":
         return precision
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(device.upper(), 0) > 0]
+    if device == "gpu":
+        return "bfloat16" if all_have_bfloat16(share, wait_s) else "float32"
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     this_node = ray.get_runtime_context().get_node_id()
-    if device == "cpu" and [node["NodeID"] for node in nodes] == [this_node]:
+    if [node["NodeID"] for node in nodes] == [this_node]:
         return "bfloat16" if has_bfloat16(device) else "float32"
     look = ray.remote(has_bfloat16)
     pinned = [
@@ -272,46 +333,64 @@ def resolve_precision(precision: str, device: str) -> str:
     return "bfloat16" if answers and all(answers) else "float32"
 
 
-def _arithmetic(
-    plan: Plan, chunks: Sequence[Chunk], config: SegmentConfig, precision: str, allocation: Allocation
-) -> str:
+def _arithmetic(plan: Plan, chunks: Sequence[Chunk], label: LabelOptions, allocation: Allocation) -> str:
     left = sum(chunk.n_rows for chunk in chunks)
     low, high = allocation.actors
     actors = count(high, "model actor")
     return (
         f"{count(plan.n_frames, 'frame')} in {count(len(plan.chunks), 'chunk')}, {left:,} in {len(chunks):,} to do; "
         f"{actors if low == high else f'{low} to {actors}'} x {count(allocation.threads, 'thread')}, "
-        f"batches of {config.batch_size}, {precision}"
+        f"batches of {label.batch_size}, {label.precision}"
     )
 
 
-def _wave_job(config: SegmentConfig, plan: Plan, network: _Network, job: str, allocation: Allocation) -> WaveJob:
-    bundle, tiling = network.bundle, network.tiling
+def _label_options(config: SegmentConfig, plan: Plan, network: _Network, allocation: Allocation) -> LabelOptions:
+    """How actors label; a batch that nobody gave suits the device, and on a GPU what may go through Ray together."""
+    model, tiling = network.bundle.model_config, network.tiling
+    size = tiling.window if tiling else model.image_size
+    batch_size = default_batch_size(network.device, size)
+    if network.device == "gpu" and not tiling:
+        batch_size = frames_together(batch_size, plan.frame_pixels)
+    return LabelOptions(
+        precision=network.precision,
+        batch_size=config.batch_size or batch_size,
+        mask_size=config.mask_size,
+        tiling=tiling,
+        tta=config.tta,
+        device=network.device,
+        n_threads=allocation.threads,
+        allow_network=config.allow_network,
+        processes_per_gpu=config.actors_per_gpu,
+    )
+
+
+def _wave_job(
+    config: SegmentConfig,
+    plan: Plan,
+    network: _Network,
+    writer: str,
+    label: LabelOptions,
+    allocation: Allocation,
+    tried_nodes: Sequence[str],
+) -> WaveJob:
     from unet_ray.labelling.waves import WaveJob
 
-    network_size = (bundle.model_config.image_height_px, bundle.model_config.image_width_px)
     return WaveJob(
         out=plan.out,
-        class_set=bundle.class_set,
+        class_set=network.bundle.class_set,
         model=storage.resolve(config.model),
-        model_digest=bundle.digest,
-        label=LabelOptions(
-            precision=network.precision,
-            batch_size=config.batch_size,
-            mask_size=config.mask_size,
-            tiling=tiling,
-            tta=config.tta,
-            device=network.device,
-            n_threads=allocation.threads,
-        ),
+        model_digest=network.bundle.digest,
+        label=label,
         decode=DecodeOptions(
-            network_size=None if tiling else network_size,
+            network_size=None if label.tiling else network.bundle.model_config.image_size,
+            preprocessing=network.bundle.model_config.preprocessing,
             max_pixels=round(config.max_frame_megapixels * 1e6),
             timeout_s=config.frame_timeout_s,
         ),
         mask_encoding=config.mask_encoding,
-        writer=job,
+        writer=writer,
         allocation=allocation,
+        tried_nodes=tuple(tried_nodes),
         moved=dict(plan.origin.moved),
     )
 

@@ -1,4 +1,4 @@
-"""What became of an archive: the result of a labelling, its line and its preview."""
+"""The result of a labelling: its counts, its last line and its preview."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from unet_ray import storage
 from unet_ray.frames import Listing
+from unet_ray.images import ImageRefused, decode_frame
 from unet_ray.messages import count, say
-from unet_ray.output import ledger
+from unet_ray.output import ledger, rejected_csv
 from unet_ray.output.labels import damaged, read_columns
 from unet_ray.output.plans import Plan
 
@@ -54,21 +55,34 @@ def result_of(plan: Plan, summary: Mapping[str, Any], frames_per_s: float) -> Se
 
 
 def show_preview(plan: Plan, listing: Listing, is_news: bool) -> None:
-    """Draws the output's preview where it is not there or something is new."""
+    """Draws the output's preview where it is not there or no picture any more, or something is new.
+
+    It is made of the rows, so that no digest proves it.
+    """
     from unet_ray.reports.preview import write_preview  # loads matplotlib, for which the first frame need not wait
 
     uri: str | None = storage.join(plan.out, "preview.png")
-    if is_news or not storage.exists(storage.join(plan.out, "preview.png")):
+    if is_news or not _is_picture(storage.join(plan.out, "preview.png")):
         uri = write_preview(plan, listing)
     if uri:
         say(f"preview: {uri}")
 
 
-def say_result(result: SegmentResult) -> None:
-    """Says how many frames are labelled and rejected, and what to do next."""
+def _is_picture(uri: str) -> bool:
+    try:
+        decode_frame(storage.read_bytes(uri))
+    except (FileNotFoundError, ImageRefused):
+        return False
+    return True
+
+
+def say_result(result: SegmentResult, plan: Plan) -> None:
+    """Says how many frames are labelled and rejected, which these are, and what to do next."""
     rejected = sum(result.rejected.values())
     reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
     say(f"{count(result.listed, 'frame')}: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
+    if rejected:
+        say(f"rejected: {rejected_csv.first_names(plan)}")
     total = sum(result.class_pixels.values())
     for name, n_pixels in sorted(result.class_pixels.items(), key=lambda item: -item[1]):
         if n_pixels:

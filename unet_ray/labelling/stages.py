@@ -11,11 +11,13 @@ beside them those of a step, whose names begin with `_`. After trouble with stor
 | `_trouble` | what was said: all must be tried again, and there is no column but the next; else null | the same |
 | `_kind` | only beside trouble: of which of `TROUBLES` | the same |
 | `_height_px`, `_width_px` | the frame's size, null where it was not found out | the same |
+| `_content_digest` | of the frame's bytes, null where they could not be read | the same |
 | `_reason`, `_error` | why the frame is rejected, null where it is not | the same |
 | `_image` | uint8 RGB of the network's size (or the frame's); null where rejected | gone |
 | `_mask`, `_mask_height_px`, `_mask_width_px` | | uint8 rows; null where rejected |
-| `_pixels`, `_class_confidence` | | K numbers |
-| `_confidence`, `_low_margin_share` | | one number |
+| `_grid`, `_grid_height_px`, `_grid_width_px` | | class ids on the network's grid; null where that is the mask |
+| `_` and the name of a figure (`columns.MEASURED`) | | one number, or K by class |
+| `_note` | | only where a person should know of something: the same in all rows |
 """
 
 from __future__ import annotations
@@ -33,14 +35,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_ray import PACKAGE, images
+from unet_ray import PACKAGE
 from unet_ray.archives.reading import FrameGone, read_frames
 from unet_ray.classes import ClassSet
 from unet_ray.labelling import decoding
 from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions
+from unet_ray.mask_png import encode_mask_png
 from unet_ray.model.devices import UnusableGpu
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk
+from unet_ray.output.columns import MEASURED, Figure
 from unet_ray.output.manifest import read_rows
 from unet_ray.output.origins import relocate
 from unet_ray.output.records import commit
@@ -107,10 +111,12 @@ def _pack_frames(rows: pa.Table, chunks: Sequence[str], decoded: Iterable[Decode
     pixels = _Buffers()
     sizes: list[tuple[int | None, int | None]] = []
     refusals: list[tuple[str | None, str | None]] = []
+    digests: list[str | None] = []
     for frame in decoded:
         pixels.append(frame.image)
         sizes.append((frame.height_px, frame.width_px))
         refusals.append((frame.reason, frame.error))
+        digests.append(frame.content_digest)
     assert len(sizes) == rows.num_rows, (len(sizes), rows.num_rows)
     return _with_columns(
         rows,
@@ -118,6 +124,7 @@ def _pack_frames(rows: pa.Table, chunks: Sequence[str], decoded: Iterable[Decode
         _trouble=pa.nulls(rows.num_rows, pa.string()),
         _height_px=pa.array([height_px for height_px, _ in sizes], pa.int32()),
         _width_px=pa.array([width_px for _, width_px in sizes], pa.int32()),
+        _content_digest=pa.array(digests, pa.string()),
         _reason=pa.array([reason for reason, _ in refusals], pa.string()),
         _error=pa.array([error for _, error in refusals], pa.string()),
         _image=pixels.to_array(),
@@ -182,28 +189,37 @@ def label_chunks(table: pa.Table, labeler: Labeler, network_size: tuple[int, int
     accepted = [index for index, reason in enumerate(reasons) if reason is None]
     views = [_view(table["_image"], index, (*(network_size or sizes[index]), 3)) for index in accepted]
     masks: list[np.ndarray | None] = [None] * table.num_rows
-    figures: dict[str, list[object]] = {
-        name: [None] * table.num_rows for name in ("_pixels", "_class_confidence", "_confidence", "_low_margin_share")
-    }
+    grids: list[np.ndarray | None] = [None] * table.num_rows
+    figures: dict[str, list[object]] = {figure.name: [None] * table.num_rows for figure in MEASURED}
     if accepted:
         labels = labeler.label(views, [sizes[index] for index in accepted])
+        values = {figure.name: of_labels(labels) for figure, of_labels in MEASURED.items()}
         for position, index in enumerate(accepted):
-            masks[index] = labels.masks[position]
-            figures["_pixels"][index] = labels.pixels_NK[position]
-            figures["_class_confidence"][index] = labels.confidence_NK[position]
-            figures["_confidence"][index] = labels.confidence_N[position]
-            figures["_low_margin_share"][index] = labels.low_margin_share_N[position]
-    types = dict(zip(figures, (pa.list_(pa.int64()), pa.list_(pa.float32()), pa.float32(), pa.float32()), strict=True))
-    buffers = _Buffers()
-    for mask in masks:
-        buffers.append(mask)
+            masks[index] = mask = labels.masks[position]
+            grids[index] = None if labels.grids[position] is mask else labels.grids[position]
+            for name in figures:
+                figures[name][index] = values[name][position]
+    note = labeler.note if accepted else None
     return _with_columns(
         table.drop_columns(["_image"]),
-        _mask=buffers.to_array(),
-        _mask_height_px=pa.array([None if mask is None else mask.shape[0] for mask in masks], pa.int32()),
-        _mask_width_px=pa.array([None if mask is None else mask.shape[1] for mask in masks], pa.int32()),
-        **{name: pa.array(values, types[name]) for name, values in figures.items()},
+        **_packed("_mask", masks),
+        **_packed("_grid", grids),
+        **{
+            f"_{figure.name}": pa.array(figures[figure.name], pa.list_(figure.type) if figure.by_class else figure.type)
+            for figure in MEASURED
+        },
+        **({"_note": pa.array([note] * table.num_rows, pa.string())} if note else {}),
     )
+
+
+def _packed(name: str, ids: Sequence[np.ndarray | None]) -> dict[str, pa.Array]:
+    """Columns of class ids, uint8 [H, W] each, and of their sizes."""
+    buffers = _Buffers()
+    for ids_HW in ids:
+        buffers.append(ids_HW)
+    sizes = [(None, None) if ids_HW is None else ids_HW.shape for ids_HW in ids]
+    heights, widths = (pa.array([size[axis] for size in sizes], pa.int32()) for axis in (0, 1))
+    return {name: buffers.to_array(), f"{name}_height_px": heights, f"{name}_width_px": widths}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,6 +234,8 @@ class ChunkOutcome:
     """What failed and where; None where the chunk is done."""
     kind: str | None = None
     """Of the trouble, of `TROUBLES`."""
+    note: str | None = None
+    """What a person should know of how it was labelled."""
 
 
 def outcomes_of(table: pa.Table) -> list[ChunkOutcome]:
@@ -235,11 +253,14 @@ def write_chunks(table: pa.Table, out: str, class_set: ClassSet, mask_encoding: 
     def write(of_chunk: pa.Table) -> dict[str, Any]:
         chunk = _from_json(of_chunk["_chunk"][0].as_py())
         row: dict[str, Any] = {"chunk_id": chunk.chunk_id, "n_rows": chunk.n_rows, "rejected": "{}"}
+        if "_note" in of_chunk.column_names:
+            row["note"] = of_chunk["_note"][0].as_py()
         if _has_trouble(of_chunk):
             return row | {"trouble": of_chunk["_trouble"][0].as_py(), "kind": of_chunk["_kind"][0].as_py()}
         try:
             rows = of_chunk.select([name for name in of_chunk.column_names if not name.startswith("_")])
-            result = results.result_table(rows, chunk_labels(of_chunk, class_set, mask_encoding), class_set)
+            labels = chunk_labels(of_chunk, class_set, mask_encoding, are_neighbours=chunk.rows is None)
+            result = results.result_table(rows, labels, class_set)
             record = _patiently(lambda: commit(out, chunk, result, writer=writer))
         except Exception as error:  # noqa: BLE001
             return row | dict(zip(("trouble", "kind"), _trouble(error), strict=True))
@@ -255,6 +276,7 @@ _OUTCOME_SCHEMA = pa.schema(
         ("rejected", pa.string()),
         ("trouble", pa.string()),
         ("kind", pa.string()),
+        ("note", pa.string()),
     ]
 )
 
@@ -266,8 +288,10 @@ def _by_chunk(table: pa.Table) -> Iterator[pa.Table]:
         start = end
 
 
-def chunk_labels(table: pa.Table, class_set: ClassSet, mask_encoding: str) -> results.ChunkLabels:
-    """Returns what became of the frames of a labelled table, with masks encoded."""
+def chunk_labels(
+    table: pa.Table, class_set: ClassSet, mask_encoding: str, *, are_neighbours: bool
+) -> results.ChunkLabels:
+    """Returns what became of the frames of a labelled table, with masks encoded; each may be before the next one."""
     heights, widths = table["_mask_height_px"].to_pylist(), table["_mask_width_px"].to_pylist()
     masks: list[bytes | None] = []
     for index, size in enumerate(zip(heights, widths, strict=True)):
@@ -276,22 +300,36 @@ def chunk_labels(table: pa.Table, class_set: ClassSet, mask_encoding: str) -> re
         elif mask_encoding == "raw":
             masks.append(table["_mask"][index].as_py())
         else:
-            masks.append(images.encode_mask_png(_view(table["_mask"], index, size), class_set.palette_K3))
+            masks.append(encode_mask_png(_view(table["_mask"], index, size), class_set.palette_K3))
     n_classes = class_set.n_classes
     return results.ChunkLabels(
         reason=table["_reason"].to_pylist(),
         error=table["_error"].to_pylist(),
         height_px=table["_height_px"].to_pylist(),
         width_px=table["_width_px"].to_pylist(),
+        content_digest=table["_content_digest"].to_pylist(),
         mask=masks,
         mask_encoding=mask_encoding,
         mask_height_px=heights,
         mask_width_px=widths,
-        pixels_NK=_matrix(table["_pixels"], n_classes, np.int64),
-        class_confidence_NK=_matrix(table["_class_confidence"], n_classes, np.float32),
-        confidence_N=np.array(table["_confidence"].fill_null(0).to_numpy(), np.float32),
-        low_margin_share_N=np.array(table["_low_margin_share"].fill_null(0).to_numpy(), np.float32),
+        grids=[_grid(table, index) for index in range(len(table))] if are_neighbours else (),
+        figures={figure.name: _values(table[f"_{figure.name}"], figure, n_classes) for figure in MEASURED},
     )
+
+
+def _grid(table: pa.Table, index: int) -> np.ndarray | None:
+    """Class ids of a frame on the network's grid, which may be the mask; None where it is rejected."""
+    for name in ("_grid", "_mask"):
+        if table[name][index].is_valid:
+            size = (table[f"{name}_height_px"][index].as_py(), table[f"{name}_width_px"][index].as_py())
+            return _view(table[name], index, size)
+    return None
+
+
+def _values(column: pa.ChunkedArray, figure: Figure, n_classes: int) -> np.ndarray:
+    """Of a figure after labelling, [N] or [N, K]; zeros where a row is null."""
+    dtype = figure.type.to_pandas_dtype()
+    return _matrix(column, n_classes, dtype) if figure.by_class else np.array(column.fill_null(0).to_numpy(), dtype)
 
 
 def _matrix(column: pa.ChunkedArray, n_classes: int, dtype: type) -> np.ndarray:
@@ -331,7 +369,7 @@ def _view(column: pa.ChunkedArray, index: int, shape: Sequence[int]) -> np.ndarr
     return np.frombuffer(column[index].as_buffer(), np.uint8).reshape(shape)
 
 
-def _with_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
-    for name, column in columns.items():
+def _with_columns(table: pa.Table, **arrays: pa.Array) -> pa.Table:
+    for name, column in arrays.items():
         table = table.append_column(name, column)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class WaveJob:
     writer: str
     """Name of this run in its commit records."""
     allocation: Allocation
+    tried_nodes: tuple[str, ...] = ()
+    """Nodes on whose GPUs XLA works, by Ray's ids; on any other an actor tries it first."""
     moved: Mapping[str, str] = field(default_factory=dict)
     """Where an archive lies now, by where it lay when it was listed."""
 
@@ -90,7 +93,7 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
     allocation = job.allocation
     low, high = (min(number, len(blocks)) for number in allocation.actors)
     decode = functools.partial(stages.decode_chunks, options=job.decode, moved=job.moved, carefully=carefully)
-    load = functools.partial(_load_labeler, job.model, job.model_digest, job.label)
+    load = functools.partial(_load_labeler, job.model, job.model_digest, job.label, job.tried_nodes)
     return (
         ray.data.read_datasource(
             _Frames(blocks, decode),
@@ -110,9 +113,10 @@ def _pipeline(job: WaveJob, blocks: Sequence[Sequence[Chunk]], carefully: bool) 
                 max_size=high,
                 # A block that ends its actor ends those that are there with it, too.
                 max_tasks_in_flight_per_actor=1 if carefully else None,
-                max_concurrent_calls_per_actor=1 if carefully else BLOCKS_AT_ONCE,
                 enable_true_multi_threading=True,
             ),
+            # What `max_concurrent_calls_per_actor` of Ray 2.59 sets, and 2.58 has no other name for.
+            max_concurrency=1 if carefully else BLOCKS_AT_ONCE,
             num_cpus=allocation.actor_cpus,
             num_gpus=allocation.actor_gpus or None,
             max_restarts=-1,
@@ -184,14 +188,33 @@ class _ModelActor:
             return stages.with_trouble(table, error)
 
 
-def _load_labeler(model: str, model_digest: str, options: LabelOptions) -> Labeler:
-    from unet_ray.model.devices import configure_tensorflow
+def _load_labeler(model: str, model_digest: str, options: LabelOptions, tried_nodes: Sequence[str] = ()) -> Labeler:
+    from unet_ray.model.devices import UnusableGpu, configure_tensorflow
     from unet_ray.model.labeler import Labeler  # loads TensorFlow: in actors and nowhere else
+    from unet_ray.model.xla_check import xla_problem
 
-    bundle = read_bundle(model)
+    bundle = read_bundle(model, allow_network=options.allow_network)
     if bundle.digest != model_digest:
         raise StorageError(errno.ESTALE, "the model has changed since this job began; trying again may help", model)
-    configure_tensorflow(options.device, options.n_threads, op_threads=1, reproducible=True)
-    loaded = Labeler(bundle, options)
-    loaded.warm_up()
-    return loaded
+    if bundle.onnx:  # TensorFlow makes labels on the CPU of what ONNX Runtime gives
+        configure_tensorflow("cpu", options.n_threads, op_threads=1)
+        return _warm(Labeler(bundle, options))
+    is_tried = options.device == "cpu" or not options.xla or ray.get_runtime_context().get_node_id() in tried_nodes
+    if not is_tried and (problem := xla_problem()):
+        raise UnusableGpu(
+            f"{problem} on a GPU of node {socket.gethostname()}, which came after this job began; take that node out, "
+            "or keep it, to go on without XLA"
+        )
+    configure_tensorflow(
+        options.device,
+        options.n_threads,
+        op_threads=1,
+        reproducible=True,
+        processes_per_gpu=options.processes_per_gpu,
+    )
+    return _warm(Labeler(bundle, options))
+
+
+def _warm(labeler: Labeler) -> Labeler:
+    labeler.warm_up()
+    return labeler

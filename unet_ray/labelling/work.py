@@ -63,7 +63,7 @@ def work(
     meters = _Meters(plan.n_frames, todo)
     send = functools.partial(run_wave, job)
     with meters.gauges, progress:
-        blocks = share_tasks(chunks, frames_together(TASK_FRAMES, plan.frame_pixels), job.allocation.actors[1])
+        blocks = _blocks(job, plan, chunks)
         _label(send, blocks, progress, tally, meters.add, require_ours, carefully=False)
         left = _left_of(chunks, plan)
         if left:
@@ -77,6 +77,14 @@ def work(
     if left:
         raise JobFailed(f"{count(len(left), 'chunk')} crashed every process, the first is {left[0].chunk_id}")
     return todo / (time.monotonic() - started_s)
+
+
+def _blocks(job: WaveJob, plan: Plan, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """The chunks that share a task: on a GPU never less than a batch, but of frames that would fill memory."""
+    label = job.label
+    batch = 1 if label.device == "cpu" or label.tiling else frames_together(label.batch_size, plan.frame_pixels)
+    most = frames_together(max(TASK_FRAMES, batch), plan.frame_pixels)
+    return share_tasks(chunks, most, job.allocation.actors[1], batch_frames=batch)
 
 
 def _left_of(chunks: Sequence[Chunk], plan: Plan) -> list[Chunk]:
@@ -111,6 +119,7 @@ def _label(
         finished = troubled = failed = in_a_row = 0
         for outcomes in send(blocks[start : start + WAVE_TASKS], carefully=carefully):
             require_ours()
+            tally.say_notes(outcomes)
             for outcome in outcomes:
                 if outcome.kind is not None:
                     tally.troubles[outcome.kind] = outcome.trouble or ""
@@ -145,12 +154,20 @@ class _Tally:
         self._rejected: Counter[str] = Counter()
         self.troubles: dict[str, str] = {}
         """The last of each kind, by `stages.TROUBLES`."""
+        self._notes: set[str] = set()
 
     def add(self, rejected: Mapping[str, int], n_rows: int) -> None:
         """Counts a chunk. Raises JobFailed once more frames are rejected than may be, whatever is still to come."""
         self._rejected.update(rejected)
         self._n_done += n_rows
         require_share(self._rejected, self._n_done, self._n_frames, self._max_rejected)
+
+    def say_notes(self, outcomes: Sequence[ChunkOutcome]) -> None:
+        """Says what a person should know, each thing once."""
+        notes = {outcome.note for outcome in outcomes if outcome.note}
+        for note in sorted(notes - self._notes):
+            say(f"warning: {note}")
+        self._notes |= notes
 
     def trouble_error(self, what: str) -> Exception:
         """Returns what the job ends with; only of storage that does not answer, trying again may help."""

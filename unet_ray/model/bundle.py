@@ -1,17 +1,7 @@
 """A trained model as a folder, its digest, and the refusal of what is broken.
 
-The folder holds `weights.safetensors`, `metrics.json` and `model.json`, which is written last: without it the folder is
-not whole. `model.json`, format 1:
-
-| key | content |
-|---|---|
-| `format_version` | 1 |
-| `network` | the fields of `ModelConfig` |
-| `preprocessing` | how a frame becomes the network's input; always `PREPROCESSING` in format 1 |
-| `classes` | the class set, as `ClassSet.to_dict` gives it |
-| `weights` | a list of `{name, shape, dtype}`, one a tensor, names such as `conv2d/kernel`; dtype is `float32` |
-| `files` | `{"weights.safetensors": {size_bytes, sha256}, "metrics.json": {size_bytes, sha256}}` |
-| `digest` | sha256 of all that a label depends on: the keys above as canonical JSON, without `metrics.json`'s entry |
+The folder holds `weights.safetensors`, `metrics.json` and `model.json` (see `model_json`), which is written last:
+without it the folder is not whole.
 
 Reading never runs code from the folder (no pickle, no Keras `load_model`) and imports no Keras: only building does. A
 folder from a stranger costs no more memory than the weights that it really has, `MAX_WEIGHTS_BYTES` at most.
@@ -19,7 +9,6 @@ folder from a stranger costs no more memory than the weights that it really has,
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -32,21 +21,28 @@ from safetensors import numpy as safetensors_numpy
 
 from unet_ray import storage
 from unet_ray.classes import ClassSet
-from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.architecture import ModelConfig, OnnxConfig, PythonConfig
+from unet_ray.model.model_json import (
+    MAX_WEIGHTS_BYTES,
+    METRICS_FILE,
+    MODEL_FILE,
+    ONNX_FILE,
+    WEIGHTS_FILE,
+    Altered,
+    check_document,
+    document_of,
+    network_and_classes,
+    seal,
+)
+from unet_ray.model.network_check import check_network
 
 if TYPE_CHECKING:
     import keras
 
-FORMAT_VERSION = 1
-PREPROCESSING = {"channels": "RGB", "resize": "nearest", "network_input": "uint8, divided by 255 in the network"}
-MODEL_FILE = "model.json"
-WEIGHTS_FILE = "weights.safetensors"
-METRICS_FILE = "metrics.json"
-MAX_JSON_BYTES = 1_000_000
-MAX_WEIGHTS_BYTES = 4_000_000_000
+MAX_JSON_BYTES = 4_000_000
+"""EfficientNetV2L, of 1,331 weights, needs 0.8 MB for its layers and weights."""
 # The notebook's 46 tensors need a header of 4 kB.
 MAX_HEADER_BYTES = 1_000_000
-_KEYS = frozenset({"format_version", "network", "preprocessing", "classes", "weights", "files", "digest"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,32 +61,53 @@ class Bundle:
     """Float32 tensors by name, such as `conv2d/kernel`."""
     digest: str
     """sha256, 64 hex digits, of all that a label depends on; metrics are not part of it."""
+    temperature: float | None = None
+    """What logits are divided by before the softmax, so that confidences are calibrated; None: they are not."""
+    onnx: bytes = b""
+    """The file of a network made elsewhere, which has no weights by name."""
 
-    def build_model(self, *, dtype_policy: str | None = None) -> keras.Model:
-        """Build the network and set its weights; see `unet.build_unet` for inputs, outputs and `dtype_policy`.
+    def require_buildable(self) -> None:
+        """Raises ValueError where the network cannot be built here; those that are built in can."""
+        try:
+            shapes = {name: tensor.shape for name, tensor in self.weights.items()}
+            check_network(self.model_config, weights=shapes)
+        except ValueError as error:
+            raise ValueError(f"{self.uri} cannot be used: {error}") from error
+
+    def build_model(self, *, dtype_policy: str | None = None, image_size: tuple[int, int] | None = None) -> keras.Model:
+        """Builds the network and sets its weights; see `networks.build_network` for inputs, outputs and `dtype_policy`.
+
+        Args:
+            dtype_policy: of activations; weights stay float32.
+            image_size: height and width of the input, where it shall not be the model's own.
 
         Raises:
             ValueError: the weights' names or shapes are not the network's.
         """
-        from unet_ray.model import unet  # here, so that reading a bundle imports no Keras
+        if self.onnx:
+            raise ValueError(f"{self.uri} is a network as ONNX, which is no Keras model; use its model.onnx as it is")
+        from unet_ray.model import networks, weights  # here, so that reading a bundle imports no Keras
 
+        config = self.model_config.sized(image_size) if image_size else self.model_config
         try:
-            # Before the build: a network of other sizes than its weights could be far larger than they are.
-            unet.check_weight_shapes(unet.weight_shapes(self.model_config), self.weights)
+            # Before the build: a network of other sizes than its weights could be far larger than they are. What a
+            # function builds that the user allowed is the user's.
+            if not isinstance(config, PythonConfig):
+                weights.check_weight_shapes(weights.weight_shapes(config), self.weights)
+            model = networks.build_network(config, dtype_policy=dtype_policy)
+            weights.set_named_weights(model, self.weights)
         except ValueError as error:
             raise ValueError(f"{self.uri} is not a model that fits together: {error}") from error
-        model = unet.build_unet(self.model_config, dtype_policy=dtype_policy)
-        unet.set_named_weights(model, self.weights)
         return model
 
 
 def save_bundle(
     uri: str, model: keras.Model, model_config: ModelConfig, class_set: ClassSet, metrics: Mapping[str, Any]
 ) -> str:
-    """Write a trained Keras model, built by `unet.build_unet(model_config)`, as a bundle; see `write_bundle`."""
-    from unet_ray.model import unet  # here, so that reading a bundle imports no Keras
+    """Write a trained Keras model, built by `networks.build_network(model_config)`; see `write_bundle`."""
+    from unet_ray.model.weights import named_weights  # here, so that reading a bundle imports no Keras
 
-    return write_bundle(uri, unet.named_weights(model), model_config, class_set, metrics)
+    return write_bundle(uri, named_weights(model), model_config, class_set, metrics)
 
 
 def write_bundle(
@@ -99,36 +116,39 @@ def write_bundle(
     model_config: ModelConfig,
     class_set: ClassSet,
     metrics: Mapping[str, Any],
+    *,
+    temperature: float | None = None,
 ) -> str:
     """Write a bundle; until its last file is whole, the folder is not a model folder. Equal arguments, equal bytes.
 
     Args:
         uri: the bundle's own folder (`RUN/model`); a bundle in it is replaced.
-        weights: float32 tensors as `unet.named_weights` gives them, all finite.
+        weights: float32 tensors as `weights.named_weights` gives them, all finite.
         model_config: the network.
         class_set: its classes, as many as the network has outputs.
         metrics: plain JSON types, None where a value is undefined.
+        temperature: see `Bundle`.
 
     Returns:
         The bundle's digest.
     """
-    assert class_set.n_classes == model_config.n_classes, (class_set.n_classes, model_config.n_classes)
     assert all(tensor.dtype == np.float32 and np.isfinite(tensor).all() for tensor in weights.values())
     tensors = {name: np.ascontiguousarray(weights[name]) for name in sorted(weights)}
-    payloads = {
-        WEIGHTS_FILE: safetensors_numpy.save(tensors),
-        METRICS_FILE: _to_json(dict(metrics)),
-    }
+    document = document_of(model_config, class_set, tensors, temperature=temperature)
+    return _write(uri, document, {WEIGHTS_FILE: safetensors_numpy.save(tensors)}, metrics)
+
+
+def write_onnx_bundle(
+    uri: str, onnx: bytes, model_config: OnnxConfig, class_set: ClassSet, metrics: Mapping[str, Any]
+) -> str:
+    """Write a network made elsewhere as a bundle; see `write_bundle`. The file holds all of its weights."""
+    return _write(uri, document_of(model_config, class_set, {}), {ONNX_FILE: onnx}, metrics)
+
+
+def _write(uri: str, document: dict[str, Any], network: Mapping[str, bytes], metrics: Mapping[str, Any]) -> str:
+    payloads = {**network, METRICS_FILE: _to_json(dict(metrics))}
     assert len(payloads[METRICS_FILE]) <= MAX_JSON_BYTES, len(payloads[METRICS_FILE])
-    document: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "network": dataclasses.asdict(model_config),
-        "preprocessing": PREPROCESSING,
-        "classes": class_set.to_dict(),
-        "weights": [{"name": name, "shape": list(t.shape), "dtype": t.dtype.name} for name, t in tensors.items()],
-        "files": {name: {"size_bytes": len(data), "sha256": storage.sha256(data)} for name, data in payloads.items()},
-    }
-    document["digest"] = _labels_digest(document)
+    seal(document, payloads)
 
     # The old marker first: a kill from here on leaves a folder that says what it lacks, not one that looks altered.
     storage.delete(storage.join(uri, MODEL_FILE))
@@ -138,28 +158,37 @@ def write_bundle(
     return document["digest"]
 
 
-def read_bundle(uri: str) -> Bundle:
+def read_bundle(uri: str, *, allow_network: str | None = None) -> Bundle:
     """Read and check a model folder.
 
     Args:
         uri: the folder of a training run, or its `model/`, or a copy of that.
+        allow_network: `package.module:function` of a network that the user lets a model folder name, to be imported
+            where it is built.
 
     Raises:
-        ValueError: one line: the folder is not a model folder, is incomplete or altered, or of an unknown format.
+        ValueError: one line: the folder is not a model folder, is incomplete or altered, of an unknown format, or of a
+            network that is built by another function than the one that is allowed.
         unet_ray.storage.StorageError: trouble with storage.
     """
     folder = _find_folder(storage.resolve(uri))
     document = _read_document(folder)
-    data = {name: _read_payload(folder, name, document["files"][name]) for name in (WEIGHTS_FILE, METRICS_FILE)}
-    model_config, class_set = _network_and_classes(folder, document)
+    data = {name: _read_payload(folder, name, entry) for name, entry in document["files"].items()}
+    try:
+        model_config, class_set = network_and_classes(document)
+    except Altered as error:
+        raise _altered(folder, str(error)) from error
+    _require_allowed(folder, model_config, allow_network)
     metrics = _parse_json(folder, METRICS_FILE, data[METRICS_FILE])
     return Bundle(
         uri=folder,
         model_config=model_config,
         class_set=class_set,
         metrics=metrics,
-        weights=_load_weights(folder, data[WEIGHTS_FILE], document["weights"]),
+        weights=_load_weights(folder, data[WEIGHTS_FILE], document["weights"]) if WEIGHTS_FILE in data else {},
         digest=document["digest"],
+        temperature=document.get("temperature"),
+        onnx=data.get(ONNX_FILE, b""),
     )
 
 
@@ -178,63 +207,22 @@ def _find_folder(uri: str) -> str:
 def _read_document(folder: str) -> dict[str, Any]:
     """Read `model.json` and check its form and its digest."""
     document = _parse_json(folder, MODEL_FILE, _read_limited(folder, MODEL_FILE, MAX_JSON_BYTES))
-    version = document.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has the model format version {repr(version)[:50]}, this unet_ray reads {FORMAT_VERSION}; use "
-            "the unet_ray that wrote it, or a newer one"
-        )
-    if document.keys() != _KEYS:
-        raise _altered(folder, f"{MODEL_FILE} has the keys {_listed(document)}, expected {_listed(_KEYS)}")
-    if document["preprocessing"] != PREPROCESSING:
-        raise _altered(folder, f"{MODEL_FILE} asks for a preprocessing that format {FORMAT_VERSION} does not have")
-    if not _files_are_well_formed(document["files"]) or not _weights_are_well_formed(document["weights"]):
-        raise _altered(folder, f"{MODEL_FILE} does not describe its files and weights as format 1 does")
-    if document["digest"] != _labels_digest(document):
-        raise _altered(folder, f"{MODEL_FILE} does not match its own digest")
+    try:
+        check_document(document)
+    except Altered as error:
+        raise _altered(folder, str(error)) from error
+    except ValueError as error:
+        raise ValueError(f"{folder} {error}") from error
     return document
 
 
-def _files_are_well_formed(files: Any) -> bool:
-    return (
-        isinstance(files, dict)
-        and files.keys() == {WEIGHTS_FILE, METRICS_FILE}
-        and all(isinstance(entry, dict) and entry.keys() == {"size_bytes", "sha256"} for entry in files.values())
-        and all(_is_count(entry["size_bytes"]) for entry in files.values())
-    )
-
-
-def _weights_are_well_formed(weights: Any) -> bool:
-    return (
-        isinstance(weights, list)
-        and all(isinstance(entry, dict) and entry.keys() == {"name", "shape", "dtype"} for entry in weights)
-        and all(isinstance(entry["name"], str) and entry["dtype"] == "float32" for entry in weights)
-        and all(isinstance(entry["shape"], list) and len(entry["shape"]) <= 4 for entry in weights)
-        and all(_is_count(size) for entry in weights for size in entry["shape"])
-        and len({entry["name"] for entry in weights}) == len(weights)
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MAX_WEIGHTS_BYTES
-
-
-def _network_and_classes(folder: str, document: dict[str, Any]) -> tuple[ModelConfig, ClassSet]:
-    network = document["network"]
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    if not isinstance(network, dict) or network.keys() != names:
-        raise _altered(folder, f"the network in {MODEL_FILE} must have the keys {_listed(names)}")
-    for name, value in network.items():
-        if type(value) is not int and not (name == "dropout" and type(value) is float):
-            raise _altered(folder, f"{name} in {MODEL_FILE} is {str(value)[:50]!r}, not a number of its kind")
-    try:
-        model_config = ModelConfig(**network)
-        class_set = ClassSet.from_dict(document["classes"])
-    except ValueError as error:
-        raise _altered(folder, f"{MODEL_FILE}: {error}") from error
-    if class_set.n_classes != model_config.n_classes:
-        raise _altered(folder, f"{MODEL_FILE} names {class_set.n_classes} classes for {model_config.n_classes} outputs")
-    return model_config, class_set
+def _require_allowed(folder: str, model_config: ModelConfig, allow_network: str | None) -> None:
+    if isinstance(model_config, PythonConfig) and model_config.function != allow_network:
+        given = f", not {allow_network}" if allow_network else ""
+        raise ValueError(
+            f"{folder} is a network that the function {model_config.function} builds{given}; if you trust it, give "
+            f"--allow-network {model_config.function}"
+        )
 
 
 def _read_limited(folder: str, name: str, limit_bytes: int) -> bytes:
@@ -294,16 +282,6 @@ def _parse_json(folder: str, name: str, data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _altered(folder, f"{name} is not a JSON object")
     return value
-
-
-def _labels_digest(document: dict[str, Any]) -> str:
-    content = {key: value for key, value in document.items() if key not in ("digest", "files")}
-    content["weights_file"] = document["files"][WEIGHTS_FILE]
-    return storage.sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
-
-
-def _listed(keys: Any) -> str:
-    return ", ".join(sorted(str(key)[:50] for key in keys)[:20])
 
 
 def _altered(folder: str, what: str) -> ValueError:

@@ -1,7 +1,7 @@
 """A bundle as a file or folder that runs without unet_ray: Keras, TensorFlow SavedModel, ONNX.
 
-Each takes `image_BHWC` (B any number of frames; uint8 RGB, 0 to 255, resized to the network's size by nearest
-neighbour) and gives `logits_BHWK`, float32; the mask is their argmax over the last axis.
+Each takes `image_BHWC` (B any number of frames; uint8 RGB, 0 to 255, resized to the network's size as `model.json` says
+under `preprocessing`) and gives `logits_BHWK`, float32; the mask is their argmax over the last axis.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from unet_ray.model.bundle import read_bundle
 FORMATS = {"keras": ".keras", "savedmodel": "", "onnx": ".onnx"}
 
 
-def export_model(model: str, out: str, export_format: str) -> str:
+def export_model(model: str, out: str, export_format: str, *, allow_network: str | None = None) -> str:
     """Write a trained model for use without unet_ray and without Ray.
 
     Args:
         model: URI of a training run's folder or of its `model/`.
         out: URI of the file to write (`….keras`, `….onnx`), for `savedmodel` of a folder; nothing may lie there yet.
         export_format: one of `FORMATS`. `onnx` needs the extra `unet-ray[onnx]`.
+        allow_network: see `read_bundle`.
 
     Returns:
         The URI that was written.
@@ -36,7 +37,12 @@ def export_model(model: str, out: str, export_format: str) -> str:
     """
     out = storage.resolve(out)
     _check(out, export_format)
-    bundle = read_bundle(model)
+    bundle = read_bundle(model, allow_network=allow_network)
+    if bundle.model_config.preprocessing.resize == "area-dct":
+        raise ValueError(
+            f"{bundle.uri} reads JPEG files at a part of their size (--resize area-dct), which an exported network "
+            "cannot keep: it takes images; train with --resize area"
+        )
     network = bundle.build_model(dtype_policy="float32")
     with tempfile.TemporaryDirectory(prefix="unet_ray-export-") as scratch:
         local = Path(scratch) / ("model" + FORMATS[export_format])
@@ -57,6 +63,7 @@ def _check(out: str, export_format: str) -> None:
         raise ValueError(f"--out is {out}; a model of the format {export_format} is a file whose name ends in {ending}")
     if storage.exists(out):
         raise ValueError(f"{out} exists already; give a new path, or delete it first")
+    storage.require_writable(out, "--out")
     if export_format == "onnx" and importlib.util.find_spec("tf2onnx") is None:
         raise ValueError("the format onnx needs the package tf2onnx; pip install 'unet-ray[onnx]'")
 
@@ -71,4 +78,24 @@ def _write_local(network: keras.Model, path: Path, export_format: str) -> None:
         with warnings.catch_warnings():
             # Keras 3.15.1 looks for np.object before it puts it back for tf2onnx (keras/src/export/tf2onnx_lib.py).
             warnings.filterwarnings("ignore", message="In the future `np.object`", category=FutureWarning)
+            _add_erfc_to_tf2onnx()
             network.export(path, format="onnx", verbose=False)
+
+
+def _add_erfc_to_tf2onnx() -> None:
+    """TensorFlow 2.21 computes GELU by `erfc`, which tf2onnx 1.17 does not know: 1 - erf."""
+    import numpy as np
+    from tf2onnx.handler import tf_op
+
+    class Erfc:
+        @classmethod
+        def version_9(cls, ctx, node, **_options) -> None:
+            """Takes its place in the graph, as of ONNX's ninth set of operators."""
+            shape, dtype = ctx.get_shape(node.output[0]), ctx.get_dtype(node.output[0])
+            one = ctx.make_const(f"{node.name}/one", np.array(1, np.float32))
+            erf = ctx.make_node("Erf", [node.input[0]])
+            ctx.remove_node(node.name)
+            inputs = [one.output[0], erf.output[0]]
+            ctx.make_node("Sub", inputs, name=node.name, outputs=node.output, shapes=[shape], dtypes=[dtype])
+
+    tf_op("Erfc")(Erfc)

@@ -62,6 +62,11 @@ def loss_sums(
     raise _unknown_loss(loss)
 
 
+def n_sums(loss: str, n_classes: int) -> int:
+    """Returns S, the number of sums that a loss needs."""
+    return {"ce": 2, "focal": 2, "dice": 3 * n_classes, "ce+dice": 2 + 3 * n_classes}[loss]
+
+
 def loss_from_sums(total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
     """Compute the loss, a float32 scalar, from sums over the global batch (see `loss_sums`); 0 without a valid pixel.
 
@@ -88,12 +93,16 @@ def replica_share(sums_S: tf.Tensor, total_S: tf.Tensor, *, loss: str) -> tf.Ten
         total_S: the sums of all workers, taken as constant.
         loss: as in `loss_sums`.
     """
+    return tf.reduce_sum(loss_slope(total_S, loss=loss) * sums_S)
+
+
+def loss_slope(total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
+    """Compute the derivative of `loss_from_sums` by each of its sums, float32 `[S]`, as a constant."""
     total_S = tf.stop_gradient(total_S)
     with tf.GradientTape() as tape:
         tape.watch(total_S)
         value = loss_from_sums(total_S, loss=loss)
-    slope_S = tf.stop_gradient(tape.gradient(value, total_S))
-    return tf.reduce_sum(slope_S * sums_S)
+    return tf.stop_gradient(tape.gradient(value, total_S))
 
 
 def _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, *, gamma: float) -> tf.Tensor:

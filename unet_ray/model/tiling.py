@@ -37,8 +37,24 @@ class Tiling:
 
     def weights(self) -> np.ndarray:
         """Weight of each pixel of a window, float32 [h, w]: 1 in the middle, less towards the border, never 0."""
-        rows, columns = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) / ((n + 1) // 2) for n in self.window)
-        return np.outer(rows, columns).astype(np.float32)
+        return np.outer(*(self._fall(side_px) for side_px in self.window)).astype(np.float32)
+
+    def totals(self, height_px: int, width_px: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of all windows over a frame: of each row [H] and of each column [W], float32; a pixel has the product
+        of its row's and its column's."""
+        sums = []
+        corners = np.array(self.corners(height_px, width_px))
+        for axis, size_px in enumerate((height_px, width_px)):
+            side_px = self.window[axis]
+            total = np.zeros(size_px, np.float32)
+            for start in np.unique(corners[:, axis]):
+                total[start : start + side_px] += self._fall(side_px)
+            sums.append(total)
+        return sums[0], sums[1]
+
+    @staticmethod
+    def _fall(side_px: int) -> np.ndarray:
+        return np.minimum(np.arange(1, side_px + 1), np.arange(side_px, 0, -1)) / ((side_px + 1) // 2)
 
 
 def choose_tiling(
@@ -47,14 +63,14 @@ def choose_tiling(
     """Returns the windows of `--inference slide`, None for `whole`.
 
     Raises:
-        ValueError: `--window` or `--stride` without `slide`, or sizes that the network does not take.
+        ValueError: `--window` or `--stride` without `slide`, or a size that the network does not take.
     """
     if inference == "whole":
         if window or stride:
             raise ValueError("--window and --stride are for --inference slide; give that too, or leave them out")
         return None
-    window = window or (model.image_height_px, model.image_width_px)
-    step = 2 ** (model.depth - 1)
-    if any(side < step or side % step for side in window):
-        raise ValueError(f"--window is {window[0]} {window[1]}; for this network both must be multiples of {step}")
+    window = window or model.image_size
+    if not all(1 <= side <= 8192 for side in window):
+        raise ValueError(f"--window is {window[0]} {window[1]}; both must be 1 to 8192")
+    model.sized(window)
     return Tiling(window=window, stride=stride or ((window[0] + 1) // 2, (window[1] + 1) // 2))

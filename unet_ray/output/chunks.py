@@ -65,6 +65,11 @@ class Chunk:
     kept: str | None = None
     """Name of the file in `_work/kept/` with labels that a damaged file still had; see `salvage`."""
 
+    @property
+    def generation(self) -> str:
+        """Of the plan, as it stands in the chunk's id."""
+        return self.chunk_id.partition("-")[0]
+
 
 def chunk_starts(rows: pa.Table, n_frames: int) -> np.ndarray:
     """Returns the first row of each chunk: where the drive or camera changes, and every `n_frames` from there."""

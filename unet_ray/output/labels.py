@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.output import ledger, manifest
+from unet_ray.output.columns import type_of
+from unet_ray.output.neighbours import Borders
 from unet_ray.output.plans import Plan
 from unet_ray.output.records import Record, committed_keys, part_uri, read_records, record_uri
 from unet_ray.output.rows import FRAME_COLUMNS, statistics_schema
@@ -109,6 +111,17 @@ def read_parts(out: str, records: Sequence[Record]) -> Iterator[pa.Table]:
             yield read_parquet(content)
 
 
+def borders_of(plan: Plan, file: Mapping[str, Any]) -> Borders:
+    """Returns the end of a published file. Raises StorageError where its footer is damaged."""
+    try:
+        with storage.open_read(storage.join(plan.out, file["path"])) as source:
+            return Borders.from_footer(pq.read_metadata(source).metadata, plan.lineage.class_set.n_classes)
+    except storage.StorageError:
+        raise
+    except UNREADABLE as error:
+        raise damaged(plan.out, file["path"]) from error
+
+
 def read_columns(out: str, path: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yields columns of a published file. Raises StorageError where it is damaged, which Arrow says without a name."""
     try:
@@ -124,12 +137,9 @@ def read_columns(out: str, path: str, columns: Sequence[str]) -> Iterator[pa.Rec
 
 def _fields(path: str, columns: Iterable[str]) -> list[pa.Field]:
     """Returns columns of a published file with the types that they have."""
-    known = statistics_schema() if path == ledger.STATISTICS else FRAME_COLUMNS
-    of_classes = {"pixels": pa.int64(), "confidence": pa.float32()}
-    return [
-        known.field(name) if name in known.names else pa.field(name, of_classes[name.partition("_")[0]])
-        for name in columns
-    ]
+    if path == ledger.STATISTICS:
+        return [statistics_schema().field(name) for name in columns]
+    return [pa.field(name, type_of(name)) for name in columns]
 
 
 @contextlib.contextmanager

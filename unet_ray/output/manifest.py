@@ -52,9 +52,9 @@ def known_and_new(out: str, listed: pa.Table) -> tuple[pa.Table, pa.Table]:
     return known, listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
 
 
-def read_known(out: str, marks: Sequence[Mapping[str, Any]]) -> pa.Table:
+def read_known(out: str, generations: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Returns id, version and URI of the frames of some generations. Raises JobFailed for a damaged file."""
-    files = [file for mark in marks for file in mark["files"]]
+    files = [file for generation in generations for file in generation["files"]]
     tables = [_read_table(storage.join(out, file["path"]), _KNOWN.names).cast(_KNOWN) for file in files]
     return pa.concat_tables([_KNOWN.empty_table(), *tables]).combine_chunks()
 
@@ -62,7 +62,7 @@ def read_known(out: str, marks: Sequence[Mapping[str, Any]]) -> pa.Table:
 def refuse_doubled(out: str, new: pa.Table) -> None:
     """Raises ValueError where a frame that is new by its id is, by place and version, one that is planned."""
     new_places = _places(new)
-    for file in (file for mark in read_generations(out) for file in mark["files"]):
+    for file in (file for generation in read_generations(out) for file in generation["files"]):
         known = _read_table(storage.join(out, file["path"]), ("frame_id", *_PLACE))
         matches = pc.index_in(new_places, _places(known))
         if matches.null_count < len(matches):
@@ -89,37 +89,37 @@ _MARK = re.compile(r"_g(\d{3,})\.json")
 _FILE = re.compile(r"manifest/g(\d{3,})-(\d{5,})-([0-9a-f]{16})\.parquet")
 
 
-def mark_path(generation: int) -> str:
-    """Returns the path of a generation's mark within the output."""
-    return f"manifest/_g{generation:03d}.json"
+def generation_path(number: int) -> str:
+    """Returns the path of a generation's record within the output."""
+    return f"manifest/_g{number:03d}.json"
 
 
-def mark_of(path: str) -> str:
-    """Returns the path of the mark of the generation that a file of the manifest belongs to."""
+def generation_path_of(path: str) -> str:
+    """Returns the path of the record of the generation that a file of the manifest belongs to."""
     return f"manifest/_{storage.name(path).partition('-')[0]}.json"
 
 
 def read_generations(out: str) -> list[dict[str, Any]]:
-    """Returns the marks of all whole generations, in order.
+    """Returns the records of all whole generations, in order.
 
     Raises:
-        JobFailed: a mark is damaged, or one before it is missing.
+        JobFailed: a record is damaged, or one before it is missing.
     """
     matches = (_MARK.fullmatch(file.path) for file in storage.list_folder(storage.join(out, "manifest")))
     n_generations = max((int(match[1]) + 1 for match in matches if match), default=0)
-    marks = []
+    generations = []
     for number in range(n_generations):
-        uri = storage.join(out, mark_path(number))
+        uri = storage.join(out, generation_path(number))
         try:
-            marks.append(_checked_mark(unsealed(storage.read_bytes(uri)), number))
+            generations.append(_checked_generation(unsealed(storage.read_bytes(uri)), number))
         except (FileNotFoundError, ValueError) as error:
             raise lost(uri, error) from error
-    return marks
+    return generations
 
 
-def _checked_mark(mark: dict[str, Any], number: int) -> dict[str, Any]:
-    """Returns a mark that names only files that this generation may have; raises ValueError for another."""
-    files = mark.get("files")
+def _checked_generation(generation: dict[str, Any], number: int) -> dict[str, Any]:
+    """Returns a record that names only files that this generation may have; raises ValueError for another."""
+    files = generation.get("files")
     if not isinstance(files, list) or not files:
         raise ValueError("it names no files")
     for index, file in enumerate(files):
@@ -128,13 +128,13 @@ def _checked_mark(mark: dict[str, Any], number: int) -> dict[str, Any]:
             raise ValueError(f"it names {file['path']!r}, which is no file of this generation")
         if not is_count(file.get("rows")):
             raise ValueError(f"it has no counts of {file['path']!r}")
-    if not is_count(mark.get("last_shard"), below=_SHARDS):
+    if not is_count(generation.get("last_shard"), below=_SHARDS):
         raise ValueError("its last shard is no number")
-    if not is_count(mark.get("frame_pixels", 0)) or not are_counts(mark.get("ignored", {})):
+    if not is_count(generation.get("frame_pixels", 0)) or not are_counts(generation.get("ignored", {})):
         raise ValueError("what it counts are no numbers")
-    if not _are_roots(mark.get("roots", [])):
+    if not _are_roots(generation.get("roots", [])):
         raise ValueError("its roots are no pairs of texts")
-    return mark
+    return generation
 
 
 _SHARDS = 2**30  # the column is int32, and later generations have higher numbers
@@ -157,9 +157,9 @@ def require_entry(file: Any) -> dict[str, Any]:
     return file
 
 
-def recorded_roots(marks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def recorded_roots(generations: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Returns label by URI of the roots that all generations were listed from; earlier versions noted none."""
-    return {uri: label for mark in marks for uri, label in mark.get("roots", ())}
+    return {uri: label for generation in generations for uri, label in generation.get("roots", ())}
 
 
 def lost(uri: str, error: Exception, remedy: str = "restore it, or start anew with --overwrite") -> JobFailed:
@@ -182,15 +182,15 @@ def append_generation(
     roots: Sequence[Root] = (),
 ) -> None:
     """Writes new frames as the next generation of the plan; where another job was first, its generation stands."""
-    marks = read_generations(out)
-    number, first_shard = len(marks), _next_shard(marks)
+    generations = read_generations(out)
+    number, first_shard = len(generations), _next_shard(generations)
     frame_pixels = cutting.frame_pixels(rows)
     contents, last_shard = _generation(rows, number, first_shard, frame_pixels, cutting, lineage_digest)
     files = []
     for path, data, n_rows in contents:
         storage.write_whole(storage.join(out, path), data)
         files.append({"path": path, "rows": n_rows, "bytes": len(data), "sha256": storage.sha256(data)})
-    mark = {
+    generation = {
         "files": files,
         "last_shard": last_shard,
         "ignored": dict(ignored),
@@ -198,11 +198,11 @@ def append_generation(
         "lineage": lineage_digest,
         "roots": [list(root) for root in roots],
     }
-    storage.put_if_absent(storage.join(out, mark_path(number)), sealed(mark))
+    storage.put_if_absent(storage.join(out, generation_path(number)), sealed(generation))
 
 
-def _next_shard(marks: Sequence[Mapping[str, Any]]) -> int:
-    return max((mark["last_shard"] for mark in marks), default=-1) + 1
+def _next_shard(generations: Sequence[Mapping[str, Any]]) -> int:
+    return max((generation["last_shard"] for generation in generations), default=-1) + 1
 
 
 def _generation(
@@ -226,21 +226,23 @@ def mend(out: str, listed: pa.Table, cutting: Cutting, lineage_digest: str) -> l
     A file's name holds its digest: only the very same bytes take its place. Where the listing does not give them
     (frames have gone or changed, or chunks were cut with other options), the file stays as it is.
     """
-    marks = read_generations(out)
-    broken = [[file["path"] for file in mark["files"] if not _is_whole(out, file)] for mark in marks]
+    generations = read_generations(out)
+    broken = [[file["path"] for file in generation["files"] if not _is_whole(out, file)] for generation in generations]
     mended = []
     for number, paths in enumerate(broken):
         if not paths:
             continue
         if any(paths and other != number for other, paths in enumerate(broken)):
             break  # what else is damaged decides which frames are missing here
-        rows = _rows_of(out, listed, marks, number)
-        if len(rows) != sum(file["rows"] for file in marks[number]["files"]):
+        rows = _rows_of(out, listed, generations, number)
+        if len(rows) != sum(file["rows"] for file in generations[number]["files"]):
             continue
-        roots = [uri for uri, _ in marks[number].get("roots", ())]
+        roots = [uri for uri, _ in generations[number].get("roots", ())]
         rows = with_roots(rows, roots) if roots else rows
-        frame_pixels = marks[number].get("frame_pixels", 0)
-        contents, _ = _generation(rows, number, _next_shard(marks[:number]), frame_pixels, cutting, lineage_digest)
+        frame_pixels = generations[number].get("frame_pixels", 0)
+        contents, _ = _generation(
+            rows, number, _next_shard(generations[:number]), frame_pixels, cutting, lineage_digest
+        )
         for path, data, _ in contents:
             if path in paths:
                 storage.write_whole(storage.join(out, path), data)
@@ -248,16 +250,16 @@ def mend(out: str, listed: pa.Table, cutting: Cutting, lineage_digest: str) -> l
     return mended
 
 
-def _rows_of(out: str, listed: pa.Table, marks: Sequence[Mapping[str, Any]], number: int) -> pa.Table:
+def _rows_of(out: str, listed: pa.Table, generations: Sequence[Mapping[str, Any]], number: int) -> pa.Table:
     """The listed rows of a generation: those that its published files have, else all that no other generation has."""
-    shards = range(_next_shard(marks[:number]), marks[number]["last_shard"] + 1)
+    shards = range(_next_shard(generations[:number]), generations[number]["last_shard"] + 1)
     try:
         uris = [storage.join(out, "frames", f"part-{shard:05d}.parquet") for shard in shards]
         ids = [read_parquet(storage.read_bytes(uri), ["frame_id"])["frame_id"] for uri in uris]
         published = pa.concat_tables([pa.table({"frame_id": column}) for column in ids])["frame_id"]
         return listed.filter(pc.is_in(listed["frame_id"], value_set=published))
     except (FileNotFoundError, ValueError, KeyError, pa.ArrowException):
-        known = read_known(out, [mark for other, mark in enumerate(marks) if other != number])
+        known = read_known(out, [generation for other, generation in enumerate(generations) if other != number])
         return listed.filter(pc.is_null(pc.index_in(listed["frame_id"], known["frame_id"])))
 
 
@@ -269,15 +271,15 @@ def _is_whole(out: str, file: Mapping[str, Any]) -> bool:
 
 
 def delete_unmarked(out: str) -> None:
-    """Deletes manifest files that a killed or slower job wrote for a generation whose mark names others.
+    """Deletes manifest files that a killed or slower job wrote for a generation whose record names others.
 
-    Other tools read all of `manifest/`. A generation's mark is put once, so such a file can never come to count.
+    Other tools read all of `manifest/`. A generation's record is put once, so such a file can never come to count.
     """
-    marks = read_generations(out)
-    named = {file["path"] for mark in marks for file in mark["files"]}
+    generations = read_generations(out)
+    named = {file["path"] for generation in generations for file in generation["files"]}
     for file in storage.list_folder(storage.join(out, "manifest")):
         generation = re.match(r"g(\d{3,})-", file.path)
-        if generation and int(generation[1]) < len(marks) and f"manifest/{file.path}" not in named:
+        if generation and int(generation[1]) < len(generations) and f"manifest/{file.path}" not in named:
             storage.delete(file.uri)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ import pyarrow.compute as pc
 from unet_ray import images, storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import ExportMasksConfig
+from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import labels, plans, publish
 from unet_ray.progress import Progress
 
@@ -36,6 +38,9 @@ MASK_COLUMNS = ("mask", "mask_encoding", "mask_height_px", "mask_width_px")
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 2**23
 """Of a column while it is read, instead of all of it in a row group; Arrow unpacks a page, up to 1,024 masks."""
+
+_NAME_BYTES, _PATH_BYTES = 255, 4095
+"""Of a file's name and of its whole path, on Linux' usual filesystems."""
 
 # What a path or fsspec (`::`) would not take as a plain name.
 _UNSAFE = re.compile(r"%|\0|:(?=:)")
@@ -67,6 +72,7 @@ def export_masks(config: ExportMasksConfig) -> Exported:
     uris = [storage.join(plan.out, file["path"]) for file in summary["files"] if file["path"].startswith("frames/")]
     selection = _select(uris, config.sequence) if config.sequence else _select_all(uris, summary["listed"])
     out = storage.resolve(config.out)
+    storage.require_writable(out if config.format == "png" else out.rpartition("/")[0] or "/", "--out")
     if config.format == "png":
         return _write_png(selection, out, plan.lineage.class_set)
     return _write_coco(selection, out, plan.lineage.class_set)
@@ -165,7 +171,34 @@ def mask_path(frame_id: str) -> str:
     return "/".join({"": "%", ".": "%2E", "..": "%2E%2E"}.get(part, part) for part in plain.split("/"))
 
 
+def _require_file_names(selection: _Selection, folder: str) -> None:
+    """Raises ValueError where the frames' names make no files on this machine: too long, or a file within a file."""
+    if not storage.is_local(folder):
+        return
+    folders: set[str] = set()
+    for frame_id in _labelled_ids(selection):
+        parts = mask_path(frame_id).split("/")
+        longest = max(len(os.fsencode(part)) for part in parts)
+        if longest > _NAME_BYTES or len(os.fsencode(storage.join(folder, *parts))) > _PATH_BYTES:
+            raise ValueError(
+                f"the name of the frame {frame_id[:60]}… has {longest} bytes in one part; a file here may have "
+                f"{_NAME_BYTES} (and {_PATH_BYTES} with its folders): export to a store, or as coco"
+            )
+        folders.update("/".join(parts[:n]) for n in range(1, len(parts)) if parts[n - 1].endswith(".png"))
+    if folders and (twice := next((i for i in _labelled_ids(selection) if mask_path(i) in folders), None)) is not None:
+        raise ValueError(
+            f"the mask of the frame {twice} would be the file {mask_path(twice)}, which is the folder of another "
+            "frame's: export as coco"
+        )
+
+
+def _labelled_ids(selection: _Selection) -> Iterator[str]:
+    for batch in _batches(selection, ["frame_id", "status"]):
+        yield from batch.filter(pc.equal(batch["status"], "ok"))["frame_id"].to_pylist()
+
+
 def _write_png(selection: _Selection, folder: str, class_set: ClassSet) -> Exported:
+    _require_file_names(selection, folder)
     progress = Progress(selection.n_rows, "frames")
     written = rejected = 0
     for batch in _batches(selection, ["frame_id", "status", *MASK_COLUMNS]):
@@ -178,7 +211,7 @@ def _write_png(selection: _Selection, folder: str, class_set: ClassSet) -> Expor
 
 
 def _png(row: Mapping[str, Any], class_set: ClassSet) -> bytes:
-    return row["mask"] if row["mask_encoding"] == "png" else images.encode_mask_png(mask_of(row), class_set.palette_K3)
+    return row["mask"] if row["mask_encoding"] == "png" else encode_mask_png(mask_of(row), class_set.palette_K3)
 
 
 # --- COCO ---

@@ -15,7 +15,7 @@ label with which the ids of its frames begin, so that a root that is given alone
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_ray import storage
-from unet_ray.archives.listing import folder_of, is_glob, tail
-from unet_ray.frames import Listing, Root, read_roots, roots_metadata
+from unet_ray.archives.roots import folder_of, is_glob, tail
+from unet_ray.frames import Listing, Root, archive_of, is_hidden, read_roots, roots_metadata
 from unet_ray.messages import count, first_few, shown_path
 from unet_ray.output import manifest
 
@@ -55,14 +55,14 @@ def labels_for(out: str, uris: Sequence[str], *, add_root: bool, is_new: bool = 
         JobFailed: the output's plan is damaged.
     """
     uris = [storage.resolve(uri) for uri in uris]
-    marks = [] if is_new else manifest.read_generations(out)
-    labels = manifest.recorded_roots(marks)
+    generations = [] if is_new else manifest.read_generations(out)
+    labels = manifest.recorded_roots(generations)
     unknown = [uri for uri in uris if uri not in labels]
-    if not unknown or not (add_root or _some_say_no_root(marks)):
+    if not unknown or not (add_root or _some_say_no_root(generations)):
         return {uri: labels[uri] for uri in uris if uri in labels}
-    known = manifest.read_known(out, marks)
+    known = manifest.read_known(out, generations)
     for uri in unknown:
-        label = _label_by_rows(known, uri) if _some_say_no_root(marks) else None
+        label = _label_by_rows(known, uri) if _some_say_no_root(generations) else None
         if label is None and add_root:
             label = _new_label(uri, known["frame_id"], set(labels.values()))
         if label is not None:
@@ -70,8 +70,8 @@ def labels_for(out: str, uris: Sequence[str], *, add_root: bool, is_new: bool = 
     return {uri: labels[uri] for uri in uris if uri in labels}
 
 
-def _some_say_no_root(marks: Sequence[Mapping[str, object]]) -> bool:
-    return any("roots" not in mark for mark in marks)
+def _some_say_no_root(generations: Sequence[Mapping[str, object]]) -> bool:
+    return any("roots" not in generation for generation in generations)
 
 
 def _label_by_rows(known: pa.Table, uri: str) -> str | None:
@@ -107,7 +107,7 @@ def compare(
     out: str,
     listing: Listing,
     known: pa.Table,
-    marks: Sequence[Mapping[str, Any]],
+    generations: Sequence[Mapping[str, Any]],
     *,
     add_root: bool,
     keep_gone: bool,
@@ -118,17 +118,19 @@ def compare(
         out: the output.
         listing: what is there now.
         known: id, version and URI of the planned frames.
-        marks: of the generations that they were planned in.
+        generations: the records of those that they were planned in.
         add_root: roots that the output does not know are added.
         keep_gone: more than half may have gone from the roots that are listed.
 
     Raises:
         ValueError: the listing is of another archive, or too much has gone from it.
     """
-    recorded, is_old = manifest.recorded_roots(marks), _some_say_no_root(marks)
+    recorded, is_old = manifest.recorded_roots(generations), _some_say_no_root(generations)
     unknown = [root for root in listing.roots if root.uri not in recorded and not (is_old and _holds(known, root))]
     rows = pc.index_in(known["frame_id"], listing.table["frame_id"])
     gone = pc.is_null(rows)
+    if not listing.include_hidden:
+        gone = pc.and_not(gone, _are_hidden(known["frame_id"], gone, {*recorded.values(), ""}))
     changed = pc.fill_null(pc.not_equal(known["version"], listing.table["version"].take(rows)), False)
     if unknown and not add_root and 2 * (_sum(gone) + _sum(changed)) > len(known):
         roots = first_few([shown_path(uri) for uri in recorded or [_common(known)]])
@@ -146,6 +148,20 @@ def compare(
                 "what is labelled of them, or another --out"
             )
     return Comparison(n_changed=_sum(changed), n_gone=_sum(gone), moved=_moved(known, listing, rows, changed))
+
+
+def _are_hidden(frame_ids: pa.ChunkedArray, asked: pa.ChunkedArray, labels: Collection[str]) -> pa.ChunkedArray:
+    """Which of the frames that are asked for were planned when hidden files were listed, which they are not now."""
+    are_hidden = asked.to_numpy().copy()
+    for index in np.flatnonzero(are_hidden).tolist():
+        frame_id = frame_ids[index].as_py()
+        paths = [
+            frame_id.removeprefix(f"{label}/") for label in labels if not label or frame_id.startswith(f"{label}/")
+        ]
+        path = min(paths, key=len)
+        archive = archive_of(path)
+        are_hidden[index] = is_hidden(archive) or is_hidden(path[len(archive) + 1 :] if archive else path)
+    return pa.chunked_array([pa.array(are_hidden)])
 
 
 def _refuse_overlaps(out: str, unknown: Sequence[Root], recorded: Mapping[str, str]) -> None:

@@ -2,12 +2,12 @@
 
     OUT/run.json                   the lineage: model, classes and options that every label of this output comes from;
                                    sealed by its own digest (`sealed`), as is every JSON file of an output
-    OUT/config.yaml                the resolved configuration of the first run
+    OUT/config.yaml                the resolved configuration of the first run; written anew where it was changed
     OUT/manifest/*.parquet         the plan: a row a frame, with the chunk and the shard that it belongs to
     OUT/manifest/_g000.json        a generation of the plan is whole; frames found later are a new generation
 
 Steps of a plan, after each of which a kill does no harm: (1) run.json, put if absent; (2) config.yaml; (3) the
-manifest's files, named by their content; (4) the generation's mark, put if absent: without it they are nothing.
+manifest's files, named by their content; (4) the generation's record, put if absent: without it they are nothing.
 
 `--overwrite` gives an output another lineage while a job that nobody saw may still work on it. So nothing of an output
 is believed that does not belong to its lineage and frames (`Plan.shard_key`), and a job looks now and then whether the
@@ -26,25 +26,27 @@ from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
 
 from unet_ray import storage
 from unet_ray.classes import ClassSet
 from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA, Listing, carried_schema
 from unet_ray.messages import shown_path
-from unet_ray.output import manifest, origins
+from unet_ray.output import manifest, origins, run_facts
 from unet_ray.output.chunks import CHUNK_SCHEMA, Chunk, Cutting
-from unet_ray.output.rows import FORMAT_VERSION, frames_schema
+from unet_ray.output.rows import FORMAT_VERSION, RESULT_VERSION, frames_schema
 from unet_ray.storage.sealed import are_counts, is_count, json_bytes, sealed, unsealed
 
 _OURS = re.compile(
     r"frames/part-\d+\.parquet|manifest/(g\d+-.*\.parquet|_g\d+\.json)|_work/.*"
-    r"|summary\.json|class_statistics\.parquet|preview\.png"
+    r"|summary\.json|class_statistics\.parquet|preview\.png|rejected\.csv"
 )
 """What --overwrite deletes; a user's own file beside it stays."""
 
 _NAMES = (
-    *("run.json", "config.yaml", "summary.json", "class_statistics.parquet", "preview.png"),
+    *("run.json", "config.yaml", "summary.json", "class_statistics.parquet", "preview.png", "rejected.csv"),
     *("manifest", "frames", "_work"),
 )
 """Files and folders of an output; none of them may be a link, nor what lies in them."""
@@ -58,7 +60,7 @@ class Lineage:
     class_set: ClassSet
     options: Mapping[str, Any]
     """Every option that changes a result, as plain JSON types."""
-    result_version: int = 1
+    result_version: int = RESULT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the lineage as plain JSON types, as it is when it was written and read again."""
@@ -141,7 +143,7 @@ def plan(
         lineage: what the labels come from.
         cutting: how new frames are cut.
         config_yaml: the resolved configuration.
-        recorded: package versions, machines: written to run.json, compared with nothing.
+        recorded: package versions, machines: written to run.json; another run may have others.
         overwrite: delete an output that is there, and start anew.
         add_root: roots that the output does not know are added to it.
         keep_gone: more than half of the frames of the listed roots may have gone.
@@ -155,13 +157,14 @@ def plan(
     """
     frames_schema(lineage.class_set, carried_schema(listing.table.schema))  # a catalogue's column may have a taken name
     run = _claim(out, lineage, recorded or {}, overwrite)
-    if overwrite or not storage.exists(storage.join(out, "config.yaml")):
-        storage.write_whole(storage.join(out, "config.yaml"), config_yaml.encode())
-    _refuse_lost_marks(out)
+    if overwrite or not run_facts.config_is_whole(out, read_summary(out)):
+        storage.write_whole(storage.join(out, run_facts.CONFIG), config_yaml.encode())
+    _refuse_lost_generations(out)
     _delete_strange_generations(out, lineage.digest)
     known, new, mended = _known_and_new(out, listing, lineage, cutting)
     n_new = len(new)
     while True:  # again where another job's generation came first, which may be of another archive
+        new = _with_planned_types(new, _read_plan(out, run).carried) if len(known) and len(new) else new
         origin = _compared(out, run, listing, known, new, add_root=add_root, keep_gone=keep_gone)
         if not len(new):
             break
@@ -191,9 +194,9 @@ def _compared(
         return origins.Comparison()
     if len(new):
         manifest.refuse_doubled(out, new)
-        _refuse_other_columns(carried_schema(listing.table.schema), _read_plan(out, run).carried)
-    marks = manifest.read_generations(out)
-    return origins.compare(out, listing, known, marks, add_root=add_root, keep_gone=keep_gone)
+        _refuse_other_columns(carried_schema(new.schema), _read_plan(out, run).carried)
+    generations = manifest.read_generations(out)
+    return origins.compare(out, listing, known, generations, add_root=add_root, keep_gone=keep_gone)
 
 
 def _known_and_new(
@@ -209,12 +212,36 @@ def _known_and_new(
         return *manifest.known_and_new(out, listing.table), mended
 
 
-def _refuse_lost_marks(out: str) -> None:
-    """Raises JobFailed where a generation that was published has no mark any more: its frames would be planned anew."""
+def _refuse_lost_generations(out: str) -> None:
+    """Raises JobFailed where a published generation has no record any more: its frames would be planned anew."""
     there = {f"manifest/{file.path}" for file in storage.list_folder(storage.join(out, "manifest"))}
     for file in (read_summary(out) or {"files": ()})["files"]:
         if file["path"].startswith("manifest/_g") and file["path"] not in there:
             raise manifest.lost(storage.join(out, file["path"]), FileNotFoundError())
+
+
+_ONCE_NULL = tuple(csv.ConvertOptions().null_values)
+"""What was null in a CSV file for earlier versions, which found out types from the first values."""
+
+
+def _with_planned_types(rows: pa.Table, planned: pa.Schema) -> pa.Table:
+    """Texts of a catalogue as the types that the output was begun with. Raises ValueError where a text is none."""
+    for column in planned:
+        if column.name not in rows.column_names or not pa.types.is_string(rows.schema.field(column.name).type):
+            continue
+        texts = rows[column.name]
+        if column.type == texts.type:
+            continue
+        known = pc.is_in(texts, value_set=pa.array(_ONCE_NULL, pa.string()))
+        try:
+            values = pc.if_else(known, pa.scalar(None, pa.string()), texts).cast(column.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(
+                f"the catalogues' column {column.name!r} is {column.type} in the output, and a value here is none: "
+                f"{' '.join(str(error).split())}; mend it, or give another --out"
+            ) from error
+        rows = rows.set_column(rows.column_names.index(column.name), column, values)
+    return rows
 
 
 def _refuse_other_columns(current: pa.Schema, planned: pa.Schema) -> None:
@@ -296,7 +323,15 @@ _PUBLISHED = re.compile(
 # --- whose the folder is ---
 
 
+def require_folders(out: str, names: Sequence[str] = ("manifest", "frames")) -> None:
+    """Raises ValueError where a local output, or one of these folders in it, is a file; a store has files alone."""
+    for uri in (out, *(storage.join(out, name) for name in names)):
+        if storage.is_local(uri) and storage.exists(uri) and not storage.is_folder(uri):
+            raise ValueError(f"{uri} is a file; an output of segment has a folder there, so give another --out")
+
+
 def _refuse_links(out: str) -> None:
+    require_folders(out)
     link = storage.first_link(out, _NAMES)
     if link is not None:
         raise ValueError(f"{link} is a link; an output of segment has none, so give another --out")
@@ -309,30 +344,32 @@ def _strangers(out: str) -> Iterator[str]:
             yield file.path
 
 
-def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Returns run.json, written now where the folder is empty; refuses what is not ours or of another lineage."""
+def require_free(out: str) -> None:
+    """Raises ValueError where a folder holds files that are no output of `segment`, or a link."""
     _refuse_links(out)
-    uri = storage.join(out, "run.json")
-    ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "lineage": lineage.to_dict(), "recorded": dict(recorded)}
-    if not storage.exists(uri):
-        stranger = next(_strangers(out), None)
-        if stranger is None:
-            storage.put_if_absent(uri, sealed(ours))
-        elif not manifest.read_generations(out):
-            raise ValueError(f"{out} holds files that are no output of segment ({stranger}); give another --out")
+    if storage.exists(storage.join(out, "run.json")):
+        return
+    stranger = next(_strangers(out), None)
+    if stranger is not None and not manifest.read_generations(out):
+        raise ValueError(f"{out} holds files that are no output of segment ({stranger}); give another --out")
+
+
+def require_same_kind(out: str, lineage: Lineage) -> dict[str, Any]:
+    """Returns run.json of an output. Raises ValueError where its labels are of another kind than this lineage's."""
     run = read_run(out)
-    if overwrite:
-        # What proves the output goes before what it proves.
-        for file in sorted(storage.list_folder(out), key=lambda file: "/" in file.path):
-            if _OURS.fullmatch(file.path):
-                storage.delete(file.uri)
-        storage.write_whole(uri, sealed(ours))  # last: until then the folder is an output of ours
-        return ours
     if run["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{out} has format version {run['format_version']}, here it is {FORMAT_VERSION}; give another --out"
         )
-    differences = list(_differences(run["lineage"], ours["lineage"]))
+    before = run["lineage"]["result_version"]
+    if before != lineage.result_version:
+        release = run["recorded"].get("unet-ray")
+        raise ValueError(
+            f"{out} holds labels of result version {before}, and this release makes version {lineage.result_version}: "
+            "it can be read, verified and exported, but neither grown nor finished; give another --out, or "
+            f"--overwrite, or go on with the release that began it{f' (unet-ray {release})' if release else ''}"
+        )
+    differences = list(_differences(run["lineage"], lineage.to_dict()))
     if differences:
         raise ValueError(
             f"{out} holds labels of another kind: {'; '.join(differences)}; give another --out, or --overwrite"
@@ -340,8 +377,26 @@ def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: b
     return run
 
 
+def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Returns run.json, written now where the folder is empty; refuses what is not ours or of another lineage."""
+    require_free(out)
+    uri = storage.join(out, "run.json")
+    ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "lineage": lineage.to_dict(), "recorded": dict(recorded)}
+    if not storage.exists(uri) and not manifest.read_generations(out):
+        storage.put_if_absent(uri, sealed(ours))
+    if not overwrite:
+        return require_same_kind(out, lineage)
+    read_run(out)
+    # What proves the output goes before what it proves.
+    for file in sorted(storage.list_folder(out), key=lambda file: "/" in file.path):
+        if _OURS.fullmatch(file.path):
+            storage.delete(file.uri)
+    storage.write_whole(uri, sealed(ours))  # last: until then the folder is an output of ours
+    return ours
+
+
 def _differences(planned: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
-    names = {"bundle_digest": "model", "class_set": "class set", "result_version": "result version"}
+    names = {"bundle_digest": "model", "class_set": "class set"}
     for key, name in names.items():
         if json_bytes(planned[key]) != json_bytes(current[key]):
             values = [lineage[key] for lineage in (planned, current)]
@@ -358,20 +413,23 @@ def _differences(planned: Mapping[str, Any], current: Mapping[str, Any]) -> Iter
 
 def _strange_generations(out: str, lineage_digest: str) -> list[int]:
     """Returns the numbers of generations that a job planned whose output was overwritten, and of all behind them."""
-    marks = manifest.read_generations(out)
-    first = next((n for n, mark in enumerate(marks) if mark.get("lineage", lineage_digest) != lineage_digest), None)
-    return [] if first is None else list(range(first, len(marks)))
+    generations = manifest.read_generations(out)
+    first = next(
+        (n for n, generation in enumerate(generations) if generation.get("lineage", lineage_digest) != lineage_digest),
+        None,
+    )
+    return [] if first is None else list(range(first, len(generations)))
 
 
 def _delete_strange_generations(out: str, lineage_digest: str) -> None:
     # Our own behind them are planned anew with the same keys: what is done of them counts.
     for number in reversed(_strange_generations(out, lineage_digest)):
-        storage.delete(storage.join(out, manifest.mark_path(number)))
+        storage.delete(storage.join(out, manifest.generation_path(number)))
 
 
 def strange_marks(out: str, lineage: Lineage) -> list[str]:
-    """Returns the paths of marks that a job wrote after its output had been overwritten."""
-    return [manifest.mark_path(number) for number in _strange_generations(out, lineage.digest)]
+    """Returns the paths of generations' records that a job wrote after its output had been overwritten."""
+    return [manifest.generation_path(number) for number in _strange_generations(out, lineage.digest)]
 
 
 class Grown(Exception):
@@ -393,8 +451,10 @@ def has_grown(plan: Plan) -> bool:
     if _lineage_of(read_run(plan.out)).digest != digest:
         raise overwritten(plan.out)
     # What a job planned whose output was overwritten is none of it, nor what lies behind.
-    marks = takewhile(lambda mark: mark.get("lineage", digest) == digest, manifest.read_generations(plan.out))
-    files = tuple(file for mark in marks for file in mark["files"])
+    generations = takewhile(
+        lambda generation: generation.get("lineage", digest) == digest, manifest.read_generations(plan.out)
+    )
+    files = tuple(file for generation in generations for file in generation["files"])
     if files[: len(plan.manifest_files)] != plan.manifest_files:
         raise overwritten(plan.out)
     return files != plan.manifest_files
@@ -419,10 +479,10 @@ def overwritten(out: str) -> TryAgain:
 
 def _read_plan(out: str, run: Mapping[str, Any]) -> Plan:
     lineage = _lineage_of(run)
-    marks = manifest.read_generations(out)
+    generations = manifest.read_generations(out)
     strange = _strange_generations(out, lineage.digest)
-    marks = marks[: strange[0]] if strange else marks
-    files = tuple(file for mark in marks for file in mark["files"])
+    generations = generations[: strange[0]] if strange else generations
+    files = tuple(file for generation in generations for file in generation["files"])
     carried = pa.schema([])
     if files:
         schema = manifest.open_manifest(storage.join(out, files[0]["path"])).schema_arrow
@@ -434,8 +494,8 @@ def _read_plan(out: str, run: Mapping[str, Any]) -> Plan:
         lineage=lineage,
         chunks=tuple(chunk for file in files for chunk in manifest.read_chunks(storage.join(out, file["path"]))),
         carried=carried,
-        ignored=marks[-1].get("ignored", {}) if marks else {},
+        ignored=generations[-1].get("ignored", {}) if generations else {},
         recorded=run["recorded"],
         manifest_files=files,
-        frame_pixels=max((mark.get("frame_pixels", 0) for mark in marks), default=0),
+        frame_pixels=max((generation.get("frame_pixels", 0) for generation in generations), default=0),
     )

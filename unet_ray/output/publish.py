@@ -1,11 +1,12 @@
 """Finished chunks become the published output.
 
 Steps, after each of which a kill does no harm and the same command goes on. Of each shard: (1) its parts become the
-content of a file of `frames/`, a pure function of the records; (2) the file is noted; (3) it is written, and stands for
-its chunks from now on; (4) their records and parts go, so that the masks do not lie there twice. Of all: (5)
-class_statistics.parquet; (6) summary.json, which says what is whole; (7) `_work/` goes, and what killed writers left of
-files. Until (3), (1) is done again and writes the same bytes; so does (5) until (6). What (6) says of the files of
-`frames/` is in the footer of (5) too: either can be made again from the other.
+content of a file of `frames/`, a pure function of the records and of the end of the file before (see `neighbours`); (2)
+the file is noted; (3) it is written, and stands for its chunks from now on; (4) their records and parts go, so that the
+masks do not lie there twice. Of all: (5) class_statistics.parquet; (6) summary.json, which says what is whole; (7)
+`_work/` goes, and what killed writers left of files. Until (3), (1) is done again and writes the same bytes; so does
+(5) until (6). What (6) says of the files of `frames/` is in the footer of (5) too: either can be made again from the
+other.
 
 Where rejected frames were tried again, a file of `frames/` is made of the one that is there and of the new rows, and
 takes its place at once: no label goes before what replaces it is there.
@@ -20,6 +21,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -28,10 +30,12 @@ import pyarrow.parquet as pq
 
 from unet_ray import storage
 from unet_ray.errors import JobFailed
-from unet_ray.output import labels, ledger, manifest, plans, retries
+from unet_ray.output import labels, ledger, manifest, plans, rejected_csv, retries, run_facts
 from unet_ray.output import rows as results
+from unet_ray.output.chunks import Chunk
 from unet_ray.output.labels import NewRows
 from unet_ray.output.ledger import shard_name
+from unet_ray.output.neighbours import Borders, Sewing
 from unet_ray.output.plans import Lineage, Plan
 from unet_ray.output.records import Record, read_records
 from unet_ray.output.rejected import require_share
@@ -56,6 +60,8 @@ class ShardTask:
     plan: Plan
     """With the chunks of this file alone."""
     shard: int
+    before: Borders | None = None
+    """The end of what lies before this file; None where no frame of it is before one of this file."""
     records: tuple[Record, ...] = ()
     """Of each chunk; none where the file that is there is made anew with rows that were tried again."""
     base: Mapping[str, Any] | None = None
@@ -105,7 +111,10 @@ def publish(
     plans.require_whole(plan)
     done = finished_summary(plan)
     if done is not None:
-        _clear_up(plan)  # after a kill after step 6
+        _clear_up(plan)
+        if done["rejected"] and not storage.exists(storage.join(plan.out, rejected_csv.NAME)):
+            with contextlib.suppress(PermissionError):  # a finished output may lie where nobody can write
+                rejected_csv.write(plan)  # after a kill after step 6
         return done
     published, tasks = _shard_tasks(plan)
     to_write = {task.shard for task in tasks}
@@ -118,6 +127,7 @@ def publish(
     }
     plans.require_whole(plan)
     summary = _summary(plan, [_with_key(plan, shard, files[shard]) for shard in sorted(files)], figures or {})
+    rejected_csv.write(plan, is_empty=not summary["rejected"])
     # Last, and only then the work goes: a record stands until what it stands for is published.
     storage.write_whole(storage.join(plan.out, "summary.json"), sealed(summary))
     _clear_up(plan)
@@ -154,6 +164,7 @@ def _shard_tasks(plan: Plan) -> tuple[dict[int, dict[str, Any]], list[ShardTask]
     published = ledger.published_shards(plan)
     new_rows, n_retries = labels.new_rows(plan)
     tasks = []
+    before = {chunk: last for last, chunk in pairwise(plan.chunks) if last.generation == chunk.generation}
     for shard, chunks in sorted(plan.of_shard.items()):
         base = published.get(shard)
         if base is not None and shard not in new_rows:
@@ -169,6 +180,7 @@ def _shard_tasks(plan: Plan) -> tuple[dict[int, dict[str, Any]], list[ShardTask]
             ShardTask(
                 plan=dataclasses.replace(plan, chunks=chunks),
                 shard=shard,
+                before=_end_of(plan, before.get(chunks[0]), published) if base is None else None,
                 records=tuple(records),
                 base=base,
                 new_rows=tuple(new_rows.get(shard, ())),
@@ -176,6 +188,19 @@ def _shard_tasks(plan: Plan) -> tuple[dict[int, dict[str, Any]], list[ShardTask]
             )
         )
     return published, tasks
+
+
+def _end_of(plan: Plan, last: Chunk | None, published: Mapping[int, Mapping[str, Any]]) -> Borders | None:
+    """Returns the end of the last chunk of a file: of the part, or once that is gone of the file."""
+    if last is None:
+        return None
+    if last.shard in published:
+        return labels.borders_of(plan, published[last.shard])
+    try:
+        (part,) = labels.read_parts(plan.out, read_records(plan.out, [last.key]))
+    except FileNotFoundError:
+        return labels.borders_of(plan, _published_by_another(plan, last.shard))
+    return Borders.from_footer(part.schema.metadata, plan.lineage.class_set.n_classes)
 
 
 def _published_by_another(plan: Plan, shard: int) -> dict[str, Any]:
@@ -195,6 +220,8 @@ def finished_summary(plan: Plan) -> dict[str, Any] | None:
         return None
     published = ledger.published_shards(plan)
     if set(published) != set(plan.of_shard) or not_in(summary, published.values()):
+        return None
+    if run_facts.problems(plan.out, summary):
         return None
     statistics = storage.join(plan.out, "class_statistics.parquet")
     damaged = storage.exists(storage.join(plan.out, "_work", "damaged", "class_statistics.parquet"))
@@ -238,7 +265,9 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
 def _shard_bytes(task: ShardTask) -> tuple[bytes, Counter[str]]:
     """Returns a file of `frames/`, and the number of its rejected rows by reason."""
     lineage, rejected = task.plan.lineage, Counter[str]()
-    schema = results.frames_schema(lineage.class_set, task.plan.carried).with_metadata(_footer(lineage))
+    schema = results.frames_schema(lineage.class_set, task.plan.carried, lineage.result_version).with_metadata(
+        _footer(lineage)
+    )
     buffer, is_png = io.BytesIO(), lineage.options.get("mask_encoding") == "png"
     statistics = [name for name in schema.names if name not in _WITHOUT_STATISTICS]
     with pq.ParquetWriter(
@@ -252,21 +281,25 @@ def _shard_bytes(task: ShardTask) -> tuple[bytes, Counter[str]]:
         write_page_checksum=True,
     ) as writer:
         digests, unproved = [], results.unproved_columns(lineage.class_set)
-        for rows in _in_groups(_with_new_rows(task)):
+        sewing = Sewing(lineage.class_set, task.before)
+        for rows in _in_groups(_with_new_rows(task, sewing)):
             rejected.update(pc.drop_null(rows["reason"]).to_pylist())
             digests.append(results.column_digests(rows, unproved))
             writer.write_table(rows.cast(schema), row_group_size=GROUP_ROWS)
-        writer.add_key_value_metadata({results.DIGESTS_KEY: json.dumps(digests)})
+        end = sewing.end if task.base is None else labels.borders_of(task.plan, task.base)
+        assert end is not None
+        writer.add_key_value_metadata({results.DIGESTS_KEY: json.dumps(digests), **end.to_footer()})
     return buffer.getvalue(), rejected
 
 
-def _with_new_rows(task: ShardTask) -> Iterator[pa.Table]:
-    """Yields the rows of each chunk; where they were rejected, what trying them again gave."""
+def _with_new_rows(task: ShardTask, sewing: Sewing) -> Iterator[pa.Table]:
+    """Yields the rows of each chunk, sewn to the chunk before; where they were rejected, what trying again gave."""
     out, base = task.plan.out, task.base
     new_parts = list(labels.read_parts(out, [new.record for new in task.new_rows]))
     sizes = [chunk.n_rows for chunk in task.plan.chunks]
     chunks = labels.read_parts(out, task.records) if base is None else labels.read_published(out, base, sizes)
     for position, rows in enumerate(chunks):
+        rows = sewing.sewn(rows) if base is None else rows
         for new, part in zip(task.new_rows, new_parts, strict=True):
             if new.position == position:
                 rows = labels.replaced(rows, new.rows, part)
@@ -315,14 +348,15 @@ def _summary(plan: Plan, files: Sequence[dict[str, Any]], figures: Mapping[str, 
         "ignored": dict(plan.ignored),
         "files": [*_proofs(plan), *plan.manifest_files, *files, _entry("class_statistics.parquet", statistics)],
         "recorded": dict(plan.recorded),
-        "figures": dict(figures),
+        run_facts.ARE_SEALED: True,
+        "figures": run_facts.sealed_figures(plan.out, figures),
     }
 
 
 def _proofs(plan: Plan) -> list[dict[str, Any]]:
-    """Returns what summary.json says of run.json and of the marks of the plan's generations."""
-    marks = dict.fromkeys(manifest.mark_of(file["path"]) for file in plan.manifest_files)
-    return [_entry(path, storage.read_bytes(storage.join(plan.out, path))) for path in ("run.json", *marks)]
+    """Returns what summary.json says of run.json and of the records of the plan's generations."""
+    generations = dict.fromkeys(manifest.generation_path_of(file["path"]) for file in plan.manifest_files)
+    return [_entry(path, storage.read_bytes(storage.join(plan.out, path))) for path in ("run.json", *generations)]
 
 
 def _entry(path: str, data: bytes) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -16,8 +16,12 @@ from unet_ray.output.plans import Plan
 from unet_ray.output.records import committed_keys, read_records
 
 
+class TooManyRejected(JobFailed):
+    """More frames are rejected than may be; nothing is published."""
+
+
 def require_share(rejected: Mapping[str, int], n_done: int, n_frames: int, max_rejected: float) -> None:
-    """Raises JobFailed where more than `max_rejected` of `n_frames` are rejected.
+    """Raises TooManyRejected where more than `max_rejected` of `n_frames` are rejected.
 
     Args:
         rejected: number by reason, of the frames that are done.
@@ -28,7 +32,7 @@ def require_share(rejected: Mapping[str, int], n_done: int, n_frames: int, max_r
     n_rejected = sum(rejected.values())
     if n_rejected > max_rejected * n_frames:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(rejected).most_common())
-        raise JobFailed(
+        raise TooManyRejected(
             f"{n_rejected:,} of {n_done:,} frames are rejected ({n_rejected / n_done:.1%}: {reasons}), more than "
             f"--max-rejected {max_rejected:g} of {n_frames:,}; nothing is published. With a larger --max-rejected the "
             "same command publishes what is labelled; --retry-rejected tries those frames again"
@@ -87,19 +91,32 @@ def _mark_damage(plan: Plan, reasons: Collection[str]) -> int:
 
 def _rejected_rows(plan: Plan) -> Iterator[tuple[str, dict[int, str]]]:
     """Yields each done chunk's id, and the reason of each of its rejected rows by its place, newest retries applied."""
+    for chunk, rows in rows_with_rejected(plan, ["reason"]):
+        reasons = enumerate(rows["reason"].to_pylist())
+        yield chunk.chunk_id, {n: reason for n, reason in reasons if reason is not None}
+
+
+def rows_with_rejected(plan: Plan, columns: Sequence[str]) -> Iterator[tuple[Chunk, pa.Table]]:
+    """Yields each done chunk with rejected rows, and columns of all of its rows, newest retries applied.
+
+    Args:
+        plan: of the output.
+        columns: some of `frames/`, `reason` among them.
+
+    Raises:
+        StorageError: a file is damaged, or the store did not answer.
+        FileNotFoundError: another job has published a chunk meanwhile.
+    """
     new_rows, _ = labels.new_rows(plan)
-    for chunk, position, reasons in _chunks_with_rejected_rows(plan):
-        rejected = {n: reason for n, reason in enumerate(reasons.to_pylist()) if reason is not None}
+    for chunk, position, rows in _chunks_with_rejected_rows(plan, columns):
         for new in (new for new in new_rows.get(chunk.shard, ()) if new.position == position):
             (part,) = labels.read_parts(plan.out, [new.record])
-            for n, reason in zip(new.rows, part["reason"].to_pylist(), strict=True):
-                if n in rejected:
-                    rejected[n] = reason
-        yield chunk.chunk_id, {n: reason for n, reason in rejected.items() if reason is not None}
+            rows = labels.replaced(rows, new.rows, part)
+        yield chunk, rows
 
 
-def _chunks_with_rejected_rows(plan: Plan) -> Iterator[tuple[Chunk, int, pa.ChunkedArray]]:
-    """Yields done chunks with rejected rows, place within the shard, and the reasons of all of their rows."""
+def _chunks_with_rejected_rows(plan: Plan, columns: Sequence[str]) -> Iterator[tuple[Chunk, int, pa.Table]]:
+    """Yields done chunks with rejected rows, place within the shard, and columns of all of their rows."""
     published, recorded = ledger.published_shards(plan), committed_keys(plan.out)
     for shard, chunks in plan.of_shard.items():
         file = published.get(shard)
@@ -109,11 +126,10 @@ def _chunks_with_rejected_rows(plan: Plan) -> Iterator[tuple[Chunk, int, pa.Chun
             for (position, chunk), record in zip(done, records, strict=True):
                 if record.rejected:
                     (part,) = labels.read_parts(plan.out, [record])
-                    yield chunk, position, part["reason"]
+                    yield chunk, position, part.select(columns)
         elif file["rejected"]:
-            columns = labels.read_columns(plan.out, file["path"], ["reason"])
-            reasons = pa.chunked_array([batch["reason"] for batch in columns], pa.string())
+            rows = pa.Table.from_batches(list(labels.read_columns(plan.out, file["path"], columns)))
             start = 0
             for position, chunk in enumerate(chunks):
-                yield chunk, position, reasons.slice(start, chunk.n_rows)
+                yield chunk, position, rows.slice(start, chunk.n_rows)
                 start += chunk.n_rows

@@ -1,32 +1,29 @@
 """The row of one frame, the row of one class in a drive, and the schemas of both tables.
 
-Shapes: `N` frames of a chunk, `K` classes.
+Shapes: `N` frames of a chunk, `K` classes; `h`, `w` the network's grid.
 
-`frames/*.parquet`, one row a listed frame:
+`frames/*.parquet`, one row a listed frame, as `columns.COLUMNS` has it:
 
 | column | type | |
 |---|---|---|
-| `frame_id` | string | path relative to the archive's root; `drive07.tar!cam0/000001.png` inside a tar |
-| `uri` | string | where the frame was read: the file, or the archive that holds it |
-| `sequence` | string | the drive |
-| `camera` | string | |
-| `frame_index` | int64 | |
-| `timestamp_ns` | int64 | |
-| `height_px` | int32 | the frame's height; null where it could not be found out |
-| `width_px` | int32 | |
+| `frame_id` | string | path relative to the archive's root; inside a tar `drive07.tar!cam0/000001.png` |
+| `uri` | string | the file, or the archive that holds the frame |
+| `sequence`, `camera` | string | the drive and its camera |
+| `frame_index`, `timestamp_ns` | int64 | place and time within the drive; null if the name does not say |
+| `height_px`, `width_px` | int32 | size of the frame |
+| `content_digest` | string | XXH3 (64 bits) of the frame's bytes, 16 hex digits; null if they could not be read |
 | `status` | string | `ok` or `rejected` |
-| `reason` | string | why it was rejected, one of `REASONS` |
-| `error` | string | the reason in words; of a labelled frame, that its label was kept from a damaged file |
-| `mask` | binary | class id of every pixel, encoded |
-| `mask_encoding` | string | `png` (8-bit palette) or `raw` (uint8, row after row) |
-| `mask_height_px` | int32 | |
-| `mask_width_px` | int32 | |
-| `confidence` | float32 | mean over the pixels |
+| `reason`, `error` | string | why it is rejected, such as `truncated`; in words, or that a label was kept from damage |
+| `mask` | binary | the mask; this and all below are null if rejected |
+| `mask_encoding` | string | `png` (8-bit palette, index = class id) or `raw` (uint8 rows) |
+| `mask_height_px`, `mask_width_px` | int32 | size of the mask |
+| `confidence`, `expected_error_share` | float32 | mean over the pixels of the largest class probability, and 1 - that |
 | `low_margin_share` | float32 | share of pixels whose two best classes lie within 0.2 |
-| `pixels_<class>` | int64 | for each class; together `mask_height_px` x `mask_width_px` |
-| `confidence_<class>` | float32 | for each class: mean over its pixels; null where it has none |
+| `changed_share`, `changed_share_<class>` | float32 | share of grid points labelled otherwise than the frame before |
+| `pixels_<class>` | int64 | pixels of the class in the mask |
+| `confidence_<class>` | float32 | mean probability over the class's pixels; null if it has none |
 
-and a catalogue's own columns. All columns from `mask` to `confidence_<class>` are null where `status` is `rejected`.
+and a catalogue's own columns.
 
 `class_statistics.parquet`, one row for each class of each sequence and camera with a labelled frame:
 
@@ -45,7 +42,7 @@ and a catalogue's own columns. All columns from `mask` to `confidence_<class>` a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -57,12 +54,14 @@ import pyarrow.compute as pc
 from unet_ray import storage
 from unet_ray.classes import ClassSet
 from unet_ray.frames import carried_schema
+from unet_ray.output import columns
+from unet_ray.output.neighbours import Borders, figures_of
 
 FORMAT_VERSION = 1
 """Of the tables' layout; in every file's footer."""
 
-RESULT_VERSION = 4
-"""Raised when the code's labels for the same frame and model can change; part of every chunk's key."""
+RESULT_VERSION = 5
+"""Raised when what a row holds of the same frame and model can change; part of every chunk's key."""
 
 REASONS = (
     "missing",
@@ -87,53 +86,32 @@ class ChunkLabels:
     error: Sequence[str | None]
     height_px: Sequence[int | None]
     width_px: Sequence[int | None]
+    content_digest: Sequence[str | None]
+    """Of the frame's bytes; None where they could not be read."""
     mask: Sequence[bytes | None]
     mask_encoding: str
     mask_height_px: Sequence[int | None]
     mask_width_px: Sequence[int | None]
-    pixels_NK: np.ndarray
-    """int64"""
-    class_confidence_NK: np.ndarray
-    """float32; NaN where the class has no pixel."""
-    confidence_N: np.ndarray
-    low_margin_share_N: np.ndarray
+    grids: Sequence[np.ndarray | None]
+    """Class ids on the network's grid, uint8 [h, w] each, None where rejected; empty where the rows, which are tried
+    again, are no neighbours of each other."""
+    figures: Mapping[str, np.ndarray]
+    """Those of `columns.MEASURED`, by name: [N], or [N, K] by class; NaN where there is none."""
 
 
-_FROM_MANIFEST = (
-    ("frame_id", pa.string()),
-    ("uri", pa.string()),
-    ("sequence", pa.string()),
-    ("camera", pa.string()),
-    ("frame_index", pa.int64()),
-    ("timestamp_ns", pa.int64()),
-)
-_OF_FRAME = (
-    ("height_px", pa.int32()),
-    ("width_px", pa.int32()),
-    ("status", pa.string()),
-    ("reason", pa.string()),
-    ("error", pa.string()),
-    ("mask", pa.binary()),
-    ("mask_encoding", pa.string()),
-    ("mask_height_px", pa.int32()),
-    ("mask_width_px", pa.int32()),
-    ("confidence", pa.float32()),
-    ("low_margin_share", pa.float32()),
-)
-
-FRAME_COLUMNS = pa.schema([*_FROM_MANIFEST, *_OF_FRAME])
-"""Of `frames/`, whatever its classes."""
+FRAME_COLUMNS = pa.schema([(name, column.type) for column, name in columns.fields((), 1)])
+"""Of `frames/`, whatever its classes and the version that wrote it."""
 
 
-def frames_schema(class_set: ClassSet, carried: pa.Schema | None = None) -> pa.Schema:
-    """Returns the schema of `frames/`, with a catalogue's own columns at the end.
+def frames_schema(
+    class_set: ClassSet, carried: pa.Schema | None = None, result_version: int = RESULT_VERSION
+) -> pa.Schema:
+    """Returns the schema of `frames/` as a version writes it, with a catalogue's own columns at the end.
 
     Raises:
         ValueError: a carried column has the name of one of ours, be it in other letters (SQL knows no case).
     """
-    pixels = [(f"pixels_{name}", pa.int64()) for name in class_set.names]
-    confidences = [(f"confidence_{name}", pa.float32()) for name in class_set.names]
-    ours = pa.schema([*FRAME_COLUMNS, *pixels, *confidences])
+    ours = pa.schema([(name, column.type) for column, name in columns.fields(class_set.names, result_version)])
     names = {name.lower() for name in ours.names}
     for column in carried or ():
         if column.name.lower() in names:
@@ -166,9 +144,10 @@ def result_table(manifest_rows: pa.Table, labels: ChunkLabels, class_set: ClassS
     ok_N = _checked(labels, len(manifest_rows), class_set.n_classes)
     schema = frames_schema(class_set, carried_schema(manifest_rows.schema))
     where_ok = [labels.mask_encoding if ok else None for ok in ok_N]
-    columns: dict[str, Any] = {
+    arrays: dict[str, Any] = {
         "height_px": labels.height_px,
         "width_px": labels.width_px,
+        "content_digest": labels.content_digest,
         "status": ["ok" if ok else "rejected" for ok in ok_N],
         "reason": labels.reason,
         "error": [None if ok else error for ok, error in zip(ok_N, labels.error, strict=True)],
@@ -176,20 +155,25 @@ def result_table(manifest_rows: pa.Table, labels: ChunkLabels, class_set: ClassS
         "mask_encoding": where_ok,
         "mask_height_px": _where(ok_N, labels.mask_height_px),
         "mask_width_px": _where(ok_N, labels.mask_width_px),
-        "confidence": _numbers(labels.confidence_N, pa.float32(), ok_N),
-        "low_margin_share": _numbers(labels.low_margin_share_N, pa.float32(), ok_N),
     }
-    for k, name in enumerate(class_set.names):
-        has_class_N = ok_N & (labels.pixels_NK[:, k] > 0)
-        columns[f"pixels_{name}"] = _numbers(labels.pixels_NK[:, k], pa.int64(), ok_N)
-        columns[f"confidence_{name}"] = _numbers(labels.class_confidence_NK[:, k], pa.float32(), has_class_N)
-    arrays = [
-        pa.array(columns[column.name], column.type)
-        if column.name in columns
-        else manifest_rows[column.name].combine_chunks()
-        for column in schema
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    for figure, name, values_N in figures_of(labels.grids, class_set.n_classes, class_set.names):
+        values_N = values_N if labels.grids else np.full(len(ok_N), np.nan)
+        arrays[name] = _numbers(values_N, figure.type, ok_N)
+    for figure, values in columns.with_derived(labels.figures).items():
+        for name, values_N in zip(
+            figure.names(class_set.names), values.T if figure.by_class else [values], strict=True
+        ):
+            arrays[name] = _numbers(values_N, figure.type, ok_N)
+    table = pa.Table.from_arrays(
+        [
+            pa.array(arrays[field.name], field.type)
+            if field.name in arrays
+            else manifest_rows[field.name].combine_chunks()
+            for field in schema
+        ],
+        schema=schema,
+    )
+    return table.replace_schema_metadata(Borders.of(table, labels.grids).to_footer()) if labels.grids else table
 
 
 def _where(ok_N: np.ndarray, values: Sequence[Any]) -> list[Any]:
@@ -197,17 +181,22 @@ def _where(ok_N: np.ndarray, values: Sequence[Any]) -> list[Any]:
 
 
 def _numbers(values_N: np.ndarray, dtype: pa.DataType, valid_N: np.ndarray) -> pa.Array:
-    return pa.array(np.ascontiguousarray(values_N), dtype, mask=~valid_N)
+    # NaN is what nobody knows: the confidence of a network that gives class ids alone.
+    return pa.array(np.ascontiguousarray(values_N), dtype, mask=~valid_N | np.isnan(values_N))
 
 
 def _checked(labels: ChunkLabels, n_frames: int, n_classes: int) -> np.ndarray:
     """Returns which frames are labelled, having asserted what holds of every row."""
     assert len(labels.reason) == n_frames, f"labels of {len(labels.reason)} frames for {n_frames} rows of the manifest"
-    assert labels.pixels_NK.shape == labels.class_confidence_NK.shape == (n_frames, n_classes)
+    assert len(labels.grids) in (0, n_frames)
+    for figure in columns.MEASURED:
+        shape = (n_frames, n_classes) if figure.by_class else (n_frames,)
+        assert labels.figures[figure.name].shape == shape, figure.name
+    pixels_NK = labels.figures["pixels_<class>"]
     unknown = {reason for reason in labels.reason if reason is not None} - set(REASONS)
     assert not unknown, f"no such reason: {unknown}"
     for n in (index for index, reason in enumerate(labels.reason) if reason is None):
-        height_px, width_px, pixels = labels.mask_height_px[n], labels.mask_width_px[n], labels.pixels_NK[n].sum()
+        height_px, width_px, pixels = labels.mask_height_px[n], labels.mask_width_px[n], pixels_NK[n].sum()
         assert labels.mask[n] is not None and height_px is not None and width_px is not None
         assert pixels == height_px * width_px, f"{pixels} pixels counted in a mask of {height_px} x {width_px}"
     return np.array([reason is None for reason in labels.reason], bool)
@@ -219,14 +208,18 @@ DIGESTS_KEY = "unet_ray.column_digests"
 
 def unproved_columns(class_set: ClassSet) -> list[str]:
     """Returns the columns of a label whose values nothing else in a row proves."""
-    confidences = (f"confidence_{name}" for name in class_set.names)
-    return ["height_px", "width_px", "confidence", "low_margin_share", *confidences]
+    return [name for column, name in columns.fields(class_set.names, RESULT_VERSION) if column.is_unproved]
 
 
 def column_digests(rows: pa.Table, names: Iterable[str]) -> dict[str, str]:
-    """Returns a digest of the values of each of some columns of numbers, by its name."""
-    columns = {name: rows[name].to_numpy(zero_copy_only=False).astype("<f8") for name in names}  # null: NaN
-    return {name: storage.sha256(np.nan_to_num(column, nan=-1).tobytes())[:16] for name, column in columns.items()}
+    """Returns a digest of the values of each of some columns of numbers or texts, by its name."""
+    return {name: storage.sha256(_value_bytes(rows[name]))[:16] for name in names}
+
+
+def _value_bytes(column: pa.ChunkedArray) -> bytes:
+    if pa.types.is_string(column.type):
+        return "\n".join(value or "" for value in column.to_pylist()).encode()
+    return np.nan_to_num(column.to_numpy(zero_copy_only=False).astype("<f8"), nan=-1).tobytes()  # null: NaN
 
 
 @dataclass(kw_only=True, eq=False)
@@ -239,11 +232,14 @@ class _Sums:
     pixels_K: np.ndarray = field(init=False)
     confidence_K: np.ndarray = field(init=False)
     """Sum over the pixels, float64."""
+    has_confidence_K: np.ndarray = field(init=False)
+    """Whether any frame has one: a network that gives class ids alone has none."""
 
     def __post_init__(self) -> None:
         self.frames_with_class_K = np.zeros(self.n_classes, np.int64)
         self.pixels_K = np.zeros(self.n_classes, np.int64)
         self.confidence_K = np.zeros(self.n_classes, np.float64)
+        self.has_confidence_K = np.zeros(self.n_classes, bool)
 
 
 def statistics_columns(class_set: ClassSet) -> list[str]:
@@ -265,7 +261,9 @@ def class_statistics(tables: Iterable[pa.Table | pa.RecordBatch], class_set: Cla
         for drive, part in _by_drive(rows):
             sums = of_drive.setdefault(drive, _Sums(n_classes=class_set.n_classes))
             pixels_NK = _matrix(part, [f"pixels_{name}" for name in class_set.names], np.int64)
-            confidence_NK = _matrix(part, [f"confidence_{name}" for name in class_set.names], np.float64)
+            confidences = [f"confidence_{name}" for name in class_set.names]
+            confidence_NK = _matrix(part, confidences, np.float64)
+            sums.has_confidence_K |= [part[name].null_count < len(part) for name in confidences]
             sums.frames += len(pixels_NK)
             sums.frames_with_class_K += (pixels_NK > 0).sum(axis=0)
             sums.pixels_K += pixels_NK.sum(axis=0)
@@ -283,8 +281,8 @@ def _by_drive(rows: pa.Table | pa.RecordBatch) -> Iterator[tuple[tuple[str, str]
 
 
 def _matrix(rows: pa.Table | pa.RecordBatch, names: Sequence[str], dtype: type) -> np.ndarray:
-    columns = [pc.fill_null(rows[name], 0).to_numpy(zero_copy_only=False) for name in names]
-    return np.stack(columns, axis=1).astype(dtype)
+    values = [pc.fill_null(rows[name], 0).to_numpy(zero_copy_only=False) for name in names]
+    return np.stack(values, axis=1).astype(dtype)
 
 
 def _statistics_rows(drive: tuple[str, str], sums: _Sums, class_set: ClassSet) -> Iterator[dict[str, Any]]:
@@ -300,5 +298,5 @@ def _statistics_rows(drive: tuple[str, str], sums: _Sums, class_set: ClassSet) -
             "frames_with_class": int(sums.frames_with_class_K[k]),
             "pixels": pixels,
             "share": pixels / n_pixels if n_pixels else 0.0,
-            "confidence": float(sums.confidence_K[k]) / pixels if pixels else None,
+            "confidence": float(sums.confidence_K[k]) / pixels if sums.has_confidence_K[k] else None,
         }

@@ -11,7 +11,7 @@ chunk. `commit` puts such a label where its frame is rejected now, and says so i
 | the others | those of `frames/` that a label consists of |
 
 Mask, counts and size prove nothing of a confidence. For that the file's footer has a digest of each such column in each
-row group (`rows.confidence_digests`); a column that does not give it becomes null there. Earlier versions wrote no
+row group (`rows.column_digests`); a column that does not give it becomes null there. Earlier versions wrote no
 digests.
 """
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_ray import images, storage
+from unet_ray.mask_png import encode_mask_png
 from unet_ray.messages import count
 from unet_ray.output import ledger, manifest
 from unet_ray.output.ledger import shard_name
@@ -143,7 +144,7 @@ def _forget_unproved(plan: Plan, columns: dict[str, Sequence[Any]], digests: Map
 
 def _label_types(plan: Plan) -> dict[str, pa.DataType]:
     schema = frames_schema(plan.lineage.class_set)
-    names = ["height_px", "width_px", *schema.names[schema.names.index("mask") :]]
+    names = ["height_px", "width_px", "content_digest", *schema.names[schema.names.index("mask") :]]
     return {name: schema.field(name).type for name in names}
 
 
@@ -189,5 +190,5 @@ def _label(plan: Plan, row: dict[str, Any]) -> dict[str, Any] | None:
     if any(row[name] != value for name, value in values.items() if name not in unread):
         return None
     if encoding == "png":  # written anew, as bits that no pixel depends on may have changed
-        return row | values | {"mask": images.encode_mask_png(mask_HW, plan.lineage.class_set.palette_K3)}
+        return row | values | {"mask": encode_mask_png(mask_HW, plan.lineage.class_set.palette_K3)}
     return None if unread else row

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from unet_ray import storage
 from unet_ray.errors import JobFailed
 from unet_ray.messages import count, first_few
-from unet_ray.output import labels, ledger, manifest, plans, publish
+from unet_ray.output import labels, ledger, manifest, plans, publish, run_facts
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk
 from unet_ray.output.ledger import shard_name
@@ -36,6 +36,7 @@ def verify(out: str) -> list[str]:
     Raises:
         ValueError: the folder is no output.
     """
+    plans.require_folders(out)
     summary = plans.read_summary(out)
     try:
         plan = plans.read_plan(out)
@@ -59,6 +60,7 @@ def verify(out: str) -> list[str]:
     problems += _unlisted(plan, files)
     if summary is None:
         return [*problems, _unfinished(plan)]
+    problems += run_facts.problems(out, summary)
     paths = [f"frames/{shard_name(shard)}" for shard in sorted(plan.of_shard)]
     problems += [f"{path}: not published yet; run segment again" for path in paths if path not in files]
     problems += [
@@ -155,11 +157,28 @@ def _verify_file(out: str, file: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _unlisted(plan: Plan, listed: Collection[str]) -> Iterator[str]:
-    for file in storage.list_folder(storage.join(plan.out, "frames")):
-        path = f"frames/{file.path}"
-        if path not in listed:
-            yield f"{path}: not in summary.json; its rows would be read twice, delete it"
+def _unlisted(plan: Plan, files: Collection[str]) -> Iterator[str]:
+    """Yields a line for each file of `frames/` and `manifest/` that is none of the output: globs would read it, too."""
+    out = plan.out
+    generations = manifest.read_generations(out)
+    known = {*files, *(manifest.generation_path(number) for number in range(len(generations)))}
+    known |= {file["path"] for generation in generations for file in generation["files"]}
+    for folder in ("frames", "manifest"):
+        for file in storage.list_files(storage.join(out, folder), must_exist=False, on_unreadable=_unless_gone):
+            path = f"{folder}/{file.path}"
+            if path in known:
+                continue
+            if storage.name(path).startswith(storage.TEMPORARY_PREFIX):
+                yield f"{path}: was never finished, or is being written; run segment again, and delete it if it stays"
+            elif folder == "frames":
+                yield f"{path}: not in summary.json; its rows would be read twice, delete it"
+            else:
+                yield f"{path}: of no generation of the plan; run segment again, and delete it if it stays"
+
+
+def _unless_gone(uri: str, error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _verify_rows(plan: Plan, file: Mapping[str, Any], chunks: Sequence[Chunk]) -> list[str]:
@@ -169,7 +188,7 @@ def _verify_rows(plan: Plan, file: Mapping[str, Any], chunks: Sequence[Chunk]) -
     columns = ["frame_id", "status", "reason", "mask_height_px", "mask_width_px", *names]
     data = storage.read_bytes(storage.join(plan.out, path))
     try:
-        schema = results.frames_schema(plan.lineage.class_set, plan.carried)
+        schema = results.frames_schema(plan.lineage.class_set, plan.carried, plan.lineage.result_version)
         require_columns(pq.read_schema(io.BytesIO(data)), schema)
         rows = read_parquet(data, columns)
         _require_masks(data)

@@ -15,15 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from unet_ray import storage
 from unet_ray.classes import ClassSet, UnknownValuesError
-from unet_ray.frames import IMAGE_EXTENSIONS, natural_key, parse_path
+from unet_ray.frames import IMAGE_EXTENSIONS, is_hidden, natural_key, parse_path
 from unet_ray.images import ImageRefused, decode_frame, decode_mask
 from unet_ray.messages import count, first_few
+from unet_ray.pairs.names import NameRule, partners
 
 MASK_FORMATS = ("channel-max", "ids", "colors")
 """How a mask's pixels mean a class: the maximum over the channels, one channel's id, or the class set's colours."""
@@ -56,6 +56,10 @@ class PairListing:
     """Paths relative to the folder of frames."""
     masks_without_image: tuple[str, ...]
     """Paths relative to the folder of masks."""
+    not_files: tuple[str, ...] = ()
+    """URIs of pipes, sockets and devices in either folder, which are never opened."""
+    n_hidden: int = 0
+    """Hidden files in either folder, which take no part (`frames.HIDDEN_RULE`)."""
 
 
 class PairProblem(ValueError):
@@ -85,55 +89,80 @@ def find_pairs(
     image_suffix: str = "",
     mask_suffix: str = "",
     path_pattern: str | None = None,
+    include_hidden: bool = False,
 ) -> PairListing:
-    """Pairs the files of two folders, at any depth, by relative path without suffix and extension.
+    """Pairs the files of two folders, at any depth, by relative path without suffix and extension, or by patterns.
 
-    Files whose names do not end in the suffix take no part (Cityscapes has four kinds of masks in one folder), nor do
-    hidden files.
+    Files whose names do not end in the suffix, or that the pattern does not fit, take no part (Cityscapes has four
+    kinds of masks in one folder), nor do hidden files. Names that differ by their Unicode form alone are the same.
 
     Args:
-        images: URI of the folder of frames.
+        images: URI of the folder of frames, or of the frames with `{}` for what they have in common with their masks.
         masks: URI of the folder of masks; it may be the same folder where the suffixes tell them apart.
         image_suffix: end of a frame's name before the extension, which its mask's name lacks.
         mask_suffix: the same of a mask.
-        path_pattern: see `frames.parse_path`; applied to the frame's relative path.
+        path_pattern: see `frames.parse_path`; applied to the frame's path relative to its folder.
+        include_hidden: whether hidden files take part.
 
     Raises:
-        ValueError: a folder that is missing or empty, two files with one pair id, or no pair at all.
+        ValueError: a folder that is missing or empty, two files with one name, or no pair at all.
         StorageError: the store did not answer.
     """
-    frame_files = _images_below(images, image_suffix, "frames")
-    mask_files = _images_below(masks, mask_suffix, "masks")
+    frame_rule = NameRule(uri=images, what="frames", suffix=image_suffix)
+    mask_rule = NameRule(uri=masks, what="masks", suffix=mask_suffix)
+    passed_over = _PassedOver(include_hidden)
+    frame_files, mask_files = _images_below(frame_rule, passed_over), _images_below(mask_rule, passed_over)
     for uri in frame_files.keys() & mask_files.keys():  # one folder within the other, or both the same
-        frame_rank, mask_rank = (len(image_suffix), len(images)), (len(mask_suffix), len(masks))
-        if frame_rank == mask_rank:
-            raise ValueError(
-                f"{images} is the folder of frames and of masks; tell them apart by --image-suffix or --mask-suffix"
-            )
-        del (frame_files if frame_rank < mask_rank else mask_files)[uri]
-    frames_by_id = _by_pair_id(frame_files.values(), image_suffix, "frames")
-    masks_by_id = _by_pair_id(mask_files.values(), mask_suffix, "masks")
-    ids = sorted(frames_by_id.keys() & masks_by_id.keys(), key=natural_key)
-    if not ids:
-        first_frame, first_mask = (
-            min((file.path for file in files.values()), default="none") for files in (frame_files, mask_files)
-        )
-        raise ValueError(
-            f"no frame in {images} has a mask in {masks}: frames are such as {first_frame!r}, masks such as"
-            f" {first_mask!r}; without extension they must be equal, or give --image-suffix and --mask-suffix"
-        )
-    pairs = tuple(_pair(i, frames_by_id[i], masks_by_id[i], path_pattern) for i in ids)
+        if frame_rule.rank == mask_rule.rank:
+            raise ValueError(_not_apart(frame_rule, uri))
+        del (frame_files if frame_rule.rank < mask_rule.rank else mask_files)[uri]
+    frames_by_key, masks_by_key = _by_key(frame_files.values(), frame_rule), _by_key(mask_files.values(), mask_rule)
+    mask_key = partners(frames_by_key, masks_by_key)
+    if not mask_key:
+        raise ValueError(_no_pair(frame_rule, mask_rule, frame_files.values(), mask_files.values()))
+    ids = {key if frame_rule.template is None else _stem(frames_by_key[key].path): key for key in mask_key}
     return PairListing(
-        pairs=pairs,
-        images_without_mask=_paths_of(frames_by_id, masks_by_id),
-        masks_without_image=_paths_of(masks_by_id, frames_by_id),
+        pairs=tuple(
+            _pair(pair_id, frames_by_key[ids[pair_id]], masks_by_key[mask_key[ids[pair_id]]], path_pattern)
+            for pair_id in sorted(ids, key=natural_key)
+        ),
+        images_without_mask=_paths_of(frames_by_key, mask_key.keys()),
+        masks_without_image=_paths_of(masks_by_key, mask_key.values()),
+        not_files=tuple(dict.fromkeys(passed_over.not_files)),
+        n_hidden=len(passed_over.hidden),
     )
 
 
-def _images_below(root: str, suffix: str, what: str) -> dict[str, storage.FileInfo]:
-    """The image files below a folder whose names end in the suffix, by URI."""
+class _PassedOver:
+    """What lies in the folders and takes no part."""
+
+    def __init__(self, include_hidden: bool):
+        self._include_hidden = include_hidden
+        self.hidden: set[str] = set()
+        self.not_files: list[str] = []
+
+    def hides(self, uri: str, path: str) -> bool:
+        """Whether a file takes no part as it is hidden; notes it if so."""
+        if self._include_hidden or not is_hidden(path):
+            return False
+        self.hidden.add(uri)
+        return True
+
+
+def _images_below(rule: NameRule, passed_over: _PassedOver) -> dict[str, storage.FileInfo]:
+    """The image files below a folder that the rule fits, by URI."""
+    root, what = rule.folder, rule.what
+
+    def note(uri: str, error: OSError) -> None:
+        if passed_over.hides(uri, uri.removeprefix(f"{root.rstrip('/')}/")):
+            return
+        if not isinstance(error, storage.NotAFile):
+            raise error
+        passed_over.not_files.append(uri)
+
     try:
-        listed = [file for file in storage.list_files(root) if not _is_hidden(file.path)]
+        every = storage.list_files(root, on_unreadable=note)
+        listed = [file for file in every if not passed_over.hides(file.uri, file.path)]
     except FileNotFoundError as error:
         raise ValueError(f"{root}: no such folder of {what}") from error
     except NotADirectoryError as error:
@@ -142,34 +171,61 @@ def _images_below(root: str, suffix: str, what: str) -> dict[str, storage.FileIn
     if not image_files:
         content = f"{count(len(listed), 'file')}, but no image" if listed else "nothing"
         raise ValueError(f"the folder of {what} {root} holds {content}; allowed are {', '.join(IMAGE_EXTENSIONS)}")
-    files = {file.uri: file for file in image_files if _stem(file.path).endswith(suffix)}
+    files = {file.uri: file for file in image_files if rule.key(file.path) is not None}
     if not files:
+        such = f"they are such as {image_files[0].path!r}"
+        if rule.template is not None:
+            option = "--images" if what == "frames" else "--masks"
+            raise ValueError(
+                f"{option}: none of the {len(image_files):,} images in {root} has a name like {rule.template!r}; {such}"
+            )
         option = "--image-suffix" if what == "frames" else "--mask-suffix"
         raise ValueError(
-            f"{option} is {suffix!r}, but none of the {len(image_files):,} images in {root} has a name that ends so;"
-            f" they are such as {image_files[0].path!r}"
+            f"{option} is {rule.suffix!r}, but none of the {len(image_files):,} images in {root} has a name that ends"
+            f" so; {such}"
         )
     return files
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
 
 
 def _stem(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _by_pair_id(files: Iterable[storage.FileInfo], suffix: str, what: str) -> dict[str, storage.FileInfo]:
-    by_id: dict[str, storage.FileInfo] = {}
+def _not_apart(rule: NameRule, uri: str) -> str:
+    if rule.template is not None:
+        return f"{uri} fits the pattern of the frames and that of the masks; give patterns that tell them apart"
+    return f"{rule.folder} is the folder of frames and of masks; tell them apart by --image-suffix or --mask-suffix"
+
+
+def _no_pair(
+    frame_rule: NameRule,
+    mask_rule: NameRule,
+    frame_files: Iterable[storage.FileInfo],
+    mask_files: Iterable[storage.FileInfo],
+) -> str:
+    first_frame, first_mask = (
+        min((file.path for file in files), default="none") for files in (frame_files, mask_files)
+    )
+    remedy = "the texts in place of {} must be equal"
+    if frame_rule.template is None:
+        remedy = (
+            "without extension they must be equal, or give --image-suffix and --mask-suffix, or patterns of both with"
+            " {} for what is equal (--images 'camera/{}_camera_{}.png' --masks 'label/{}_label_{}.png')"
+        )
+    return (
+        f"no frame in {frame_rule.folder} has a mask in {mask_rule.folder}: frames are such as {first_frame!r}, masks"
+        f" such as {first_mask!r}; {remedy}"
+    )
+
+
+def _by_key(files: Iterable[storage.FileInfo], rule: NameRule) -> dict[str, storage.FileInfo]:
+    by_key: dict[str, storage.FileInfo] = {}
     for file in files:
-        pair_id = _stem(file.path).removesuffix(suffix)
-        if pair_id in by_id:
-            raise ValueError(
-                f"two {what} have the name {pair_id!r}: {by_id[pair_id].uri} and {file.uri}; take one away"
-            )
-        by_id[pair_id] = file
-    return by_id
+        key = rule.key(file.path) or ""
+        if key in by_key:
+            raise ValueError(f"two {rule.what} have the name {key!r}: {by_key[key].uri} and {file.uri}; take one away")
+        by_key[key] = file
+    return by_key
 
 
 def _pair(pair_id: str, frame: storage.FileInfo, mask: storage.FileInfo, path_pattern: str | None) -> ImagePair:
@@ -186,8 +242,9 @@ def _pair(pair_id: str, frame: storage.FileInfo, mask: storage.FileInfo, path_pa
     )
 
 
-def _paths_of(files: Mapping[str, storage.FileInfo], without: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(sorted((file.path for pair_id, file in files.items() if pair_id not in without), key=natural_key))
+def _paths_of(files: Mapping[str, storage.FileInfo], paired: Iterable[str]) -> tuple[str, ...]:
+    unpaired = files.keys() - set(paired)
+    return tuple(sorted((files[key].path for key in unpaired), key=natural_key))
 
 
 def require_complete(listing: PairListing) -> None:
@@ -200,6 +257,8 @@ def require_complete(listing: PairListing) -> None:
         if paths:
             problems.append(f"{count(len(paths), what)} without a {other}: {first_few(paths)}")
     if problems:
+        if listing.not_files:
+            problems.append(f"pipes, sockets or devices, which are no files: {first_few(listing.not_files)}")
         raise ValueError(
             "; ".join(problems) + "; add what is missing or take these away (unet-ray check lists them all)"
         )
@@ -221,8 +280,7 @@ def detect_mask_format(pairs: Sequence[ImagePair], class_set: ClassSet) -> str:
         ValueError: no format fits all masks, or two do and give different classes.
         PairProblem: a mask cannot be read.
     """
-    spread = np.linspace(0, len(pairs) - 1, min(DETECTION_MASKS, len(pairs))).round().astype(int)
-    uris = [pairs[index].mask_uri for index in spread]
+    uris = [pairs[index].mask_uri for index in spread(len(pairs), DETECTION_MASKS)]
     contents = storage.read_many([(uri, 0, None) for uri in uris])
     fits: dict[str, frozenset[str]] = {}
     encodings: dict[str, Mapping[str, np.ndarray]] = {}
@@ -234,6 +292,11 @@ def detect_mask_format(pairs: Sequence[ImagePair], class_set: ClassSet) -> str:
     if len(common) > 1 and "colors" in common:
         return _decide(common, encodings)
     return next(name for name in ("ids", "channel-max", "colors") if name in common)
+
+
+def spread(n_pairs: int, most: int) -> list[int]:
+    """Returns up to so many places, from the first pair to the last."""
+    return np.linspace(0, n_pairs - 1, min(most, n_pairs)).round().astype(int).tolist()
 
 
 def _mask_formats(uri: str, data: bytes, class_set: ClassSet) -> tuple[dict[str, np.ndarray], frozenset[str]]:
@@ -252,6 +315,12 @@ def _mask_formats(uri: str, data: bytes, class_set: ClassSet) -> tuple[dict[str,
     elif _has_one_value_a_pixel(raw):
         looks.add("channel-max")
     return encodings, frozenset(looks)
+
+
+def fits_a_format(uri: str, data: bytes, class_set: ClassSet) -> bool:
+    """Whether an image is, by its values and their look, a mask of the class set. Raises PairProblem for no image."""
+    encodings, looks = _mask_formats(uri, data, class_set)
+    return bool(encodings.keys() & looks)
 
 
 def _has_one_value_a_pixel(raw_HWC: np.ndarray) -> bool:
@@ -303,16 +372,29 @@ def encode_mask(raw: np.ndarray, class_set: ClassSet, mask_format: str) -> np.nd
     assert mask_format in MASK_FORMATS, mask_format
     if mask_format == "colors":
         return class_set.encode_colors(raw if raw.ndim == 3 else np.repeat(raw[..., None], 3, axis=2))
+    return class_set.encode_ids(mask_ids(raw, mask_format))
+
+
+def mask_ids(raw: np.ndarray, mask_format: str) -> np.ndarray:
+    """A mask's raw values, uint8 [H, W] or [H, W, C], to the ids that they mean, uint8 [H, W].
+
+    Args:
+        raw: the values.
+        mask_format: `channel-max` or `ids`.
+
+    Raises:
+        ValueError: channels that do not fit the format.
+    """
     if raw.ndim == 2:
-        return class_set.encode_ids(raw)
+        return raw
     if mask_format == "channel-max":
         # Not max(axis=2), which takes 15 times as long: 7.2 ms for 480x640x3, this way 0.47 ms (numpy 2.4, 2026-11-21).
-        return class_set.encode_ids(np.maximum(np.maximum(raw[..., 0], raw[..., 1]), raw[..., 2]))
+        return np.maximum(np.maximum(raw[..., 0], raw[..., 1]), raw[..., 2])
     if not (raw == raw[..., :1]).all():
         raise ValueError(
             "a mask of three channels that differ, where ids are in one; give --mask-format channel-max or colors"
         )
-    return class_set.encode_ids(np.ascontiguousarray(raw[..., 0]))
+    return np.ascontiguousarray(raw[..., 0])
 
 
 PairContent = tuple[bytes | OSError, bytes | OSError]

@@ -5,12 +5,11 @@ Shapes: `H` height px, `W` width px, `C` colour.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from unet_ray import images, pictures, storage
 from unet_ray.archives.reading import read_frames
@@ -30,10 +29,9 @@ def write_preview(plan: Plan, listing: Listing) -> str | None:
         listing: of its archives; other files that the plan may name are not opened.
     """
     published = ledger.published_shards(plan)
-    uris = [storage.join(plan.out, published[shard]["path"]) for shard in sorted(published)]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(labels.opened(uri)) for uri in uris]
-        samples = list(_read_samples(plan, listing, files, choose_rows(*_confidences(files))))
+    # A file is open while it is read and no longer: there may be more of them than a process may open.
+    rows_of = {storage.join(plan.out, file["path"]): file["rows"] for _, file in sorted(published.items())}
+    samples = list(_read_samples(plan, listing, rows_of, choose_rows(*_confidences(rows_of))))
     if not samples:
         return None
     frames_HWC, masks_HW, captions = zip(*samples, strict=True)
@@ -43,13 +41,17 @@ def write_preview(plan: Plan, listing: Listing) -> str | None:
     return uri
 
 
-def _confidences(files: Sequence[pq.ParquetFile]) -> tuple[np.ndarray, np.ndarray]:
+def _confidences(uris: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """Returns, for every frame in the manifest's order, a number of its drive and its confidence (NaN: rejected)."""
-    columns = ["sequence", "camera", "confidence"]
-    table = pa.concat_tables([file.read(columns=columns) for file in files]).combine_chunks()
+    columns, tables = ["sequence", "camera", "status", "confidence"], []
+    for uri in uris:
+        with labels.opened(uri) as file:
+            tables.append(file.read(columns=columns))
+    table = pa.concat_tables(tables).combine_chunks()
     codes = [table[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in ("sequence", "camera")]
     drives = codes[0].astype(np.int64) * (codes[1].max(initial=0) + 1) + codes[1]
-    return drives, table["confidence"].to_numpy(zero_copy_only=False).astype(np.float64)
+    confidence = pc.if_else(pc.equal(table["status"], "ok"), pc.fill_null(table["confidence"], 0), None)
+    return drives, confidence.to_numpy(zero_copy_only=False).astype(np.float64)
 
 
 def choose_rows(drives_N: np.ndarray, confidence_N: np.ndarray, n_frames: int = N_FRAMES) -> list[int]:
@@ -76,7 +78,7 @@ def choose_rows(drives_N: np.ndarray, confidence_N: np.ndarray, n_frames: int = 
 
 
 def _read_samples(
-    plan: Plan, listing: Listing, files: Sequence[pq.ParquetFile], places: list[int]
+    plan: Plan, listing: Listing, rows_of: Mapping[str, int], places: list[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
     """Yields frame, mask and caption; a frame that is no longer there is passed over."""
     starts = np.cumsum([0, *(chunk.n_rows for chunk in plan.chunks)])
@@ -87,15 +89,19 @@ def _read_samples(
         content = next(read_frames(row)) if origins.are_own(row, listing)[0].as_py() else None
         if not isinstance(content, bytes):
             continue
-        label = _read_row(files, index)
+        label = _read_row(rows_of, index)
         frame_HWC = images.decode_frame(content, max_pixels=10**9)
-        yield frame_HWC, masks.mask_of(label), f"{label['frame_id']}  {label['confidence']:.2f}"
+        confidence = "" if label["confidence"] is None else f"  {label['confidence']:.2f}"
+        yield frame_HWC, masks.mask_of(label), label["frame_id"] + confidence
 
 
-def _read_row(files: Sequence[pq.ParquetFile], index: int) -> dict:
+def _read_row(rows_of: Mapping[str, int], index: int) -> dict:
     """Reads one row of `frames/` by its place, and of its file one row group."""
     columns = ["frame_id", "confidence", *masks.MASK_COLUMNS]
-    for file in files:
+    starts = np.cumsum([0, *rows_of.values()])
+    number = int(np.searchsorted(starts, index, side="right")) - 1
+    index -= int(starts[number])
+    with labels.opened(list(rows_of)[number]) as file:
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows
             if index < n_rows:

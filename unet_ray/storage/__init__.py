@@ -14,6 +14,7 @@ from unet_ray.storage.files import (
     put_if_absent,
     read_bytes,
     read_many,
+    require_writable,
     sha256,
     write_many,
     write_pieces,
@@ -24,6 +25,7 @@ from unet_ray.storage.filesystems import (
     FileChanged,
     StorageError,
     StorageRefused,
+    beside,
     is_local,
     naming,
     resolve,
@@ -44,15 +46,17 @@ from unet_ray.storage.listings import (
     split_pattern,
     versions,
 )
-from unet_ray.storage.local_files import TEMPORARY_PREFIX
+from unet_ray.storage.local_files import TEMPORARY_PREFIX, NotAFile
 
 __all__ = [
     "REQUESTS_IN_FLIGHT",
     "TEMPORARY_PREFIX",
     "FileChanged",
     "FileInfo",
+    "NotAFile",
     "StorageError",
     "StorageRefused",
+    "beside",
     "can_read_versions",
     "delete",
     "delete_if_empty",
@@ -77,6 +81,7 @@ __all__ = [
     "put_if_absent",
     "read_bytes",
     "read_many",
+    "require_writable",
     "resolve",
     "sha256",
     "split_pattern",

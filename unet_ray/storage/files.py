@@ -1,4 +1,4 @@
-"""Read and write files at any URI, whole or not at all; what lies there say `listings`.
+"""Reads and writes files at any URI, whole or not at all; `listings` tells which files there are.
 
 A URI is a local path or anything that fsspec opens (`s3://bucket/log`, `gs://…`, `memory://…`); `filesystems` says
 with which options, and how often a store is asked again.
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 
-from unet_ray.storage import local_files
+from unet_ray.storage import local_files, web
 from unet_ray.storage.filesystems import (
     FileChanged,
     StorageError,
@@ -41,6 +41,8 @@ from unet_ray.storage.filesystems import (
 from unet_ray.storage.listings import (
     FileInfo,
     info,
+    is_pattern,
+    list_files,
 )
 
 T = TypeVar("T")
@@ -56,11 +58,13 @@ def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
 def _read(uri: str, offset: int, size: int | None, version: str | None) -> bytes:
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):  # without fsspec's wrapper: 20 µs less a frame
-        with naming(uri), open(path, "rb") as file:
+        with naming(uri), local_files.open_regular(path) as file:
             file.seek(offset)
             return file.read(-1 if size is None else size)
     if is_s3(uri):
         return persistently(uri, lambda: _read_s3(fs, uri, path, (offset, size), version))
+    if web.is_web(uri):
+        return persistently(uri, lambda: web.read(fs, uri, offset, size))
     return persistently(uri, lambda: _read_other(fs, path, offset, None if size is None else offset + size))
 
 
@@ -137,9 +141,9 @@ def open_read(uri: str) -> BinaryIO:
     On S3 a file that changes while it is open raises `FileChanged`.
     """
     if is_local(uri):
-        fs, path = filesystem(uri)
+        _, path = filesystem(uri)
         with naming(uri):
-            return cast(BinaryIO, fs.open(path, "rb"))
+            return local_files.open_regular(path)
     return cast(BinaryIO, _RemoteFile(info(uri)))
 
 
@@ -264,10 +268,13 @@ def delete(uri: str) -> None:
 
 def delete_many(uris: Sequence[str]) -> None:
     """As `delete` for many of one filesystem; in few requests where the store takes many names in one, as S3 does."""
-    if any(map(is_local, uris)):
+    if not uris or any(map(is_local, uris)):
         at_once(delete, uris, uris)
         return
     fs = filesystem(uris[0])[0]
+    if any(map(is_pattern, uris)):  # whose names fsspec's `rm` takes for those of other files
+        at_once(delete, uris, uris)
+        return
     try:
         persistently(uris[0], lambda: fs.rm([filesystem(uri)[1] for uri in uris]))
     except FileNotFoundError:
@@ -280,6 +287,9 @@ def delete_tree(uri: str) -> None:
     if isinstance(fs, LocalFileSystem):
         with naming(uri):
             local_files.delete_tree(path)
+        return
+    if is_pattern(path):
+        delete_many([file.uri for file in list_files(uri, must_exist=False)])
         return
     try:
         persistently(uri, lambda: fs.rm(path, recursive=True))
@@ -304,6 +314,13 @@ def delete_unfinished(folder: str) -> None:
     if isinstance(fs, LocalFileSystem):
         with naming(folder):
             local_files.delete_unfinished(path)
+
+
+def require_writable(folder: str, option: str) -> None:
+    """Raises ValueError where a local folder certainly cannot be made or written in; of a store only a write tells."""
+    fs, path = filesystem(folder)
+    if isinstance(fs, LocalFileSystem) and (why := local_files.why_unwritable(path)) is not None:
+        raise ValueError(f"{option} {folder} cannot be written: {why}; give another {option}")
 
 
 def first_link(folder: str, names: Collection[str]) -> str | None:

@@ -32,11 +32,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
 import fsspec.config
+from fsspec.implementations.local import LocalFileSystem
+
+from unet_ray.frames import is_text
+from unet_ray.storage.local_files import NotAFile
 
 REQUESTS_IN_FLIGHT = 32
 """Of one process on a filesystem that is not local."""
@@ -74,7 +79,7 @@ class FileChanged(OSError):
 # A link to another folder or an unusable disk is not mended by trying again, everything else may be.
 _NOT_TRANSIENT = (
     *(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FileExistsError),
-    FileChanged,
+    *(FileChanged, NotAFile),
 )
 
 _REFUSALS = {
@@ -101,15 +106,41 @@ def resolve(uri: str) -> str:
     """
     if not uri.strip():
         raise ValueError("an empty path was given; give a local path or a URI such as s3://bucket/folder")
-    protocol, separator, rest = uri.partition("://")
-    if not separator or protocol in ("file", "local"):
-        return os.path.abspath(os.path.expanduser(rest if separator else uri))
+    if not is_text(uri):
+        raise ValueError(f"{uri}: a name that is not UTF-8, or has NUL in it; rename it, or give a link to it")
+    protocol, rest = _split(uri)
+    if is_local(uri):
+        return os.path.abspath(os.path.expanduser(rest))
     _refuse_credentials(uri)
-    if protocol.split("::")[0] not in fsspec.available_protocols():
+    *before, last = protocol.split("::")
+    unknown = [name for name in (*before, last) if name not in fsspec.available_protocols()]
+    if unknown:
         raise ValueError(
-            f"{uri}: unknown protocol {protocol!r}; use a local path, s3://, gs://, abfs:// or another of fsspec's"
+            f"{uri}: unknown protocol {unknown[0]!r}; use a local path, s3://, gs://, abfs:// or another of fsspec's"
         )
+    if last in _IN_ANOTHER or not set(before) <= set(_CACHES):
+        raise ValueError(f"{uri}: only {', '.join(_CACHES)} may stand before another protocol; give the file itself")
     return uri.rstrip("/") if rest.strip("/") else uri
+
+
+_PROTOCOL = re.compile(r"([\w+.-]+(?:::[\w+.-]+)*)://", re.ASCII)
+"""How a URI begins: `s3://`, or with what reads another filesystem before it, `simplecache::s3://`."""
+
+
+def beside(folder: str, entry: str) -> str:
+    """Returns the URI that a file in a folder names: a URI or an absolute path as it is, another from the folder on."""
+    return entry if entry.startswith("/") or _split(entry)[0] else f"{folder.rstrip('/')}/{entry}"
+
+
+_CACHES = ("simplecache", "filecache", "blockcache")
+_IN_ANOTHER = ("zip", "tar", "libarchive", "rar", "reference", "dir", "generic", *_CACHES)
+"""Protocols of fsspec that mean something only where another filesystem is named with them."""
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """Protocol (`""` for a path) and the name behind it, in which nothing means anything: `::` and `?` are letters."""
+    match = _PROTOCOL.match(uri) if "://" in uri else None
+    return (match[1], uri[match.end() :]) if match else ("", uri)
 
 
 def _refuse_credentials(uri: str) -> None:
@@ -133,7 +164,7 @@ def _has_credentials(uri: str) -> bool:
 
 def is_local(uri: str) -> bool:
     """Whether the URI is a path of this machine's own file tree."""
-    return "://" not in uri or uri.startswith(("file://", "local://"))
+    return "://" not in uri or _split(uri)[0] in ("", "file", "local")
 
 
 def is_s3(uri: str) -> bool:
@@ -149,6 +180,11 @@ _SECRET_OPTION = re.compile(
 )
 _NO_SECRETS = ("anon", "cache", "cloud", "google_default", "browser")
 """What gcsfs takes for `token` and is none."""
+
+
+def names_secret(name: str) -> bool:
+    """Whether an option or a variable of this name may hold a credential."""
+    return _SECRET_OPTION.search(name) is not None
 
 
 def options_by_protocol(options: Mapping[str, Any] | None, uris: Iterable[str | None]) -> dict[str, dict[str, Any]]:
@@ -186,7 +222,7 @@ def _find_secret(options: Any, path: str = "") -> str | None:
     if isinstance(options, Mapping):
         for name, value in options.items():
             option = f"{path}.{name}" if path else str(name)
-            if _SECRET_OPTION.search(str(name)) and value not in _NO_SECRETS and not isinstance(value, bool):
+            if names_secret(str(name)) and value not in _NO_SECRETS and not isinstance(value, bool):
                 return repr(option)
             if (secret := _find_secret(value, option)) is not None:
                 return secret
@@ -260,26 +296,46 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
     Nothing of what a listing said is kept: what another process writes would not be seen.
     """
+    protocol, name = _split(uri)
+    if is_local(uri):
+        return LocalFileSystem(), (name if name.startswith("/") else os.path.abspath(name)).rstrip("/") or "/"
     try:
-        if is_local(uri):
-            return fsspec.core.url_to_fs(uri)
-        if uri.partition("://")[0] in _GOOGLE:
-            return fsspec.core.url_to_fs(uri, use_listings_cache=False, **_google_options())
-        if not is_s3(uri):
-            return fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        config_kwargs = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}.get(
-            "config_kwargs", {}
-        )
-        retries = {"total_max_attempts": REQUEST_ATTEMPTS, "mode": "standard"}
-        config = {"retries": retries, "max_pool_connections": REQUESTS_IN_FLIGHT, **config_kwargs}
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=config)
-        fs.retries = 1
+        *wrappers, store = protocol.split("::")
+        fs, path = _store(store, f"{store}://{name}")
+        for wrapper in reversed(wrappers):  # a cache keeps the names of what it reads
+            fs = fsspec.filesystem(wrapper, fs=fs)
         return fs, path
     except ImportError as error:
         extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
         hint = extra.get(uri.partition("://")[0])
         remedy = f"pip install 'unet-ray[{hint}]'" if hint else str(error)
         raise ValueError(f"{uri}: the package that reads it is not installed; {remedy}") from error
+
+
+def _store(protocol: str, uri: str) -> tuple[Any, str]:
+    """As `filesystem` of one protocol. fsspec's own `url_to_fs` takes `::` in a name for another protocol."""
+    kind = fsspec.get_filesystem_class(protocol)
+    options = {"use_listings_cache": False}
+    if protocol not in ("s3", "s3a"):
+        options |= kind._get_kwargs_from_urls(uri) | (_google_options() if protocol in _GOOGLE else {})
+        return fsspec.filesystem(protocol, **options), kind._strip_protocol(uri)
+    config_kwargs = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}.get("config_kwargs", {})
+    retries = {"total_max_attempts": REQUEST_ATTEMPTS, "mode": "standard"}
+    config = {"retries": retries, "max_pool_connections": REQUESTS_IN_FLIGHT, **config_kwargs}
+    fs = fsspec.filesystem(protocol, **options, config_kwargs=config)
+    fs.retries = 1
+    fs.split_path = partial(_split_s3, fs)
+    return fs, kind._strip_protocol(uri)
+
+
+def _split_s3(fs: Any, path: str) -> tuple[str, str, None]:
+    """Bucket and key; s3fs's own takes what follows `?versionId=` from the key, also where nobody asked for it."""
+    end = path[len(path.rstrip("/")) :]
+    path = fs._strip_protocol(path).lstrip("/")
+    if "/" not in path:
+        return path, "", None
+    bucket, key = fs._find_bucket_key(path)
+    return bucket, key + end, None
 
 
 def _google_options() -> dict[str, Any]:
@@ -302,12 +358,19 @@ def naming(uri: str) -> Iterator[None]:
     except StorageError:
         raise
     except _NOT_TRANSIENT as error:
+        if (trouble := _trouble_behind(error)) is not None:
+            raise _named(trouble, uri) from error
         if error.filename is None and not is_local(uri):
             code = errno.EACCES if isinstance(error, PermissionError) else errno.ENOENT
             text = error.strerror or str(error) or os.strerror(code)
             raise type(error)(error.errno or code, text, uri) from error
         raise
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise StorageRefused(error.errno, error.strerror or os.strerror(errno.EROFS), uri) from error
+        if error.errno == errno.EMFILE:
+            text = f"{error.strerror}; raise the limit of this process (ulimit -n)"
+            raise StorageError(error.errno, text, uri) from error
         nothing = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
         text = error.strerror or str(error) or nothing
         if not is_local(uri) and _is_refusal(error) and not _was_cut_on_the_way(error):
@@ -317,11 +380,26 @@ def naming(uri: str) -> Iterator[None]:
         cause = error if isinstance(error, client_errors()) else error.__cause__
         if not isinstance(cause, client_errors()):
             raise
-        text = " ".join(re.split("RequestId:|Content:", str(cause))[0].split())  # Azure's go on for many lines
-        if not _may_pass(cause):
-            remedy = "; set them in the environment or a profile" if "Credentials" in type(cause).__name__ else ""
-            raise StorageRefused(errno.EACCES, f"{text}{remedy}", uri) from error
-        raise StorageError(errno.EIO, f"{text}; trying again may help", uri) from error
+        raise _named(cause, uri) from error
+
+
+def _named(cause: BaseException, uri: str) -> OSError:
+    """What a store's client says, as an error of ours that names the URI."""
+    text = " ".join(re.split("RequestId:|Content:", str(cause))[0].split())  # Azure's go on for many lines
+    if not _may_pass(cause):
+        remedy = "; set them in the environment or a profile" if "Credentials" in type(cause).__name__ else ""
+        return StorageRefused(errno.EACCES, f"{text}{remedy}", uri)
+    return StorageError(errno.EIO, f"{text or 'no answer'}; trying again may help", uri)
+
+
+def _trouble_behind(error: OSError) -> BaseException | None:
+    """What kept fsspec from asking a web server for a file that it says is not there; None where the server said so."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(
+        cause, (*_loaded("aiohttp:ClientError"), TimeoutError)
+    ):
+        return None
+    return None if getattr(cause, "status", None) in (404, 410) else cause
 
 
 def _is_refusal(error: OSError) -> bool:
@@ -370,8 +448,10 @@ def _passing_errors() -> tuple[type[Exception], ...]:
 
 
 def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, _loaded("aiohttp:ClientResponseError", "aiohttp:InvalidURL")):
+        return getattr(error, "status", None) in _PASSING_STATUS
     status = getattr(error, "status_code", None) or getattr(error, "code", None)  # Azure's and Google's
-    return isinstance(error, _passing_errors()) or status in _PASSING_STATUS
+    return isinstance(error, (*_passing_errors(), TimeoutError)) or status in _PASSING_STATUS
 
 
 def persistently(uri: str, act: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""What lies in storage: is it there, how large, which version; and whole folders of it.
+"""Lists storage: whether a file exists, its size and version, and whole folders.
 
 A listing says of each file what later tells whether it has changed, so that no file is asked for that again.
 """
@@ -17,8 +17,9 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from unet_ray.storage import web
 from unet_ray.storage.filesystems import at_once, filesystem, is_s3, naming, persistently
-from unet_ray.storage.local_files import TEMPORARY_PREFIX
+from unet_ray.storage.local_files import TEMPORARY_PREFIX, NotAFile, require_regular
 
 OnUnreadable = Callable[[str, OSError], None]
 """Called with the URI and the error of what could not be listed."""
@@ -57,26 +58,45 @@ def name(uri: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return os.path.exists(path)
+    if web.is_web(uri):
+        try:
+            persistently(uri, lambda: fs.info(path))
+        except FileNotFoundError:
+            return False
+        return True
     return persistently(uri, lambda: fs.exists(path))
 
 
 def is_folder(uri: str) -> bool:
     """Whether a folder (on an object store: a prefix that something lies under) is there."""
     fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return os.path.isdir(path)
     return persistently(uri, lambda: fs.isdir(path))
 
 
 def info(uri: str) -> FileInfo:
-    """Returns size and version of one file, by a fresh look at the store. Raises FileNotFoundError."""
+    """Returns size and version of one file, by a fresh look at the store. Raises FileNotFoundError or NotAFile."""
+    if "\0" in uri:
+        raise FileNotFoundError(errno.ENOENT, "no file can have NUL in its name", uri)
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         with naming(uri):
-            return _local_info(path, os.path.basename(path))
-    return _remote_info(persistently(uri, lambda: fs.info(path)), name(path), uri)
+            try:
+                return _local_info(path, os.path.basename(path))
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                raise FileNotFoundError(errno.ENOENT, "no file can have so long a name", uri) from error
+    look = partial(web.look, fs) if web.is_web(uri) else fs.info
+    return _remote_info(persistently(uri, lambda: look(path)), name(path), uri)
 
 
 def _local_info(path: str, relative: str) -> FileInfo:
     status = os.stat(path)
+    require_regular(status, path)
     return FileInfo(
         path=relative, uri=path, size_bytes=status.st_size, version=f"{status.st_mtime_ns}-{status.st_size}"
     )
@@ -107,6 +127,9 @@ def list_files(root: str, *, on_unreadable: OnUnreadable | None = None, must_exi
         StorageError: the store did not answer.
     """
     fs, path = filesystem(root)
+    if web.is_web(root):
+        yield from _list_web(root, fs, on_unreadable)
+        return
     if not isinstance(fs, LocalFileSystem):
         yield from _list_remote(root, fs, path, must_exist)
         return
@@ -205,6 +228,25 @@ def _list_remote(root: str, fs: Any, path: str, must_exist: bool) -> Iterator[Fi
     yield from _remote_files(root, base, entries)
 
 
+def _list_web(root: str, fs: Any, on_unreadable: OnUnreadable | None) -> Iterator[FileInfo]:
+    """Yields what the pages of a web server link to below a folder; pages name no sizes, so each file is looked at."""
+
+    def look(uri: str) -> FileInfo | OSError:
+        try:
+            return replace(info(uri), path=uri.removeprefix(f"{root.rstrip('/')}/"))
+        except (FileNotFoundError, PermissionError) as error:
+            return error
+
+    uris, _ = web.walk(fs, root)
+    for uri, file in zip(uris, at_once(look, uris, uris) if uris else (), strict=True):
+        if isinstance(file, FileInfo):
+            yield file
+        elif on_unreadable is None:
+            raise file
+        else:
+            on_unreadable(uri, file)
+
+
 def _list_local(
     folder: str,
     relative: str,
@@ -243,12 +285,44 @@ def _list_local(
 def glob(pattern: str) -> list[str]:
     """Returns the URIs of the files and folders that match `*`, `?`, `[…]` and `**`, sorted."""
     fs, path = filesystem(pattern)
-    matches = persistently(pattern, lambda: fs.glob(path))
-    folder, _ = split_pattern(pattern)
-    if isinstance(fs, LocalFileSystem) or not folder.partition("://")[2]:
-        return sorted(match if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(match) for match in matches)
+    folder, below = split_pattern(pattern)
+    if isinstance(fs, LocalFileSystem):
+        with naming(pattern):
+            return sorted(_glob_local(path))
+    if web.is_web(pattern):
+        links = web.walk(fs, folder, None if "**" in below else below.count("/") + 1)
+        return sorted(link for part in links for link in part if matches(below, link[len(folder) + 1 :]))
+    paths = persistently(pattern, lambda: fs.glob(path))
+    if not folder.partition("://")[2]:
+        return sorted(fs.unstrip_protocol(path) for path in paths)
     base = fs._strip_protocol(folder)  # what fsspec makes of a name alone lacks the host (sftp://host/log)
-    return sorted(join(folder, match.removeprefix(base).lstrip("/")) for match in matches)
+    return sorted(join(folder, path.removeprefix(base).lstrip("/")) for path in paths)
+
+
+def _glob_local(pattern: str) -> Iterator[str]:
+    """As fsspec's `glob`, which passes over folders that cannot be read."""
+    root, below = split_pattern(pattern)
+    whole = re.compile(glob_translate(pattern))
+    levels = None if "**" in below else [re.compile(glob_translate(part)) for part in below.split("/")]
+
+    def look(folder: str, depth: int, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        status = os.stat(folder)
+        with os.scandir(folder) as scan:
+            entries = list(scan)
+        for entry in entries:
+            if levels is not None and not levels[depth].match(entry.name):
+                continue
+            is_dir = entry.is_dir()
+            if whole.match(f"{entry.path}/" if is_dir and pattern.endswith("/**") else entry.path):
+                yield entry.path
+            is_new = (status.st_dev, status.st_ino) not in above
+            if is_dir and is_new and (levels is None or depth + 1 < len(levels)):
+                yield from look(entry.path, depth + 1, above | {(status.st_dev, status.st_ino)})
+
+    if os.path.isdir(root or "/"):
+        if whole.match(f"{root}/"):
+            yield root
+        yield from look(root or "/", 0, frozenset())
 
 
 def is_pattern(uri: str) -> bool:
@@ -268,13 +342,15 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def versions(uris: Iterable[str]) -> dict[str, str | None]:
-    """Returns each file's version by a fresh look, None where it is gone."""
+    """Returns each file's version by a fresh look, None where it is gone, `""` for what is there and no file."""
 
     def look(uri: str) -> tuple[str, str | None]:
         try:
             return uri, info(uri).version
         except (FileNotFoundError, NotADirectoryError):  # the latter: a file stands where its folder was
             return uri, None
+        except (IsADirectoryError, NotAFile):
+            return uri, ""
 
     uris = list(uris)
     return dict(at_once(look, uris, uris))

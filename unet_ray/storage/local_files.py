@@ -4,12 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
+
+
+class NotAFile(OSError):
+    """A pipe, a socket or a device where a file is to be read."""
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def require_regular(status: os.stat_result, path: str) -> None:
+    """Raises NotAFile or IsADirectoryError: a pipe would be waited for without end, and a device may never end."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise NotAFile(errno.EINVAL, f"{kind}, not a file", path)
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Opens a file to read; never waits for the other end of a pipe. Raises as `require_regular` does."""
+    if "\0" in path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return _Closing(io.FileIO(path, "rb", opener=_open_unless_pipe))
+
+
+class _Closing(io.BufferedReader):
+    """Closes its file when nobody holds it any more, without a warning: a cache of open files lets them go so."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _open_unless_pipe(path: str, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            require_regular(os.stat(path), path)
+        raise
+    try:
+        require_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
 
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the name of a file that is not yet whole. It has no ending: DuckDB's `*.parquet` finds hidden files, too."""
@@ -114,6 +167,20 @@ def delete_tree(folder: str) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 raise
+
+
+def why_unwritable(path: str) -> str | None:
+    """Returns why a folder cannot be made, or written in where it is there; None where nothing speaks against it."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.exists(path):
+        return f"{path} is a link to what is not there"
+    if not os.path.isdir(path):
+        return f"{path} is a file"
+    if os.access(path, os.W_OK | os.X_OK):
+        return None
+    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
+    return f"{path} lies on a read-only file system" if is_read_only else f"{path} does not let us write in it"
 
 
 def first_link(folder: str, names: Collection[str]) -> str | None:

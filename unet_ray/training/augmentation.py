@@ -5,35 +5,14 @@ Shapes: `H` height px, `W` width px, `C` colour (red, green, blue).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
 
 from unet_ray.classes import IGNORED_ID
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """How training frames vary. A range without width, or a change of 0, switches a part off."""
-
-    flip: bool = True
-    """Mirror left and right in half of the cases."""
-    scale: tuple[float, float] = (0.5, 1.0)
-    """Smallest and largest share of the frame's sides that a crop shows; above 1, what lies outside is ignored."""
-    brightness: float = 0.2
-    """Largest relative change of brightness."""
-    contrast: float = 0.2
-    """Largest relative change of the distance from the mean brightness."""
-    saturation: float = 0.2
-    """Largest relative change of the distance from grey."""
-
-    def __post_init__(self) -> None:
-        smallest, largest = self.scale
-        if not 0 < smallest <= largest:
-            raise ValueError(f"scale is {self.scale}; give two numbers with 0 < smallest <= largest")
-        for name in ("brightness", "contrast", "saturation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+from unet_ray.config import AugmentConfig
+from unet_ray.images import resize_nearest
+from unet_ray.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, frame_box, network_input, padded, padding_color
 
 
 def augment(
@@ -42,13 +21,15 @@ def augment(
     out_hw: tuple[int, int],
     config: AugmentConfig,
     rng: np.random.Generator,
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One varied view of a frame at full resolution and its encoded mask, both uint8, at the network's size.
 
     Frame and mask show the same window: its sides are the same share of the frame's sides (drawn so that halving and
-    doubling are alike likely), its place is anywhere in the frame. Both are sampled by nearest neighbour: a mask gains
-    no id, and the network meets frames as it will in use, where they are resized by nearest neighbour too. Outside the
-    frame the mask is `IGNORED_ID` and the image black, as beyond the edges of a padded convolution.
+    doubling are alike likely), its place is anywhere in the frame. The image is resized as the model's preprocessing
+    says, so that the network meets frames as it will in use; the mask by nearest neighbour, so that it gains no id.
+    Outside the frame, and beside one that keeps its aspect ratio, the mask is `IGNORED_ID`; the image is black outside,
+    as beyond the edges of a padded convolution.
 
     Every call takes seven numbers from `rng`: switching one part off leaves the others as they were.
     """
@@ -57,21 +38,59 @@ def augment(
     draw = rng.random(7)
     smallest, largest = config.scale
     share = float(smallest * (largest / smallest) ** draw[1])
-    rows, rows_inside = _window(image_HWC.shape[0], share, draw[2], out_hw[0])
-    columns, columns_inside = _window(image_HWC.shape[1], share, draw[3], out_hw[1])
+    box_hw = frame_box(mask_HW.shape, out_hw, preprocessing)[2:]
+    show = _nearest_window if preprocessing.resize == "nearest" else _smooth_window
+    image, mask, inside = show(image_HWC, mask_HW, box_hw, share, (draw[2], draw[3]), preprocessing)
     if config.flip and draw[0] < 0.5:
-        columns, columns_inside = columns[::-1], columns_inside[::-1]
-    image = image_HWC.take(rows, axis=0).take(columns, axis=1)
-    mask = mask_HW.take(rows, axis=0).take(columns, axis=1)
-    inside = rows_inside[:, None] & columns_inside
+        image, mask, inside = image[:, ::-1], mask[:, ::-1], inside[:, ::-1]
     changes = (config.brightness, config.contrast, config.saturation)
     if any(changes):
         factors = [max(0.0, 1 + change * (2 * at - 1)) for change, at in zip(changes, draw[4:], strict=True)]
         image = _recolored(image, inside, *factors)
     if not inside.all():
-        image[~inside] = 0
-        mask[~inside] = IGNORED_ID
-    return image, mask
+        image, mask = np.where(inside[..., None], image, 0).astype(np.uint8), np.where(inside, mask, IGNORED_ID)
+    if box_hw == out_hw:
+        return image, mask.astype(np.uint8, copy=False)
+    return padded(image, out_hw, padding_color(preprocessing)), padded(mask, out_hw, IGNORED_ID)
+
+
+Window = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Image, mask, and whether each pixel lies in the frame."""
+
+
+def _nearest_window(
+    image_HWC: np.ndarray,
+    mask_HW: np.ndarray,
+    out_hw: tuple[int, int],
+    share: float,
+    position: tuple[float, float],
+    preprocessing: Preprocessing,
+) -> Window:
+    rows, rows_inside = _window(image_HWC.shape[0], share, position[0], out_hw[0])
+    columns, columns_inside = _window(image_HWC.shape[1], share, position[1], out_hw[1])
+    image, mask = (array.take(rows, axis=0).take(columns, axis=1) for array in (image_HWC, mask_HW))
+    return image, mask, rows_inside[:, None] & columns_inside
+
+
+def _smooth_window(
+    image_HWC: np.ndarray,
+    mask_HW: np.ndarray,
+    out_hw: tuple[int, int],
+    share: float,
+    position: tuple[float, float],
+    preprocessing: Preprocessing,
+) -> Window:
+    """A window of whole pixels, cut out and then resized."""
+    sides = [max(1, round(side * share)) for side in mask_HW.shape]
+    starts = [round(at * (side - part)) for at, side, part in zip(position, mask_HW.shape, sides, strict=True)]
+    rows, columns = (start + np.arange(part) for start, part in zip(starts, sides, strict=True))
+    inside_2 = [(at >= 0) & (at < side) for at, side in zip((rows, columns), mask_HW.shape, strict=True)]
+    inside = inside_2[0][:, None] & inside_2[1]
+    rows, columns = (np.clip(at, 0, side - 1) for at, side in zip((rows, columns), mask_HW.shape, strict=True))
+    image, mask = (array.take(rows, axis=0).take(columns, axis=1) for array in (image_HWC, mask_HW))
+    stretched = dataclasses.replace(preprocessing, fit="stretch")
+    small = network_input(image, out_hw, stretched)
+    return small, resize_nearest(mask, *out_hw), resize_nearest(inside.view(np.uint8), *out_hw).astype(bool)
 
 
 def _window(in_px: int, share: float, position: float, out_px: int) -> tuple[np.ndarray, np.ndarray]:

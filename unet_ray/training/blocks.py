@@ -109,11 +109,12 @@ def read_row(index: int, pair: ImagePair, plan: IngestPlan, content: PairContent
     row: dict[str, Any] = {"index": index, "problem_uri": "", "problem": ""}
     row |= {"image": b"", "mask": b"", "full_mask": b"", "pixels": [], "image_hash": 0}
     row |= dict.fromkeys(("height_px", "width_px", "full_height_px", "full_width_px"), 0)
+    content = content or next(read_pairs([pair]))
     try:
         image_HWC, full_mask_HW = load_pair(pair, plan.class_set, plan.mask_format, content)
     except PairProblem as problem:
         return row | {"problem_uri": problem.uri, "problem": problem.problem}
-    image, mask = at_size(image_HWC, full_mask_HW, plan.image_size)
+    image, mask = at_size(image_HWC, full_mask_HW, plan, content)
     row["pixels"] = count_values(full_mask_HW)[: plan.class_set.n_classes].tolist()
     row["image_hash"] = difference_hash(image_HWC)  # at its own size: the same whatever is kept of it
     row["full_height_px"], row["full_width_px"] = full_mask_HW.shape

@@ -30,6 +30,8 @@ FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
 OWN_SIZE, MODEL_SIZE = "confusion/own_size", "confusion/model_size"
 """Names of the validation's confusion matrices among a checkpoint's tensors."""
+MODEL_PREFIX = "model/"
+"""What the names of the network's weights begin with among them."""
 _EPOCH_FOLDER = re.compile(r"epoch-(\d{6,})")
 
 
@@ -160,6 +162,15 @@ def best_or_this(run: str, this: Checkpoint, *, on_damaged: Callable[[str], None
     except CheckpointDamaged as error:
         on_damaged(f"{error}; epoch {this.epoch} stands for the best, {this.best_epoch}")
         return this
+
+
+def network_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Returns the network's weights among a checkpoint's tensors, by the names that a model folder has."""
+    return {
+        name.removeprefix(MODEL_PREFIX): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(MODEL_PREFIX)
+    }
 
 
 def delete_older(run: str, epoch: int, keep: Iterable[int]) -> None:

@@ -1,17 +1,24 @@
-"""What a training or an evaluation is about, found before Ray starts: classes, pairs, split, the masks' format."""
+"""The data of a training or an evaluation, looked up before Ray starts: classes, pairs, split, the masks' format."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from unet_ray.classes import ClassSet
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.config_files import read_yaml
-from unet_ray.messages import count, say
+from unet_ray.frames import HIDDEN_RULE
+from unet_ray.images import ImageRefused, frame_size
+from unet_ray.messages import count, first_few, say
 from unet_ray.pairs.pairs import ImagePair, detect_mask_format, find_pairs, require_complete
 from unet_ray.pairs.splits import Split, split_pairs
+from unet_ray.storage import read_many
 from unet_ray.training import evaluator
 
 
@@ -56,6 +63,41 @@ def find_data(config: TrainConfig) -> TrainingData:
     return TrainingData(class_set=class_set, mask_format=mask_format, split=split, class_weights_K=weights_K)
 
 
+MOST_PIXELS = 512 * 1024
+"""Of the network's input with `--image-size data`."""
+_SIDE_STEP = 32
+_FRAMES_LOOKED_AT = 8
+
+
+def size_of_frames(config: TrainConfig) -> tuple[int, int]:
+    """Returns the size for `--image-size data` and says it: that of most of some frames, in steps of 32 px.
+
+    Raises:
+        ValueError: none of these frames is an image.
+    """
+    pairs = complete_pairs(config, config.images, config.masks)
+    chosen = np.linspace(0, len(pairs) - 1, min(_FRAMES_LOOKED_AT, len(pairs))).astype(int)
+    sizes: Counter[tuple[int, int]] = Counter()
+    for content in read_many([(pairs[index].image_uri, 0, None) for index in chosen]):
+        with contextlib.suppress(ImageRefused):
+            sizes.update([frame_size(content)] if isinstance(content, bytes) else [])
+    if not sizes:
+        raise ValueError(
+            f"--image-size data: {pairs[0].image_uri} and others are no images; `unet-ray check` lists them"
+        )
+    (frame, _), *_ = sizes.most_common(1)
+    size = bounded_size(frame)
+    say(f"image size: {size[0]}x{size[1]}, for frames of {frame[0]}x{frame[1]} (--image-size data)")
+    return size
+
+
+def bounded_size(frame: tuple[int, int]) -> tuple[int, int]:
+    """Returns a frame's (height, width), scaled down to `MOST_PIXELS` where it is larger, in steps of 32 px."""
+    scale = min(1.0, (MOST_PIXELS / (frame[0] * frame[1])) ** 0.5)
+    height_px, width_px = (max(1, round(side * scale / _SIDE_STEP)) * _SIDE_STEP for side in frame)
+    return height_px, width_px
+
+
 def _with_whole_drives(pairs: Sequence[ImagePair], path_pattern: str | None) -> tuple[ImagePair, ...]:
     """Names a drive that is a folder by the folder's whole URI: `0001` below one root is not `0001` below another."""
     if path_pattern is not None and "sequence" in re.compile(path_pattern).groupindex:
@@ -75,7 +117,12 @@ def complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str
         image_suffix=config.image_suffix,
         mask_suffix=config.mask_suffix,
         path_pattern=config.path_pattern if isinstance(config, TrainConfig) else None,
+        include_hidden=config.include_hidden,
     )
+    if listing.n_hidden:
+        say(f"ignored as hidden: {listing.n_hidden:,} ({HIDDEN_RULE}; --include-hidden takes them)")
+    if listing.not_files:
+        say(f"ignored, as pipes, sockets or devices: {first_few(listing.not_files)}")
     require_complete(listing)
     return listing.pairs
 

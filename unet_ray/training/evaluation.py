@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,37 +11,47 @@ import ray
 
 from unet_ray import storage
 from unet_ray.cluster.connection import connect
+from unet_ray.cluster.gpus import require_usable_gpu
 from unet_ray.cluster.resources import (
     default_cpus,
     resolve_device,
     wait_for_resources,
     worker_resources,
 )
-from unet_ray.cluster.shared_paths import require_seen_by_all, require_usable_gpu
+from unet_ray.cluster.shared_paths import require_seen_by_all
 from unet_ray.config import EvaluateConfig
 from unet_ray.messages import say
 from unet_ray.model import bundle, metrics
 from unet_ray.model.devices import choose_policy, configure_tensorflow
+from unet_ray.model.label_options import LabelOptions
+from unet_ray.model.onnx_labels import require_labelling_options
 from unet_ray.training import evaluator as evaluation
 from unet_ray.training.batches import FrameSource, IngestPlan
 from unet_ray.training.blocks import ingest
 from unet_ray.training.data import complete_pairs, find_mask_format
 from unet_ray.training.results import draw_results
+from unet_ray.training.task import frame_threads
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a model on pairs and prints the table of its classes; `--out` gets metrics and pictures.
 
     Returns:
-        `val/mean_iou`, `val/iou/<class>`, … at the masks' own sizes, the same under `val_model_size/`, `val/loss`, and
-        `val/boundary_f1`, `val/boundary_f1/<class>` (see `metrics.boundary_counts`).
+        `val/mean_iou`, `val/iou/<class>`, … at the masks' own sizes, the same under `val_model_size/`, `val/loss`,
+        `val/boundary_f1`, `val/boundary_f1/<class>` (see `metrics.boundary_counts`), the model's `temperature`, and
+        `val/expected_calibration_error/before` and `after` it, `val/error_correlation/pearson` and `spearman` (see
+        `calibration`; at the network's size), None where undefined.
 
     Raises:
         ValueError: something that the user can mend.
         StorageError: trouble with storage that may be over when one tries again.
     """
     config.configure_storage()
-    model = bundle.read_bundle(config.model)
+    if config.out is not None:
+        storage.require_writable(storage.resolve(config.out), "--out")
+    model = bundle.read_bundle(config.model, allow_network=config.allow_network)
+    model.require_buildable()
+    require_labelling_options(model, slides=False, tta=config.tta, precision=config.precision)
     class_set = model.class_set
     pairs = complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
     mask_format = find_mask_format(config.mask_format, pairs, class_set)
@@ -50,17 +61,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     cpus = default_cpus(1, device)
     resources = worker_resources(cpus, device)
     wait_for_resources([resources], config.wait_for_resources_s, "the evaluation")
-    require_usable_gpu(device, config.precision)
-    size = (model.model_config.image_height_px, model.model_config.image_width_px)
-    plan = IngestPlan(class_set=class_set, mask_format=mask_format, image_size=size, keep_full_mask=True)
+    require_usable_gpu("cpu" if model.onnx else device, config.precision, config.wait_for_resources_s)
+    plan = IngestPlan(
+        class_set=class_set,
+        mask_format=mask_format,
+        image_size=model.model_config.image_size,
+        keep_full_mask=True,
+        preprocessing=model.model_config.preprocessing,
+    )
     frames = ingest(pairs, plan).frames
-    run = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_evaluate)
+    # A process of its own: TensorFlow takes its number of threads once, and another network's may be another.
+    run = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_calls=1)(_evaluate)
     try:
         results, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
     except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
         raise error.cause from error
-    say(metrics.class_table(own_KK, class_set.names))
+    say(*metrics.class_table(own_KK, class_set.names).splitlines())
+    if config.tta == "flip":
+        say("these are of the mean of a frame's logits and its mirror image's (--tta flip)")
     say(f"boundary F1 {results['val/boundary_f1'] or 0:.3f} within {metrics.BOUNDARY_TOLERANCE:.2%} of the diagonal")
+    say(*_calibration_lines(results))
     if config.out is not None:
         out = storage.resolve(config.out)
         draw_results(out, pairs, class_set, mask_format, samples, own_KK)
@@ -73,14 +93,42 @@ def _evaluate(
 ) -> tuple[dict[str, Any], dict[int, np.ndarray], np.ndarray]:
     """Runs where the device is: metrics, predicted masks of some frames, confusion matrix at the masks' own sizes."""
     from unet_ray.training import steps
+    from unet_ray.training.calibrator import Calibrator
+    from unet_ray.training.onnx_predictor import OnnxPredictor
 
-    configure_tensorflow(device, cpus, op_threads=cpus)
-    predict = steps.Predictor(model.build_model(dtype_policy=choose_policy(config.precision, device)))
+    predict: steps.Predictor | OnnxPredictor
+    if model.onnx:
+        configure_tensorflow("cpu", cpus, op_threads=1)
+        options = LabelOptions(precision="float32", batch_size=config.batch_size, device=device, tta=config.tta)
+        predict = OnnxPredictor(model, options)
+    else:
+        configure_tensorflow(device, cpus, op_threads=cpus)
+        network = model.build_model(dtype_policy=choose_policy(config.precision, device))
+        predict = steps.Predictor(network, tta=config.tta)
     reader = frames.open()
-    evaluator = evaluation.Evaluator(predict, reader, config.batch_size, model.model_config)
-    counted = evaluator.count(range(len(frames.names)), with_boundaries=True)
+    evaluator = evaluation.Evaluator(
+        predict, reader, config.batch_size, model.model_config, n_threads=frame_threads(device, cpus)
+    )
+    calibrator = Calibrator((1.0, model.temperature or 1.0))
+    counted = evaluator.count(range(len(frames.names)), with_boundaries=True, on_predicted=calibrator.add_batch)
     samples = evaluator.predict_masks(evaluation.sample_places(len(frames.names)))
     names = model.class_set.names
     results = evaluation.metrics_of(counted.own_size_KK, counted.model_size_KK, names)
     results |= {f"val/{key}": value for key, value in metrics.boundary_f1(counted.boundary_K4, names).items()}
+    results |= {"temperature": model.temperature} | calibrator.metrics()
     return {"val/loss": predict.loss(counted.sums_S)} | results, samples, counted.own_size_KK
+
+
+def _calibration_lines(results: Mapping[str, Any]) -> list[str]:
+    """What is said of the confidence; nothing of a network that gives class ids, which has none."""
+    before, after = (results[f"val/expected_calibration_error/{when}"] for when in ("before", "after"))
+    if before is None:
+        return []
+    temperature, correlation = results["temperature"], results["val/error_correlation/pearson"]
+    calibrated = "this model's confidence is not calibrated"
+    if temperature is not None:
+        calibrated = f"{before:.4f} without the model's temperature of {temperature:.3f}"
+    lines = [f"expected calibration error {after:.4f}; {calibrated}"]
+    if correlation is not None:
+        lines.append(f"expected and true error of the frames correlate by {correlation:.3f}")
+    return lines

@@ -1,4 +1,4 @@
-"""What training workers tell the driver: plain values, in the order in which they happen."""
+"""Events that training workers send to the driver: plain values, in the order in which they happen."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from unet_ray.model.calibration import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,10 @@ class Failed:
 class Finished:
     """The last epoch is done."""
 
+    best_epoch: int
+    """Of which the weights are the model's; what follows is of them."""
+    calibration: Calibration | None
+    """None where no pixel validates."""
     samples: Mapping[int, np.ndarray]
     """Predicted masks, uint8 [H, W], by place among the frames of `samples.png`."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from unet_ray import storage
 from unet_ray.cluster.connection import connect
+from unet_ray.cluster.gpus import require_usable_gpu, try_xla
 from unet_ray.cluster.resources import (
     default_cpus,
     resolve_device,
@@ -21,14 +22,18 @@ from unet_ray.cluster.resources import (
     wait_for_resources,
     worker_resources,
 )
-from unet_ray.cluster.shared_paths import require_seen_by_all, require_usable_gpu
+from unet_ray.cluster.shared_paths import require_seen_by_all
 from unet_ray.config import TrainConfig
 from unet_ray.messages import count, say
+from unet_ray.model.architecture import ModelConfig
+from unet_ray.model.network_check import check_network
 from unet_ray.pairs.splits import leak_rate, leak_warning
+from unet_ray.storage.templates import split_template
 from unet_ray.training import checkpoints, run_folder
 from unet_ray.training.batches import FileFrames, IngestPlan
 from unet_ray.training.blocks import ingest
-from unet_ray.training.data import TrainingData, find_data
+from unet_ray.training.data import TrainingData, find_data, size_of_frames
+from unet_ray.training.initial import InitialWeights, read_network
 from unet_ray.training.launcher import run_workers, start_launcher
 from unet_ray.training.mlflow_record import MlflowRecord
 from unet_ray.training.results import write_results
@@ -65,10 +70,15 @@ def train(config: TrainConfig) -> TrainResult:
     config.configure_storage()
     config = run_folder.resolved(config)
     if finished := run_folder.finished(config):
+        _require_same_data(config)
         say(f"{config.out} is finished already; --overwrite trains it anew")
         return _result(config.out, finished)
-    data = find_data(config)
-    about = run_folder.describe(data.split, data.class_set, data.mask_format, data.class_weights_K)
+    storage.require_writable(config.out, "--out")
+    if config.image_size == "data":
+        config = dataclasses.replace(config, image_size=size_of_frames(config))
+    for line in run_folder.changes(config):
+        say(line)
+    data, network, initial, about = _describe(config)
     run_folder.require_same_data(config, about)
 
     connect()
@@ -76,24 +86,51 @@ def train(config: TrainConfig) -> TrainResult:
     device = resolve_device(config.device)
     cpus = reserve(config, device)
     require_seen_by_all(_folders(config), config.out)
-    require_usable_gpu(device, config.precision)
-    task, hashes = _prepare(config, data, device, cpus)
+    require_usable_gpu(device, config.precision, config.wait_for_resources_s)
+    compiled = device == "gpu" and try_xla(1.0, config.wait_for_resources_s)[0]
+    task, hashes = _prepare(config, data, network, device, cpus)
+    task = dataclasses.replace(task, compiled=compiled)
+    if initial is not None:
+        say(initial.as_text())
+        task = dataclasses.replace(task, initial_weights=initial.weights, drawn=initial.drawn)
     _say_plan(config, data, cpus, device, hashes)
 
     run_folder.begin(config, about)
     record = MlflowRecord(config) if config.mlflow else None
     monitor = run_workers(config, task, launcher, record)
-    metrics = write_results(config, data, monitor.samples)
+    assert monitor.finished, "the workers ended without a last word"
+    metrics = write_results(config, data, network, monitor.finished)
     if record:
         record.finish()
     say(f"model: {storage.join(config.out, 'model')}")
     return _result(config.out, metrics)
 
 
+def _describe(config: TrainConfig) -> tuple[TrainingData, ModelConfig, InitialWeights | None, dict[str, Any]]:
+    """Returns what the training is about, found before Ray starts; the last is for `run.json`."""
+    data = find_data(config)
+    network, initial = read_network(config, data.class_set)
+    check_network(network, child="unet_ray.training.exactness", accumulate=config.accumulate)
+    about = run_folder.describe(data.split, data.class_set, data.mask_format, data.class_weights_K, initial)
+    return data, network, initial, about
+
+
+def _require_same_data(config: TrainConfig) -> None:
+    """Refuses other data than those of a finished run; it stays finished where they are gone or incomplete."""
+    try:
+        about = _describe(config)[3]
+    except ValueError as error:
+        say(f"warning: whether this run was trained on the data as they are now is not known: {error}")
+        return
+    run_folder.require_same_data(config, about)
+
+
 def _folders(config: TrainConfig) -> dict[str, list[str]]:
     """Returns what the cluster's tasks read, by option; the driver alone reads classes, weights and a manifest."""
-    options = ("images", "masks", "val_images", "val_masks")
-    return {f"--{name.replace('_', '-')}": [uri] for name in options if (uri := getattr(config, name)) is not None}
+    uris = {
+        f"--{name}": getattr(config, name.replace("-", "_")) for name in ("images", "masks", "val-images", "val-masks")
+    }
+    return {option: [split_template(uri)[0]] for option, uri in uris.items() if uri is not None}
 
 
 def reserve(config: TrainConfig, device: str) -> int:
@@ -107,10 +144,16 @@ def reserve(config: TrainConfig, device: str) -> int:
     return cpus
 
 
-def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) -> tuple[WorkerTask, dict[str, int]]:
+def _prepare(
+    config: TrainConfig, data: TrainingData, network: ModelConfig, device: str, cpus: int
+) -> tuple[WorkerTask, dict[str, int]]:
     """Reads all pairs into the object store; returns the workers' task and the frames' hashes."""
     plan = IngestPlan(
-        class_set=data.class_set, mask_format=data.mask_format, image_size=config.image_size, keep_full_mask=False
+        class_set=data.class_set,
+        mask_format=data.mask_format,
+        image_size=network.image_size,
+        keep_full_mask=False,
+        preprocessing=network.preprocessing,
     )
     train_plan = dataclasses.replace(plan, image_size=None) if config.augment else plan
     trained = ingest(data.split.train, train_plan)
@@ -119,6 +162,7 @@ def _prepare(config: TrainConfig, data: TrainingData, device: str, cpus: int) ->
     present_NK = trained.pixels_NK > 0
     task = WorkerTask(
         config=config,
+        model_config=network,
         class_set=data.class_set,
         class_weights_K=data.class_weights_K,
         pixels_K=trained.pixels_NK.sum(axis=0),
@@ -154,16 +198,7 @@ def _workers(fewest: int, most: int) -> str:
     return count(most, "worker") if fewest == most else f"{fewest} to {most} workers"
 
 
-# --- the workers ---
-
-
-# --- the results ---
-
-
 def _result(run: str, metrics: dict[str, Any]) -> TrainResult:
     last = checkpoints.newest_valid(run, on_damaged=lambda line: say(f"warning: {line}"))
     history = last.history if last else ()
     return TrainResult(run=run, model=storage.join(run, "model"), metrics=metrics, history=history)
-
-
-# --- measuring a trained model ---

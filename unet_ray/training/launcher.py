@@ -24,9 +24,9 @@ from unet_ray.cluster.resources import (
 )
 from unet_ray.cluster.watchdog import Watchdog
 from unet_ray.config import TrainConfig
-from unet_ray.errors import JobFailed, TryAgain
-from unet_ray.messages import count
-from unet_ray.model.devices import UnusableGpu
+from unet_ray.errors import JobFailed, TryAgain, UnusableNetwork
+from unet_ray.messages import count, reason_of
+from unet_ray.model.devices import OutOfDeviceMemory, UnusableGpu
 from unet_ray.training.events import Event, Failed, Finished, Stuck
 from unet_ray.training.mlflow_record import MlflowRecord
 from unet_ray.training.monitor import Monitor
@@ -58,6 +58,10 @@ POLL_INTERVAL_S = 0.2
 """How often the driver looks for the workers' events."""
 LAST_WORD_S = 10.0
 """How long a worker that ends itself waits to be heard."""
+
+
+FINAL = (UnusableGpu, OutOfDeviceMemory, UnusableNetwork)
+"""Errors of a worker that another group of workers would end with, too."""
 
 
 def _work(loop_config: dict[str, Any]) -> None:
@@ -96,7 +100,7 @@ class Launcher(Mailbox):
     def __init__(self) -> None:
         super().__init__()
         # Ray Train's module looks whether TensorFlow is there, and names its types; only workers need it, of which this
-        # is none. 3 to 6 s of a core, while all cores read frames (2 cores, 2026-11-25).
+        # is none. 2.3 s of a core, while all cores read frames (2 cores, 2026-11-30: 1.0 and 3.3 s).
         sys.modules["tensorflow"] = _StandIn("tensorflow")
         try:
             import ray.train.tensorflow
@@ -134,22 +138,25 @@ class Launcher(Mailbox):
                 trainer.fit()
             except TrainingFailedError as error:
                 # As text, but for our own: TensorFlow's errors would make the driver load TensorFlow.
-                if isinstance(final := getattr(error, "controller_failure", None), UnusableGpu):
+                if isinstance(final := getattr(error, "controller_failure", None), FINAL):
                     return [final]
                 causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-                return [cause if _is_ours(cause) else RuntimeError(_one_line(cause)) for cause in causes]
+                return [
+                    cause if _is_ours(cause) else RuntimeError(f"{type(cause).__name__}: {reason_of(cause)}")
+                    for cause in causes
+                ]
         return []
 
 
 def _run_config(folder: str, max_failures: int) -> RunConfig:
     """Returns how Ray Train retries, and where its own notes go; checkpoints lie in RUN (see `checkpoints`)."""
 
-    # Another group of workers would see no GPU either. Ray Train (2.60) retries every error of a worker and none of a
+    # Another group of workers would end like this one. Ray Train (2.60) retries every error of a worker and none of a
     # callback. This class is local so that it is sent as code, and the controller need not load this module.
     class FinalFailures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
-                if isinstance(error, UnusableGpu):
+                if isinstance(error, FINAL):
                     raise error
 
     return RunConfig(
@@ -179,11 +186,6 @@ def start_launcher() -> Any:
 
 def _is_ours(error: BaseException) -> bool:
     return isinstance(error, ValueError | JobFailed | OSError) and "\n" not in str(error)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
 
 
 def _take(launcher: Any, timeout_s: float) -> list[Event]:

@@ -1,4 +1,4 @@
-"""What the driver sees of a training while it runs: the mailbox of the workers, a line or a bar, history and events.
+"""The driver's view of a running training: the workers' mailbox, a line or a bar, history and events.
 
 `history.csv` and the TensorBoard event file are written whole after every epoch, from the checkpoints' own history:
 they are right after a restart, and work at any URI. An event file only ever grows at its end, as TensorBoard expects.
@@ -48,13 +48,13 @@ class Monitor:
         error: what a worker said before it stopped for good.
         gauges: the last epoch's numbers for the cluster's Prometheus.
         n_workers: of the group, 0 until it has started.
-        samples: predicted masks by place among the validation frames, once training is done.
+        finished: what the workers said at the end of it all.
     """
 
     def __init__(self, run: str, n_epochs: int, record: MlflowRecord | None = None):
         self.history: list[dict[str, Any]] = []
         self.error: Exception | None = None
-        self.samples: dict[int, Any] = {}
+        self.finished: Finished | None = None
         self._run, self._n_epochs, self._record = run, n_epochs, record
         self.n_workers = 0
         self._terminal = sys.stdout.isatty()
@@ -80,7 +80,7 @@ class Monitor:
             case Failed():
                 self.error = event.error
             case Finished():
-                self.samples = dict(event.samples)
+                self.finished = event
 
     def _add_row(self, row: dict[str, Any]) -> None:
         self.history = [*self.history[: row["epoch"] - 1], row]

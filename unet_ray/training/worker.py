@@ -13,22 +13,28 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from unet_ray import storage
 from unet_ray.cluster.watchdog import Watchdog
 from unet_ray.errors import JobFailed
-from unet_ray.model import losses, unet
-from unet_ray.model.devices import choose_policy, configure_tensorflow
+from unet_ray.messages import count, reason_of
+from unet_ray.model import losses
+from unet_ray.model.calibration import Calibration
+from unet_ray.model.devices import OutOfDeviceMemory, choose_policy, configure_tensorflow
+from unet_ray.model.networks import build_network
 from unet_ray.training import batches, checkpoints, evaluator, steps
-from unet_ray.training.augmentation import AugmentConfig, augment
+from unet_ray.training.augmentation import augment
+from unet_ray.training.calibrator import calibrate
 from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
 from unet_ray.training.events import EpochDone, Event, Failed, Finished, Restored, Started, StepDone, Stuck, Warned
-from unet_ray.training.task import Group, WorkerTask
+from unet_ray.training.initial import set_initial_weights
+from unet_ray.training.optimizer import make_optimizer, make_schedule
+from unet_ray.training.task import Group, WorkerTask, frame_threads
 
 PROGRESS_INTERVAL_S = 0.25
 """Least time between two reports of progress within an epoch."""
@@ -58,21 +64,35 @@ class Worker:
             self._join()
             state = self._restore()
         with self.watchdog.watching():
-            self._train(state)
+            try:
+                self._train(state)
+            except tf.errors.ResourceExhaustedError as error:
+                raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: tf.errors.ResourceExhaustedError) -> OutOfDeviceMemory:
+        micro = f", {count(self.micro, 'frame')} at once" if self.config.accumulate > 1 else ""
+        return OutOfDeviceMemory(
+            f"worker {self.rank}'s {self.task.device} has not enough memory for its part of a batch of "
+            f"{self.config.batch_size} frames on {self.n_workers} workers{micro}: {reason_of(error)}; give a smaller "
+            "--batch-size, or a larger --accumulate, which computes the same"
+        )
 
     def _join(self) -> None:
         """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
         task, config = self.task, self.config
         _require_shared_storage(config.out)
         configure_tensorflow(task.device, task.cpus, op_threads=task.cpus)
-        strategy = steps.start_strategy(self.n_workers)
-        policy = self.group.agree(choose_policy(config.precision, task.device))
+        strategy = steps.start_strategy(self.n_workers, task.device)
+        self.add_up = steps.WorkerSum(strategy)
+        policy = self._common_policy()
 
+        self.threads = frame_threads(task.device, task.cpus)
         self.train_reader = task.train.open()
         self.n_batches = math.ceil(len(task.train.names) / config.batch_size)
-        self.part = batches.rank_batch_size(config.batch_size, self.n_workers)
-        self.model_config = config.model_config(task.class_set.n_classes)
-        self.model = unet.build_unet(self.model_config, seed=config.seed, dtype_policy=policy)
+        part = batches.rank_batch_size(config.batch_size, self.n_workers)
+        self.micro = math.ceil(part / config.accumulate)
+        self.model_config = task.model_config
+        self.model = build_network(self.model_config, seed=config.seed, dtype_policy=policy)
         self.optimizer = self._make_optimizer()
         weights_K = task.class_weights_K
         if config.class_weights in losses.CLASS_WEIGHTS:
@@ -84,22 +104,28 @@ class Worker:
             loss=config.loss,
             class_weights_K=weights_K,
             clip_norm=config.clip_norm,
+            n_micro=config.accumulate,
+            compiled=task.compiled,
         )
-        self.step.trace(self.part)
+        self.step.trace(self.micro * config.accumulate)
         self.predict = steps.Predictor(self.model, loss=config.loss, class_weights_K=weights_K)
-        self.add_up = steps.WorkerSum(strategy)
         self.evaluator = evaluator.Evaluator(
-            self.predict, task.validation.open(), self.part, self.model_config, on_batch=self.watchdog.beat
+            self.predict,
+            task.validation.open(),
+            self.micro,
+            self.model_config,
+            n_threads=self.threads,
+            on_batch=self.watchdog.beat,
         )
         self._tell(Started(policy=policy, n_workers=self.n_workers))
 
     def _make_optimizer(self) -> keras.Optimizer:
         config = self.config
         total = config.epochs * self.n_batches
-        schedule = steps.make_schedule(
+        schedule = make_schedule(
             config.schedule, config.learning_rate, total, round(config.warmup_epochs * self.n_batches)
         )
-        return steps.make_optimizer(config.optimizer, schedule, config.weight_decay)
+        return make_optimizer(config.optimizer, schedule, config.weight_decay, config.rate_factors())
 
     def _train(self, state: Checkpoint) -> None:
         while not self._is_done(state):
@@ -110,8 +136,12 @@ class Worker:
             metrics, tensors = self._validate()
             state = self._advance(state, row | metrics, tensors)
             self._tell(EpochDone(row=state.history[-1]))
+        best = self._restore_best(state)
+        calibration = None
+        if self.task.validation.names:
+            calibration = calibrate(self.evaluator, self._own_validation(), self.add_up)
         if self.rank == 0:
-            self._finish(state)
+            self._finish(best, calibration)
 
     def _restore(self) -> Checkpoint:
         """Every worker starts from the checkpoint that rank 0 finds: the newest that verifies."""
@@ -120,11 +150,18 @@ class Worker:
             checkpoint = checkpoints.newest_valid(run, on_damaged=lambda line: self._tell(Warned(line=line)))
         epoch = self.group.agree(checkpoint.epoch if checkpoint else 0)
         if epoch == 0:
+            set_initial_weights(self.model, self.task.initial_weights, drawn=self.task.drawn)
             return Checkpoint(epoch=0, step=0, tensors={}, history=(), best_epoch=0)
         checkpoint = checkpoint or checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, epoch))
         steps.restore_state(self.model, self.optimizer, checkpoint.tensors)
         self._tell(Restored(epoch=epoch, history=checkpoint.history))
         return checkpoint
+
+    def _common_policy(self) -> str:
+        """`--precision auto` is bfloat16 where the devices of all workers have it."""
+        mine = choose_policy(self.config.precision, self.task.device)
+        n_bfloat16 = int(self.add_up(np.array(mine == "mixed_bfloat16", np.int64)))
+        return mine if n_bfloat16 == self.n_workers else "float32"
 
     def _is_done(self, state: Checkpoint) -> bool:
         patience = self.config.early_stopping_epochs
@@ -176,7 +213,7 @@ class Worker:
         results, reported_at = [], 0.0
         for batch, (image_BHWC, mask_BHW) in enumerate(self._batches(order, epoch)):
             step = first_step + batch
-            seeds = steps.dropout_seeds(self.config.seed, step, self.rank, self.step.n_dropouts)
+            seeds = steps.dropout_seeds(self.config.seed, step, self.rank, self.step.n_dropouts, self.config.accumulate)
             results.append(self.step(image_BHWC, mask_BHW, seeds))
             self.watchdog.beat()
             # One step behind: the device works on this step while the last one's loss comes back.
@@ -206,31 +243,21 @@ class Worker:
 
         def make(batch: int) -> tuple[np.ndarray, np.ndarray]:
             mine = batches.batch_slice(order, batch, self.config.batch_size, self.rank, self.n_workers)
-            return batches.gather(self.train_reader, mine, self.part, self.config.image_size, self._view(epoch))
+            padded = self.micro * self.config.accumulate
+            return batches.gather(
+                self.train_reader, mine, padded, self.config.network_size(), self._view(epoch), self.threads
+            )
 
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(make, 0)
-            for batch in range(self.n_batches):
-                ready = coming.result()
-                if batch + 1 < self.n_batches:
-                    coming = pool.submit(make, batch + 1)
-                yield ready
+        return batches.one_ahead(make, self.n_batches)
 
     def _view(self, epoch: int) -> batches.View | None:
         if not self.config.augment:
             return None
-        config = self.config
-        how = AugmentConfig(
-            flip=config.flip,
-            scale=config.scale,
-            brightness=config.brightness,
-            contrast=config.contrast,
-            saturation=config.saturation,
-        )
+        config, preprocessing = self.config, self.task.model_config.preprocessing
 
         def view(image_HWC: np.ndarray, mask_HW: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng([config.seed, epoch, index])
-            return augment(image_HWC, mask_HW, config.image_size, how, rng)
+            return augment(image_HWC, mask_HW, config.network_size(), config, rng, preprocessing)
 
         return view
 
@@ -262,7 +289,7 @@ class Worker:
         """Counts every validation frame once, over all workers; returns metrics and the confusion matrices."""
         if not self.task.validation.names:
             return {}, {}
-        mine = self.evaluator.count(range(self.rank, len(self.task.validation.names), self.n_workers))
+        mine = self.evaluator.count(self._own_validation())
         own_KK, model_KK = self.add_up(np.stack([mine.own_size_KK, mine.model_size_KK]))
         loss = self.predict.loss(self.add_up(mine.sums_S))
         metrics = evaluator.metrics_of(own_KK, model_KK, self.task.class_set.names)
@@ -270,16 +297,31 @@ class Worker:
         row = {key: value for key, value in row.items() if not isinstance(value, list)}
         return {"val/loss": loss} | row, {OWN_SIZE: own_KK, MODEL_SIZE: model_KK}
 
+    def _own_validation(self) -> range:
+        """This worker's part of the validation frames."""
+        return range(self.rank, len(self.task.validation.names), self.n_workers)
+
     # --- the end ---
 
-    def _finish(self, state: Checkpoint) -> None:
+    def _restore_best(self, state: Checkpoint) -> int:
+        """Every worker takes the weights that become the model's, which rank 0 finds; returns their epoch."""
+        run, best = self.config.out, state
+        if self.rank == 0:
+            # What is damaged the driver will say, which reads it after this.
+            best = checkpoints.best_or_this(run, state, on_damaged=lambda line: None)
+        epoch = self.group.agree(best.epoch)
+        if epoch != state.epoch:
+            if self.rank != 0:
+                best = checkpoints.read_checkpoint(checkpoints.checkpoint_uri(run, epoch))
+            steps.restore_state(self.model, self.optimizer, best.tensors)
+        self.watchdog.beat()
+        return epoch
+
+    def _finish(self, best_epoch: int, calibration: Calibration | None) -> None:
         """Tells the driver what the best network predicts on the frames to show, in the masks' own sizes."""
-        last = dataclasses.replace(state, tensors=steps.state_tensors(self.model, self.optimizer))
-        # What is damaged the driver will say, which reads it after this.
-        best = checkpoints.best_or_this(self.config.out, last, on_damaged=lambda line: None)
-        steps.restore_state(self.model, self.optimizer, best.tensors)
-        sample_evaluator = evaluator.Evaluator(self.predict, self.task.samples.open(), self.part, self.model_config)
-        self._tell(Finished(samples=sample_evaluator.predict_masks(range(len(self.task.samples.names)))))
+        sample_evaluator = evaluator.Evaluator(self.predict, self.task.samples.open(), self.micro, self.model_config)
+        samples = sample_evaluator.predict_masks(range(len(self.task.samples.names)))
+        self._tell(Finished(best_epoch=best_epoch, calibration=calibration, samples=samples))
 
 
 def _is_better(value: float | None, best: float | None) -> bool:
