@@ -16,8 +16,8 @@ from unet_ray import PACKAGE
 ORDER = (
     # the words
     (
-        *("classes", "containers", "digests", "errors", "frames", "images", "mask_png", "messages", "pictures"),
-        *("preprocessing", "progress", "resampling", "stops", "streams"),
+        *("class_files", "classes", "containers", "digests", "errors", "frames", "images", "mask_png", "messages"),
+        *("palette", "pictures", "preprocessing", "progress", "resampling", "stops", "streams"),
     ),
     ("storage",),
     ("model",),
