@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 
 import numpy as np
@@ -84,6 +86,19 @@ def test_any_number_of_classes_gets_colours(n_classes):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_the_full_form_is_what_it_was(name):
     assert class_set_of(PRESETS[name].to_dict(), source="it") == PRESETS[name]
+
+
+def test_no_preset_has_changed():
+    """Colours, names and values are part of the digests of models, runs and outputs: of these all that exist."""
+    digest = hashlib.sha256()
+    for name in sorted(PRESETS):
+        digest.update(json.dumps(PRESETS[name].to_dict(), sort_keys=True).encode())
+    assert digest.hexdigest() == "cb009b1d3e80856dcd4643123b3ecc8474d3bdbaf1ba1f14af3d641571424f8c"
+
+
+def test_the_palette_has_not_changed():
+    digest = hashlib.sha256(np.array(PALETTE, np.uint8).tobytes()).hexdigest()
+    assert digest == "889546fff5f8572afea55177424e764179c6599f2a2a720a7fa131263ae7e8c8"
 
 
 @pytest.mark.parametrize(

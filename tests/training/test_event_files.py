@@ -71,11 +71,11 @@ def test_a_picture_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("n_epochs", "shown"),
+    ("n_epochs", "epochs"),
     [(1, [1]), (4, [1, 2, 3, 4]), (24, [1, 3, 6, 9, 12, 15, 18, 21, 24]), (118, [1, *range(12, 118, 12), 118])],
 )
-def test_about_ten_epochs_are_shown(n_epochs, shown):
-    assert [epoch for epoch in range(1, n_epochs + 1) if is_shown(epoch, n_epochs)] == shown
+def test_about_ten_epochs_are_shown(n_epochs, epochs):
+    assert [epoch for epoch in range(1, n_epochs + 1) if is_shown(epoch, n_epochs)] == epochs
 
 
 @pytest.fixture(scope="module")
