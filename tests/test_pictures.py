@@ -52,6 +52,15 @@ def test_ignored_pixels_look_like_no_class(class_set: ClassSet, color: tuple[int
     assert (middle[220, 50:-50] == class_set.classes[7].color).all()
 
 
+def test_samples_of_as_many_classes_as_there_can_be_are_drawn() -> None:
+    classes = class_set_of([f"c{index}" for index in range(254)], source="names")
+    mask = np.arange(254, dtype=np.uint8)[None].repeat(60, axis=0)
+    picture = pixels(draw_samples([noise(60, 254)], [mask], [mask], classes))
+    colors = [item.color for item in classes.classes]
+    assert all(has(picture, color) > 60 for color in colors[:190])
+    assert all(near(picture, color, 60) > 60 for color in colors[190:])
+
+
 def test_samples_of_many_classes_stay_small_and_exact() -> None:
     masks = [np.arange(23, dtype=np.uint8).repeat(4)[None].repeat(60, axis=0) for _ in range(4)]
     frames = [noise(60, 92, seed) for seed in range(4)]

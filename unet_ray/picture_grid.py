@@ -199,6 +199,10 @@ def hex_of(color: Color) -> str:
     return "#" + bytes(color).hex()
 
 
+_MOST_EXACT = 208
+"""Colours of a picture's 256 that are exact; of more classes than that, the last ones have near colours."""
+
+
 def png_of(figure: Figure, exact: Sequence[Color] = ()) -> bytes:
     """The figure as a PNG of 256 colours, a third of the size of one in full colour; `exact` ones are among them."""
     canvas = FigureCanvasAgg(figure)
@@ -206,7 +210,7 @@ def png_of(figure: Figure, exact: Sequence[Color] = ()) -> bytes:
         canvas.draw()
     image_HWC = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
     greys = [(level, level, level) for level in range(0, 256, 17)]
-    kept = list(dict.fromkeys((*exact, *greys)))
+    kept = list(dict.fromkeys((*greys, *exact)))[:_MOST_EXACT]
     n_rare = (256 - len(kept)) // 2
     free = _rare(image_HWC, n_rare) + _frequent(image_HWC, 256 - len(kept) - n_rare)
     palette = Image.new("P", (1, 1))
