@@ -82,7 +82,7 @@ def draw_preview(
         marks: for each frame a box to draw around what is small in it, or none.
     """
     assert frames and len(frames) == len(masks) == len(captions), "one mask and one caption for each frame"
-    cell_in = _cell_size(frames, 2.5)
+    cell_in = _cell_size(frames, 2.4)
     n_pairs = min(len(frames), max(2, int(_WIDEST_IN / (2 * cell_in[1] + _PAIR_GAP_IN))))
     cells = []
     for index, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
