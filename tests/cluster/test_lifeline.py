@@ -85,9 +85,14 @@ def processes(pid: int, signs: list[str]) -> list[int]:
     ("signs", "part"),
     [
         (["/raylet/raylet"], "raylet"),
-        (["/gcs/gcs_server"], "gcs_server"),
-        (["ray::DashboardAgent", "/dashboard/agent.py"], "dashboard agent"),
-        (["ray::RuntimeEnvAgent", "/runtime_env/agent/main.py"], "runtime_env agent"),
+        *(
+            pytest.param(*signs_and_part, marks=pytest.mark.slow)
+            for signs_and_part in (
+                (["/gcs/gcs_server"], "gcs_server"),
+                (["ray::DashboardAgent", "/dashboard/agent.py"], "dashboard agent"),
+                (["ray::RuntimeEnvAgent", "/runtime_env/agent/main.py"], "runtime_env agent"),
+            )
+        ),
     ],
 )
 def test_a_part_of_ray_that_dies_ends_its_driver_by_name(signs: list[str], part: str) -> None:
@@ -101,6 +106,7 @@ def test_a_part_of_ray_that_dies_ends_its_driver_by_name(signs: list[str], part:
     )
 
 
+@pytest.mark.slow
 def test_a_driver_on_a_cluster_ends_when_the_head_or_its_node_is_lost() -> None:
     with driver(IDLE, SOMEBODYS) as (cluster, address):
         joins = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}

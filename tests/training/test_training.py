@@ -352,6 +352,12 @@ def test_a_run_starts_from_the_weights_of_another(undisturbed, data, cluster, tm
     for name, tensor in final_weights(config.out).items():
         np.testing.assert_allclose(final_weights(again.run)[name], tensor, atol=1e-6, err_msg=name)
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_for_other_classes_starts_from_all_but_the_last_layer(undisturbed, data, cluster, tmp_path, capsys):
+    config, _ = undisturbed
+    still = {"workers": 1, "epochs": 1, "learning_rate": 1e-12, "dropout": 0.0, "seed": 77}
     classes = {**CLASSES, "classes": [{**CLASSES["classes"][0], "name": "street"}, *CLASSES["classes"][1:]]}
     (tmp_path / "others.yaml").write_text(yaml.safe_dump(classes))
     others = make_config(
@@ -491,6 +497,7 @@ def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
     config = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)
