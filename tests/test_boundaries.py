@@ -16,8 +16,19 @@ from unet_ray import PACKAGE
 ORDER = (
     # the words
     (
-        *("classes", "containers", "digests", "errors", "frames", "images", "mask_png", "messages", "pictures"),
-        *("preprocessing", "progress", "resampling", "stops", "streams"),
+        *(
+            "charts",
+            "class_files",
+            "classes",
+            "containers",
+            "digests",
+            "errors",
+            "frames",
+            "images",
+            "mask_png",
+            "messages",
+        ),
+        *("palette", "picture_grid", "pictures", "preprocessing", "progress", "resampling", "stops", "streams"),
     ),
     ("storage",),
     ("model",),
@@ -40,7 +51,7 @@ no folders may import each other; `training` and `labelling` never do."""
 
 MAY_KNOW = {
     "fsspec": ("storage.",),
-    "matplotlib": ("pictures",),
+    "matplotlib": ("charts", "picture_grid"),
     "ray": (
         *(
             "cluster.",

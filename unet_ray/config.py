@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional
 
 from unet_ray import storage
+from unet_ray.class_files import class_set_of
 from unet_ray.classes import PRESETS, ClassSet
-from unet_ray.config_files import MAPPING_TEXT, read_mapping, read_yaml
+from unet_ray.config_files import MAPPING_TEXT, read_content, read_mapping
 from unet_ray.errors import require
 from unet_ray.model.architecture import (
     ENCODER_PREFIX,
@@ -215,8 +216,9 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
     """Trains a network on frame/mask pairs, on as many workers as asked for, into a model folder."""
 
     classes: str
-    """What the classes are: the path of a YAML file, or one of a2d2, bdd100k, camvid, carla23, carla29, cityscapes,
-    cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages, virtual_kitti_2."""
+    """What the classes are: the path of a YAML file (`classes: [sky, road]` is one), or one of a2d2, bdd100k,
+    camvid, carla23, carla29, cityscapes, cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages,
+    virtual_kitti_2."""
     out: str
     """URI of the run's folder: checkpoints, history, pictures and the model (in `model/`)."""
 
@@ -534,8 +536,9 @@ class CheckConfig(PairsConfig):
     """Says everything that is wrong with a data set, in one table, before any training."""
 
     classes: str
-    """What the classes are: the path of a YAML file, or one of a2d2, bdd100k, camvid, carla23, carla29, cityscapes,
-    cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages, virtual_kitti_2."""
+    """What the classes are: the path of a YAML file (`classes: [sky, road]` is one), or one of a2d2, bdd100k,
+    camvid, carla23, carla29, cityscapes, cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages,
+    virtual_kitti_2."""
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
 
@@ -711,13 +714,10 @@ def check_path_pattern(pattern: str | None) -> None:
 
 
 def load_class_set(name_or_uri: str) -> ClassSet:
-    """Returns a preset by name, or the class set of a YAML file.
-
-    The file: `classes: [{name, color, values}]` and `ignore: [values]`; values are ids or colours.
-    """
+    """Returns a preset by name, or the class set of a YAML file, whose forms `class_files` has."""
     if name_or_uri in PRESETS:
         return PRESETS[name_or_uri]
     if not name_or_uri.endswith((".yaml", ".yml")):
         raise ValueError(f"--classes is {name_or_uri!r}; give one of {', '.join(PRESETS)} or the path of a .yaml file")
-    content = read_yaml(name_or_uri)
-    return ClassSet.from_dict({"name": storage.name(name_or_uri).rpartition(".")[0], **content})
+    content = read_content(name_or_uri)
+    return class_set_of(content, source=name_or_uri, name=storage.name(name_or_uri).rpartition(".")[0])

@@ -157,12 +157,26 @@ def test_tensorboard_events_hold_the_history(undisturbed):
     from tensorflow.data import TFRecordDataset
 
     config, result = undisturbed
-    (file,) = (Path(config.out) / "tensorboard").iterdir()
+    (file,) = (Path(config.out) / "tensorboard").glob("*.unet_ray")
     events = [event_pb2.Event.FromString(record.numpy()) for record in TFRecordDataset(str(file))]
     recorded = {(v.tag, event.step): v.simple_value for event in events for v in event.summary.value}
     for row in result.history:
         assert recorded["loss", row["epoch"]] == pytest.approx(row["loss"], rel=1e-6)
         assert recorded["val/mean_iou", row["epoch"]] == pytest.approx(row["val/mean_iou"], rel=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_tensorboard_shows_the_samples_of_some_epochs(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, result = undisturbed
+    folder = Path(config.out) / "tensorboard" / "samples"
+    images = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload().Images("samples")
+    assert [image.step for image in images] == [1, 2, 4, 6, 8, 10, 12]
+    size = (Path(config.out) / "samples.png").stat().st_size
+    assert all(len(image.encoded_image_string) < 2 * size for image in images)
+    if result.metrics["best_epoch"] == 12:  # the same masks
+        assert images[-1].encoded_image_string == (Path(config.out) / "samples.png").read_bytes()
 
 
 def validation_frames(config: TrainConfig) -> list[ImagePair]:
