@@ -16,12 +16,12 @@ from unet_ray import PACKAGE
 ORDER = (
     # the words
     (
-        *("classes", "containers", "digests", "errors", "frames", "images", "mask_png", "messages", "pictures"),
-        *("preprocessing", "progress", "resampling", "stops", "streams"),
+        *("classes", "containers", "digests", "errors", "frames", "images", "mask_png", "messages", "overlays"),
+        *("pictures", "preprocessing", "progress", "resampling", "stops", "streams"),
     ),
     ("storage",),
     ("model",),
-    ("config", "config_files"),
+    ("config", "config_files", "config_types", "keywords"),
     ("saved_models",),
     ("cluster",),
     ("archives",),
@@ -30,7 +30,7 @@ ORDER = (
     ("reports",),
     ("training", "labelling"),
     ("demo",),
-    ("cli", "__init__"),
+    ("cli", "commands", "__init__"),
     ("chaos",),
     ("bench",),
     ("jobs",),
@@ -179,10 +179,11 @@ def test_no_parquet_file_is_read_as_a_data_set():
 @pytest.mark.parametrize(
     "module",
     [
-        *("classes", "config", "frames", "images", "preprocessing", "cli"),
+        *("classes", "config", "frames", "images", "overlays", "preprocessing", "cli", "commands"),
         *("storage", "storage.filesystems", "archives", "archives.reading", "cluster.processes"),
         *("model.onnx_file", "model.onnx_network", "model.onnx_trial"),
-        *("model.bundle", "pairs.pairs", "output.ledger", "output.masks", "output.rows"),
+        *("model.bundle", "pairs.pairs", "output.ledger", "output.masks", "output.opened", "output.rows"),
+        *("labelling.predictor",),
     ],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):
