@@ -23,7 +23,7 @@ MASK_SHARE = 0.55
 _SHOWN_PX = 1024
 """Longer side of a picture in a notebook, at most."""
 
-_CELL_PX, _GAP_PX = 256, 4
+_CELL_PX, _GAP_PX = 240, 4
 
 
 def overlay(frame_HWC: np.ndarray, mask_HW: np.ndarray, class_set: ClassSet) -> np.ndarray:

@@ -37,6 +37,8 @@ from unet_ray.preprocessing import network_input
 if TYPE_CHECKING:
     from unet_ray.model.labeler import Labeler
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices of every process name no trouble of the user's
+
 Picture = AnyPath | Image.Image | np.ndarray
 """A file at any URI, a Pillow image, or uint8 RGB [H, W, 3]."""
 
@@ -273,7 +275,7 @@ def _checked(picture: object, where: str) -> np.ndarray:
     """Raises ValueError where this is no frame: values from 0 to 1 say nothing of what they were made of."""
     allowed = "a path, a Pillow image, or an array uint8 [height, width, 3] in RGB"
     if not isinstance(picture, np.ndarray):
-        raise ValueError(f"{where}a {type(picture).__name__} is no image; give {allowed}")
+        raise ValueError(f"{where}{type(picture).__name__} is no image; give {allowed}")
     is_frame = picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.size > 0
     if not is_frame:
         raise ValueError(f"{where}the image is {picture.dtype} of shape {picture.shape}; give {allowed}")

@@ -330,7 +330,9 @@ class Labels:
         """Frames, pixels, share and mean confidence by sequence, camera and class, as an Arrow table; of a view its
         own."""
         if self._condition is None:
-            return read_parquet(storage.read_bytes(storage.join(self.uri, ledger.STATISTICS)))
+            uri = storage.join(self.uri, ledger.STATISTICS)
+            with labels.naming(uri):
+                return read_parquet(storage.read_bytes(uri)).replace_schema_metadata()
         columns = results.statistics_columns(self.class_set)
         return results.class_statistics((table for _, _, table in self._tables(columns)), self.class_set)
 
