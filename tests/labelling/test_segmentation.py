@@ -200,7 +200,7 @@ def test_a_model_loaded_in_python_gives_the_same_bytes(labelled: Path, model: st
     answers = predict_and_compare(model, archive, labelled, device="cpu", precision="float32")
     require_same(answers)
     assert answers["traces"] == 1  # three sizes, one compilation of the network
-    assert answers["overlay"] == ["RGB", 66, 48, True] and answers["html"].startswith("<figure")
+    assert answers["overlay"] == ["RGB", 66, 48] and answers["html"].startswith("<figure")
     assert answers["text"][1] == f"Model({model!r}: 24x32, classes five, float32 on cpu)"
     assert answers["first_cpu_s"] < 12, "6 s on two cores"
 
