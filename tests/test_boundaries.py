@@ -16,23 +16,13 @@ from unet_ray import PACKAGE
 ORDER = (
     # the words
     (
-        *(
-            "charts",
-            "class_files",
-            "classes",
-            "containers",
-            "digests",
-            "errors",
-            "frames",
-            "images",
-            "mask_png",
-            "messages",
-        ),
-        *("palette", "picture_grid", "pictures", "preprocessing", "progress", "resampling", "stops", "streams"),
+        *("charts", "class_files", "classes", "containers", "digests", "errors", "frames", "images", "mask_png"),
+        *("messages", "overlays", "palette", "picture_grid", "pictures", "preprocessing", "progress", "resampling"),
+        *("stops", "streams"),
     ),
     ("storage",),
     ("model",),
-    ("config", "config_files"),
+    ("config", "config_files", "config_types", "keywords"),
     ("saved_models",),
     ("cluster",),
     ("archives",),
@@ -41,7 +31,7 @@ ORDER = (
     ("reports",),
     ("training", "labelling"),
     ("demo",),
-    ("cli", "__init__"),
+    ("cli", "commands", "__init__"),
     ("chaos",),
     ("bench",),
     ("jobs",),
@@ -190,10 +180,11 @@ def test_no_parquet_file_is_read_as_a_data_set():
 @pytest.mark.parametrize(
     "module",
     [
-        *("classes", "config", "frames", "images", "preprocessing", "cli"),
+        *("classes", "config", "frames", "images", "overlays", "preprocessing", "cli", "commands"),
         *("storage", "storage.filesystems", "archives", "archives.reading", "cluster.processes"),
         *("model.onnx_file", "model.onnx_network", "model.onnx_trial"),
-        *("model.bundle", "pairs.pairs", "output.ledger", "output.masks", "output.rows"),
+        *("model.bundle", "pairs.pairs", "output.ledger", "output.masks", "output.opened", "output.rows"),
+        *("labelling.predictor",),
     ],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):

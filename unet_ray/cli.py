@@ -41,6 +41,7 @@ from unet_ray.config import (
     VerifyConfig,
     load_class_set,
 )
+from unet_ray.config_types import list_options
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
 from unet_ray.messages import count, printable, say
 from unet_ray.stops import STOPPED
@@ -356,9 +357,7 @@ def _joined(words: Sequence[str], config_type: type[Any]) -> list[str]:
 
     The parser would take those of the last one.
     """
-    lists = {
-        f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_type) if "..." in str(field.type)
-    }
+    lists = {f"--{name.replace('_', '-')}" for name in list_options(config_type)}
     groups: list[list[str]] = [[]]
     for word in words:
         option, equals, value = word.partition("=")

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from own_network import SMALL
+from predicting import predict_and_compare, require_same
 from small_onnx import small_network
 from small_training import final_weights, last_state, make_config, write_data
 
@@ -126,6 +127,7 @@ def test_a_network_made_elsewhere_labels_and_is_measured(cluster, data, tmp_path
     statistics = pq.read_table(labels / "class_statistics.parquet")
     assert any(value is not None for value in statistics["confidence"].to_pylist()) == (ending == "logits")
     assert verify(str(labels)) == [] and (labels / "preview.png").is_file()
+    require_same(predict_and_compare(tmp_path / "model", data / "frames", labels))
     results = evaluate(EvaluateConfig(**options, images=str(data / "frames"), masks=str(data / "masks")))
     assert results["val/loss"] is None and 0 <= results["val/mean_iou"] <= 1
 
