@@ -167,7 +167,7 @@ class _Parser:
 
     def _in_list(self, value: _Value) -> pc.Expression:
         self._expect("(")
-        literals = []
+        literals: list[bool | int | float | str] = []
         while not literals or self._take(","):
             right = self._alike(value, self._signed())[1]
             if right.literal is None:
