@@ -182,7 +182,7 @@ def test_no_parquet_file_is_read_as_a_data_set():
         *("classes", "config", "frames", "images", "preprocessing", "cli"),
         *("storage", "storage.filesystems", "archives", "archives.reading", "cluster.processes"),
         *("model.onnx_file", "model.onnx_network", "model.onnx_trial"),
-        *("model.bundle", "pairs.pairs", "output.ledger", "output.masks", "output.rows"),
+        *("model.bundle", "pairs.pairs", "output.exports.formats", "output.ledger", "output.masks", "output.rows"),
     ],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):

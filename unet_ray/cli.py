@@ -42,7 +42,7 @@ from unet_ray.config import (
     load_class_set,
 )
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
-from unet_ray.messages import count, printable, say
+from unet_ray.messages import printable, say
 from unet_ray.stops import STOPPED
 
 END_WITHIN_S = 10.0
@@ -137,11 +137,9 @@ def _import_model(config: ImportModelConfig) -> int:
 
 
 def _export_masks(config: ExportMasksConfig) -> int:
-    from unet_ray.output.masks import export_masks
+    from unet_ray.output.exports.formats import export_masks
 
-    done = export_masks(config)
-    missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    say(f"{count(done.written, 'mask')} written to {config.out}{missing}")
+    say(*export_masks(config).as_text(config.out))
     return 0
 
 
