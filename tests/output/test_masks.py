@@ -247,7 +247,8 @@ def test_an_output_that_is_not_finished_is_refused(export_format, labels, tmp_pa
     out = tmp_path / "masks.json"
     assert export(labels, str(out), "--format", export_format) == 2
     assert capsys.readouterr().err == (
-        f"unet-ray: error: {labels} is not finished (or was found damaged); run segment again, then export\n"
+        f"unet-ray: error: {labels} is not finished (or was found damaged), 11 of 11 frames are done; "
+        "run segment again, then export\n"
     )
     assert not out.exists()
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from unet_ray import images, storage
 from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import read_frames
 from unet_ray.classes import ClassSet, SegmentationClass
@@ -128,31 +127,22 @@ def label(chunk: Chunk, lineage: plans.Lineage, mask_encoding: str) -> pa.Table:
 
 
 def segment(
-    root: str, out: str, *, lineage: plans.Lineage = LINEAGE, mask_encoding: str = "png", finished: bool = True
+    root: str, out: str, *, lineage: plans.Lineage = LINEAGE, mask_encoding: str = "png", n_chunks: int | None = None
 ) -> None:
-    """The whole job on an archive, or all but its publishing."""
+    """The whole job on an archive, or the first chunks of it."""
     cutting = Cutting(chunk_frames=3, shard_rows=4)
     plan = plans.plan(out, list_archives([root]), lineage, cutting, config_yaml="frames: log\n")
-    for chunk in ledger.pending(plan):
+    for chunk in ledger.pending(plan)[:n_chunks]:
         commit(out, chunk, label(chunk, lineage, mask_encoding), writer="test")
-    if finished:
+    if n_chunks is None:
         publish.publish(plan, max_rejected=1.0)
 
 
 def bare(frame_id: str) -> str:
     """The frame's name in lists, by hand."""
-    name = frame_id.replace("c.zip!#2", "c.zip!#2")
-    return name.rpartition(".")[0] if "parquet" not in frame_id else name
+    return frame_id if "parquet" in frame_id else frame_id.rpartition(".")[0]
 
 
 def frame_name(frame_id: str) -> str:
     """The frame's file, by hand: a Parquet row's extension is that of its content."""
     return frame_id + {"d.parquet!000000": ".jpg", "d.parquet!000001": ".png"}.get(frame_id, "")
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {file.path: storage.read_bytes(file.uri) for file in storage.list_files(str(root))}
-
-
-def decoded(data: bytes) -> np.ndarray:
-    return images.decode_mask(data)

@@ -9,7 +9,7 @@ FiftyOne draws nothing for 0, and takes a palette's colours for the values. So c
 holds the mask as `predictions`, and figures of the row to sort by: `confidence`, `changed_share` and others.
 
 The JSON has no `version`, as FiftyOne wrote it before 0.8 and has read it since: with one, it would be the database's
-own documents of one release. Source: `LegacyFiftyOneDatasetImporter` of fiftyone 1.22.1, tried with that release.
+own documents of one release. Source: `LegacyFiftyOneDatasetImporter` of fiftyone 1.22.1, which a test lets read it.
 """
 
 from __future__ import annotations

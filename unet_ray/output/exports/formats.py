@@ -21,7 +21,7 @@ from unet_ray.config import ExportMasksConfig
 from unet_ray.errors import JobFailed
 from unet_ray.frames import is_frame
 from unet_ray.messages import count, first_few
-from unet_ray.output import plans, publish
+from unet_ray.output import ledger, plans, publish
 from unet_ray.output.exports import targets
 from unet_ray.output.exports.coco import COCO
 from unet_ray.output.exports.export import Export, Format
@@ -31,7 +31,6 @@ from unet_ray.output.exports.names import path_digest, require_distinct
 from unet_ray.output.exports.png import PNG
 from unet_ray.output.exports.selection import Selection, select
 from unet_ray.output.exports.voc import CVAT, VOC
-from unet_ray.output.ledger import is_shard
 
 FORMATS: Mapping[str, Format] = {"png": PNG, "voc": VOC, "cvat": CVAT, "coco": COCO, "fiftyone": FIFTYONE}
 
@@ -75,8 +74,12 @@ def export_masks(config: ExportMasksConfig) -> Exported:
     plan = plans.read_plan(storage.resolve(config.labels))
     summary = publish.finished_summary(plan)
     if summary is None:
-        raise ValueError(f"{config.labels} is not finished (or was found damaged); run segment again, then export")
-    paths = [file["path"] for file in summary["files"] if is_shard(file)]
+        n_done, _ = ledger.done_so_far(plan)
+        progress = f"{n_done:,} of {count(plan.n_frames, 'frame')} are done"
+        raise ValueError(
+            f"{config.labels} is not finished (or was found damaged), {progress}; run segment again, then export"
+        )
+    paths = [file["path"] for file in summary["files"] if ledger.is_shard(file)]
     selection = select(plan, paths, config.sequence, config.where)
     out = storage.resolve(config.out)
     storage.require_writable(_folder_of(config, out), "--out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,10 @@ class Selection:
 
     def counted(self) -> tuple[int, int]:
         """Returns how many of the chosen rows have a mask, and how many have none."""
-        n_rows, n_labelled = 0, 0
+        statuses: Counter[str] = Counter()
         for rows in self._batches(()):
-            n_rows, n_labelled = n_rows + len(rows), n_labelled + pc.sum(pc.equal(rows["status"], "ok")).as_py()
-        return n_labelled, n_rows - n_labelled
+            statuses.update(rows["status"].to_pylist())
+        return statuses["ok"], statuses.total() - statuses["ok"]
 
     def _batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         names = list(dict.fromkeys(("sequence", "status", *columns, *self.where_columns)))
