@@ -109,9 +109,10 @@ def _verify(config: VerifyConfig) -> int:
 
 
 def _export_model(config: ExportModelConfig) -> int:
-    from unet_ray.model.export import export_model
+    with streams.without_notices():
+        from unet_ray.model.export import export_model
 
-    export_model(config.model, config.out, config.format, allow_network=config.allow_network)
+        export_model(config.model, config.out, config.format, allow_network=config.allow_network)
     say(f"wrote {config.out}")
     return 0
 

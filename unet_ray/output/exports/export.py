@@ -44,12 +44,12 @@ class Export:
 
         A row has these columns, and as `ending` what its frame's name got beside the id; None without frames.
         """
-        place = 0
+        number = 0
         for rows in self.selection.labelled(columns):
             exported = []
             for row in rows:
-                ending = None if self.written is None else self.written.ending(place)
-                place += 1
+                ending = None if self.written is None else self.written.ending(number)
+                number += 1
                 if self.written is None or ending is not None:
                     exported.append({**row, "ending": ending})
             yield exported

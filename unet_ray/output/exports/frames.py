@@ -31,7 +31,7 @@ class Written:
     """What became of the frames of the chosen labels."""
 
     endings: bytearray = field(default_factory=bytearray)
-    """Of each, in their order: what its name got beside its id, as a place in `_ENDINGS`; `_GONE`: it is left out."""
+    """What the name of each, in their order, got beside its id: an index into `_ENDINGS`, `_GONE` if it is left out."""
     n_gone: int = 0
     """Frames that are left out."""
     examples: list[str] = field(default_factory=list)
@@ -44,9 +44,9 @@ class Written:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{frame_id}: {why}")
 
-    def ending(self, place: int) -> str | None:
+    def ending(self, number: int) -> str | None:
         """Returns what a frame's name got beside its id; None of one that is left out."""
-        code = self.endings[place]
+        code = self.endings[number]
         return None if code == _GONE else _ENDINGS[code]
 
 

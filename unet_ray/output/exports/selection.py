@@ -71,29 +71,35 @@ class Selection:
         """
         names = [name for name in ("height_px", "width_px", _DIGEST) if name in self.columns]
         for uri, groups in self.groups:
-            if not groups:
+            rows = self._indexed(uri, names) if groups else None
+            if rows is None:
                 continue
-            with labels.opened(uri) as file:
-                rows = file.read(columns=list(dict.fromkeys(("sequence", "status", *names, *self.where_columns))))
-            start = 0
+            indices, start = rows[_ROW].to_numpy(), 0
             for chunk in self.plan.of_shard[_shard_of(uri)]:
-                published = rows.slice(start, chunk.n_rows)
-                start += chunk.n_rows
-                if len(chosen := self._places(published)):
-                    planned, published = manifest.read_rows(chunk).take(chosen), published.take(chosen)
+                first, last = np.searchsorted(indices, (start, start + chunk.n_rows))
+                if last > first:
+                    planned = manifest.read_rows(chunk).take(pa.array(indices[first:last] - start))
                     for name in names:
-                        planned = planned.append_column(name, published[name])
-                    yield planned if _DIGEST in names else planned.append_column(_DIGEST, pa.nulls(len(chosen)))
+                        planned = planned.append_column(name, rows[name].slice(first, last - first))
+                    yield planned if _DIGEST in names else planned.append_column(_DIGEST, pa.nulls(len(planned)))
+                start += chunk.n_rows
+
+    def _indexed(self, uri: str, names: Sequence[str]) -> pa.Table:
+        """Returns columns of the chosen rows of a file that have a mask, and as `_ROW` their indices in it."""
+        columns = list(dict.fromkeys(("sequence", "status", *names, *self.where_columns)))
+        parts, start = [], 0
+        with labels.opened(uri, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                indices = pa.array(np.arange(start, start + len(batch)))
+                rows = self._chosen(pa.Table.from_batches([batch]).append_column(_ROW, indices))
+                parts.append(rows.filter(pc.equal(rows["status"], "ok")).select([*names, _ROW]))
+                start += len(batch)
+        return pa.concat_tables(parts)
 
     def _chosen(self, rows: pa.Table) -> pa.Table:
         if self.sequences:
             rows = rows.filter(pc.is_in(rows["sequence"], value_set=pa.array(self.sequences, pa.string())))
         return rows if self.where is None else rows.filter(self.where)
-
-    def _places(self, rows: pa.Table) -> np.ndarray:
-        """Returns the places of the chosen rows that have a mask, int64 [N]."""
-        chosen = self._chosen(rows.append_column(_ROW, pa.array(np.arange(len(rows)))))
-        return chosen.filter(pc.equal(chosen["status"], "ok"))[_ROW].to_numpy()
 
 
 def select(plan: Plan, files: Sequence[str], sequences: tuple[str, ...], where: str | None) -> Selection:
