@@ -681,6 +681,10 @@ class ExportMasksConfig(StorageConfig):
             self.format != "coco" or storage.resolve(self.out).endswith(".json"),
             f"--out is {self.out}; the format coco is one file, give a name that ends in .json",
         )
+        require(
+            self.format == "cvat" or not storage.resolve(self.out).endswith(".zip"),
+            f"--out is {self.out}; only the format cvat is written as a zip, give a folder",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

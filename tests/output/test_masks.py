@@ -276,6 +276,7 @@ def test_a_drive_that_is_not_there_is_named_with_those_that_are(labels, tmp_path
     [
         ("labels", "png", "--out labels lies in the output labels itself; give a place beside it"),
         ("labels/frames", "png", "--out labels/frames lies in the output labels itself; give a place beside it"),
+        ("x.zip", "voc", "--out is x.zip; only the format cvat is written as a zip, give a folder"),
         ("masks", "coco", "--out is masks; the format coco is one file, give a name that ends in .json"),
     ],
 )
