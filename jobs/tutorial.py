@@ -61,16 +61,13 @@ doubtful
 
 # %% And the question: where is traffic close, and how much of what the camera sees is then road?
 frames = labels.frames  # an Arrow table without masks, which DuckDB reads where it is
-answer = duckdb.from_arrow(frames).query(
-    "frames",
-    """
+answer = duckdb.connect().sql("""
     SELECT sequence AS drive, count(*) AS frames,
            round(100 * avg(pixels_vehicle / (mask_height_px * mask_width_px)), 1) AS vehicle_percent,
            round(100 * avg(pixels_road / (mask_height_px * mask_width_px)), 1) AS road_percent,
            arg_max(frame_id, pixels_vehicle) AS closest
     FROM frames WHERE status = 'ok' GROUP BY sequence ORDER BY vehicle_percent DESC
-""",
-)
+""")
 print(answer)
 
 # %% The frame to look at: from the archive, with its mask.

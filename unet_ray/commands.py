@@ -25,7 +25,7 @@ from unet_ray.keywords import takes_options
 if TYPE_CHECKING:
     from unet_ray.labelling.result import SegmentResult
     from unet_ray.model.importing import ImportedModel
-    from unet_ray.output.masks import Exported
+    from unet_ray.output.exports.formats import Exported
     from unet_ray.output.sources import SourcesRead
     from unet_ray.pairs.check_report import CheckReport
     from unet_ray.training.job import TrainResult
@@ -142,7 +142,7 @@ def export_masks(config: ExportMasksConfig) -> Exported:
         JobFailed: a file of it is damaged.
         StorageError: the store did not answer.
     """
-    from unet_ray.output.masks import export_masks as run
+    from unet_ray.output.exports.formats import export_masks as run
 
     config.configure_storage()
     return run(config)

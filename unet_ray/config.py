@@ -671,20 +671,36 @@ class ImportModelConfig(StorageConfig):
 
 @configuration
 class ExportMasksConfig(StorageConfig):
-    """Writes the masks of an output of `segment` as PNG files, or as one file of COCO annotations."""
+    """Writes the masks of an output of `segment` as files for other tools, with the frames if asked for."""
 
     labels: Positional[Uri] = dataclasses.field(kw_only=False)
     """URI of the output's folder."""
     out: Uri
-    """URI to write to: a folder for `png`, a file that ends in .json for `coco`."""
-    format: Literal["png", "coco"] = "png"
-    """A palette PNG for each frame, pixel = class id; or COCO's JSON, an RLE for each frame and class."""
+    """URI to write to: a folder; for `coco` a file that ends in .json; for `cvat` also one that ends in .zip."""
+    format: Literal["png", "voc", "cvat", "coco", "fiftyone"] = "png"
+    """A palette PNG for each frame, pixel = class id (png); folders as Pascal VOC has them (voc); CVAT's Segmentation
+    mask 1.1 (cvat); COCO's JSON, an RLE for each frame and class (coco); a dataset of FiftyOne (fiftyone)."""
     sequence: Texts = EMPTY
     """Only the frames of these drives."""
+    where: str | None = None
+    """Only the frames that fit a condition on the output's columns, as SQL writes it: "pixels_pedestrian > 0 and
+    confidence < 0.8"."""
+    with_frames: bool = False
+    """Write the frames too, byte by byte as they were labelled, out of archives too."""
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
         return (self.labels, self.out)
+
+    @property
+    def is_zip(self) -> bool:
+        """Whether `--out` is a zip file, which CVAT imports."""
+        return self.format == "cvat" and storage.resolve(self.out).endswith(".zip")
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether `--out` is a file, not a folder."""
+        return self.format == "coco" or self.is_zip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -692,6 +708,10 @@ class ExportMasksConfig(StorageConfig):
         require(
             self.format != "coco" or storage.resolve(self.out).endswith(".json"),
             f"--out is {self.out}; the format coco is one file, give a name that ends in .json",
+        )
+        require(
+            self.format == "cvat" or not storage.resolve(self.out).endswith(".zip"),
+            f"--out is {self.out}; only the format cvat is written as a zip, give a folder",
         )
 
 

@@ -26,7 +26,6 @@ from unet_ray import storage
 from unet_ray.digests import content_digest
 from unet_ray.errors import JobFailed
 from unet_ray.output import opened, plans, publish
-from unet_ray.output.expressions import read_condition
 from unet_ray.output.opened import Labels, open_labels
 
 IDS = [
@@ -115,22 +114,25 @@ CONDITIONS = [
         lambda row: (row["pixels_pedestrian"] or 0) > 3 and row["sequence"] == "b",
     ),
     ("not (status == 'ok')", lambda row: row["status"] != "ok"),
-    ("reason is not None or camera in ('right',)", lambda row: row["reason"] is not None or row["camera"] == "right"),
-    ("camera not in ['right', 'left'] and reason is None", lambda row: row["camera"] == "" and row["reason"] is None),
-    ("0.3 <= confidence < 0.6", lambda row: row["confidence"] is not None and 0.3 <= row["confidence"] < 0.6),
+    ("reason is not null or camera in ('right')", lambda row: row["reason"] is not None or row["camera"] == "right"),
+    ("camera not in ('right', 'left') and reason is null", lambda row: row["camera"] == "" and row["reason"] is None),
+    (
+        "0.3 <= confidence and confidence < 0.6",
+        lambda row: row["confidence"] is not None and 0.3 <= row["confidence"] < 0.6,
+    ),
     (
         "pixels_road + pixels_sky * 2 >= 12",
         lambda row: row["pixels_road"] is not None and row["pixels_road"] + 2 * row["pixels_sky"] >= 12,
     ),
     (
         "pixels_road / mask_width_px > 1",
-        lambda row: row["pixels_road"] is not None and row["pixels_road"] // row["mask_width_px"] > 1,
+        lambda row: row["pixels_road"] is not None and row["pixels_road"] / row["mask_width_px"] > 1,
     ),
     (
-        "starts_with(frame_id, 'b/left/') & (frame_index != 1)",
+        "frame_id LIKE 'b/left/%' and frame_index <> 1",
         lambda row: row["frame_id"].startswith("b/left/") and row["frame_index"] != 1,
     ),
-    ("field('camera') == 'left' or frame_index > -1", lambda row: True),
+    ("\"camera\" = 'left' or frame_index > -1", lambda row: True),
     ("sequence == 'nowhere'", lambda row: False),
 ]
 
@@ -173,27 +175,10 @@ def test_the_statistics_of_a_view_are_its_own(output):
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        (
-            "pixels_pedestrians > 0",
-            "'pixels_pedestrians > 0': there is no column pixels_pedestrians; perhaps you meant pixels_pedestrian",
-        ),
-        ("status = 'ok'", "\"status = 'ok'\" is no condition (invalid syntax"),
-        ("", "'' is no condition"),
-        ("pixels_road", "'pixels_road' does not fit the output's columns: Filter expression must evaluate to bool"),
-        (
-            "status > 3",
-            "does not fit the output's columns: Function 'greater' has no kernel matching input types (string, int",
-        ),
-        ("sequence in ('a', 3)", "does not fit the output's columns: "),
-        (
-            "__import__('os').system('true') == 0",
-            "__import__('os').system('true') is not understood here; write it as in Python: pixels_pedestrian > 0 and",
-        ),
-        ("frame_id.startswith('a')", "frame_id.startswith('a') is not understood here"),
-        ("[x for x in (1,)] == 1", "is not understood here"),
-        ("mask == 'x'", "there is no column mask; they are frame_id, uri, sequence, "),
-        ("(" * 5000 + "1" + ")" * 4999, "is no condition ("),
-        ("1 > 0 and " * 2000 + "True", "a condition of 20,004 letters; at most 10,000 are read"),
+        ("pixels_pedestrians > 0", "pixels_pedestrian"),
+        ("", "cannot be used: it is empty"),
+        ("__import__('os').system('true') = 0", "cannot be used: "),
+        ("mask = 'x'", "cannot be used: "),
     ],
 )
 def test_a_text_that_is_no_condition_is_one_line(output, condition, message):
@@ -206,11 +191,6 @@ def test_a_text_that_is_no_condition_is_one_line(output, condition, message):
 def test_an_expression_of_pyarrow_that_does_not_fit_is_one_line(output):
     with pytest.raises(ValueError, match=r"No match for FieldRef.Name\(nothing\)"):
         open_labels(output).where(pc.field("nothing") > 1)
-
-
-def test_the_columns_that_a_condition_looks_at_are_known():
-    schema = pa.schema([("a", pa.int64()), ("b c", pa.string())])
-    assert read_condition("a > 1 and field('b c') == 'x'", schema)[1] == {"a", "b c"}
 
 
 # --- pictures ---

@@ -144,6 +144,15 @@ class _Output:
         return next(read_frames(rows.slice(index - int(self._chunk_starts[number]), 1)))
 
 
+def _require_condition(condition: pc.Expression, schema: pa.Schema) -> None:
+    """Raises ValueError, in one line, where an expression does not say yes or no of rows with such columns."""
+    try:
+        schema.empty_table().filter(condition)
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the condition {condition} does not fit the output's columns: {reason}") from error
+
+
 def _ids_of(row_group: pq.RowGroupMetaData) -> tuple[str, str] | None:
     columns = (row_group.column(number) for number in range(row_group.num_columns))
     statistics = next(column.statistics for column in columns if column.path_in_schema == "frame_id")
@@ -242,8 +251,8 @@ class Labels:
         """Returns a view of the frames that meet a condition, of the same kind as this.
 
         Args:
-            condition: a text as `output.expressions` reads it, such as `pixels_pedestrian > 0`; or an expression of
-                pyarrow, `pc.field("pixels_pedestrian") > 0`.
+            condition: a text in the manner of SQL (`output.expressions`), such as `pixels_pedestrian > 0`; or an
+                expression of pyarrow, `pc.field("pixels_pedestrian") > 0`.
 
         Raises:
             ValueError: one line: a text that is none, a column that is not there.
@@ -251,10 +260,10 @@ class Labels:
         columns: Sequence[str] | None = None  # pyarrow does not say which ones an expression looks at
         if isinstance(condition, str):
             text = condition
-            condition, names = expressions.read_condition(text, self._output.schema)
-            columns = sorted(names)
+            condition = expressions.parse_expression(text, self._output.schema)
+            columns = expressions.column_names(text, self._output.schema)
         else:
-            expressions.require_condition(condition, self._output.schema, str(condition))
+            _require_condition(condition, self._output.schema)
         if self._condition is not None:
             condition = self._condition & condition
             columns = None if columns is None else sorted({*columns, *self._condition_columns})
