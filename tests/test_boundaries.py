@@ -17,7 +17,7 @@ ORDER = (
     # the words
     (
         *("classes", "containers", "digests", "errors", "frames", "images", "mask_png", "messages", "pictures"),
-        *("preprocessing", "progress", "resampling", "stops", "streams"),
+        *("preprocessing", "progress", "resampling", "stops", "streams", "suggestions"),
     ),
     ("storage",),
     ("model",),
@@ -30,7 +30,7 @@ ORDER = (
     ("reports",),
     ("training", "labelling"),
     ("demo",),
-    ("cli", "__init__"),
+    ("cli", "cli_help", "cli_options", "cli_values", "__init__"),
     ("chaos",),
     ("bench",),
     ("jobs",),

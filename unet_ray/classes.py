@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from unet_ray.messages import count
+from unet_ray.suggestions import closest, perhaps
 
 IGNORED_ID = 255
 """In an encoded mask: a pixel that counts in no loss and no metric."""
@@ -309,7 +310,8 @@ def _check_keys(mapping: Any, where: str, *, required: tuple[str, ...], optional
         raise ValueError(f"{where} is {mapping!r}, allowed is a mapping with {', '.join(required + optional)}")
     for key in mapping:
         if key not in required + optional:
-            raise ValueError(f"{where}: unknown key {key!r}, allowed are {', '.join(required + optional)}")
+            meant = perhaps(closest(str(key), required + optional))
+            raise ValueError(f"{where}: unknown key {key!r}, {meant}allowed are {', '.join(required + optional)}")
     for key in required:
         if key not in mapping:
             raise ValueError(f"{where}: {key} is missing")
