@@ -82,7 +82,7 @@ def require_usable_output(config: SegmentConfig, bundle: Bundle, tiling: Tiling 
     before = None if config.overwrite else plans.options_of(out)
     if before is not None:
         precision = before.get("precision", "float32") if config.precision == "auto" else config.precision
-        plans.require_same_kind(out, lineage_of(config, bundle, tiling, precision))
+        plans.require_same_kind(out, lineage_of(config, bundle, tiling, precision), bundle.uri)
 
 
 def make_plan(
