@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -51,6 +52,7 @@ def _train(config: TrainConfig) -> int:
     from unet_ray.training.job import train
 
     train(config)
+    _end(config.out, PICTURES, f"unet-ray segment --model {shlex.quote(config.out)} --frames … --out …")
     return 0
 
 
@@ -58,6 +60,11 @@ def _evaluate(config: EvaluateConfig) -> int:
     from unet_ray.training.evaluation import evaluate
 
     evaluate(config)
+    if config.out is None:
+        say("Next: the same command with --out FOLDER keeps metrics.json and pictures")
+        return 0
+    following = f"unet-ray segment --model {shlex.quote(config.model)} --frames … --out …"
+    _end(config.out, ("metrics.json", *PICTURES), following)
     return 0
 
 
@@ -65,6 +72,7 @@ def _segment(config: SegmentConfig) -> int:
     from unet_ray.labelling.job import segment
 
     segment(config)
+    _end(config.out, ("preview.png", "rejected.csv"), f"unet-ray verify {shlex.quote(config.out)}")
     return 0
 
 
@@ -73,7 +81,12 @@ def _check(config: CheckConfig) -> int:
 
     report = check_data_set(config)
     say(*report.as_text().split("\n"))
-    return EXIT_FAILED if report.refused else 0
+    if report.refused:
+        say("Next: mend what is marked `refused`, and give the same command again")
+        return EXIT_FAILED
+    words = [word for name in ("images", "masks", "classes") for word in (f"--{name}", getattr(config, name))]
+    say(f"Next: unet-ray train {shlex.join(words)} --out …")
+    return 0
 
 
 def _verify(config: VerifyConfig) -> int:
@@ -86,18 +99,23 @@ def _verify(config: VerifyConfig) -> int:
     for line in problems or verify.kept_labels(out):
         say(line)
     say(f"{config.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
-    if not config.sources:
-        return EXIT_FAILED if problems else 0
-    again = sources.read_sources(plans.read_plan(out))
-    say(*again.problems, again.as_text())
-    return EXIT_FAILED if problems or again.problems else 0
+    gone: Sequence[str] = ()
+    if config.sources:
+        again = sources.read_sources(plans.read_plan(out))
+        say(*again.problems, again.as_text())
+        gone = again.problems
+    if problems:
+        say("Next: the command that made these labels labels what is damaged again")
+    elif not gone:
+        say(f"Next: unet-ray export-masks {shlex.quote(config.out)} --out …")
+    return EXIT_FAILED if problems or gone else 0
 
 
 def _export_model(config: ExportModelConfig) -> int:
     from unet_ray.model.export import export_model
 
     export_model(config.model, config.out, config.format, allow_network=config.allow_network)
-    say(f"wrote {config.out}")
+    say(f"wrote {config.out}", f"Next: in Python, {_LOADERS[config.format]}({config.out!r})")
     return 0
 
 
@@ -117,7 +135,7 @@ def _import_model(config: ImportModelConfig) -> int:
         frames=config.frames,
     )
     say(*imported.lines, f"model: {imported.model}")
-    say(f"Next: unet-ray segment --model {imported.model} --frames … --out …")
+    say(f"Next: unet-ray segment --model {shlex.quote(imported.model)} --frames … --out …")
     return 0
 
 
@@ -136,7 +154,11 @@ def _doctor(config: DoctorConfig) -> int:
 
     reports = examine(config)
     print(report_text(reports))
-    return EXIT_FAILED if any(report.fails for report in reports) else 0
+    if any(report.fails for report in reports):
+        say("Next: mend what fails, as its line says, and give the same command again")
+        return EXIT_FAILED
+    say("Next: unet-ray check --images … --masks … --classes …")
+    return 0
 
 
 def _demo(config: DemoConfig) -> int:
@@ -158,6 +180,26 @@ COMMANDS = {
     "verify": Command(VerifyConfig, _verify),
     "export-masks": Command(ExportMasksConfig, _export_masks),
 }
+
+
+PICTURES = ("curves.png", "samples.png", "confusion.png")
+"""Of a training and of an evaluation; each may lack some."""
+
+_LOADERS = {
+    "keras": "keras.saving.load_model",
+    "savedmodel": "tensorflow.saved_model.load",
+    "onnx": "onnxruntime.InferenceSession",
+}
+"""What reads an exported model."""
+
+
+def _end(folder: str, names: Sequence[str], following: str) -> None:
+    """Says which of some files of a folder to look at, and the command that comes next."""
+    uri = storage.resolve(folder)
+    files = [storage.join(folder, name) for name in names if storage.exists(storage.join(uri, name))]
+    if files:
+        say(f"Look at: {', '.join(files)}")
+    say(f"Next: {following}")
 
 
 class _Stop:

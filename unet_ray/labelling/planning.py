@@ -89,6 +89,7 @@ def make_plan(
     config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, precision: str, device: str, listing: Listing
 ) -> Plan:
     """Returns the plan of the output: the one that it has, with what is listed beyond that as a new generation."""
+    say(f"planning the work on {count(len(listing.table), 'listed frame')}")
     plan = plans.plan(
         storage.resolve(config.out),
         listing,

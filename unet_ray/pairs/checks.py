@@ -21,7 +21,7 @@ from unet_ray import storage
 from unet_ray.classes import IGNORED_ID, PRESETS, ClassSet, RawValue, UnknownValuesError
 from unet_ray.config import CheckConfig, load_class_set
 from unet_ray.frames import natural_key
-from unet_ray.messages import count, first_few
+from unet_ray.messages import count, first_few, say, shown_path
 from unet_ray.pairs.check_report import LISTED, CheckReport, ClassCount, Finding, SequenceCount
 from unet_ray.pairs.drives import find_named_drives, suggest_path_pattern
 from unet_ray.pairs.pair_facts import PairFacts, inspect_pair, look_swapped
@@ -47,6 +47,7 @@ def check_data_set(config: CheckConfig) -> CheckReport:
     """
     images, masks = storage.resolve(config.images), storage.resolve(config.masks)
     class_set = load_class_set(config.classes)
+    say(f"listing frames in {shown_path(images)} and masks in {shown_path(masks)}")
     listing = find_pairs(
         images,
         masks,
@@ -174,6 +175,7 @@ def _add_names(findings: _Findings, pairs: Sequence[ImagePair], config: CheckCon
 
 
 def _inspect_all(pairs: Sequence[ImagePair], class_set: ClassSet, mask_format: str | None) -> Iterator[PairFacts]:
+    say(f"reading {count(len(pairs), 'pair')}")
     at_once = 256  # so that a million pairs are not a million futures
     local = all(storage.is_local(pair.image_uri) for pair in pairs)
     n_threads = (os.cpu_count() or 1) + 4 if local else storage.REQUESTS_IN_FLIGHT

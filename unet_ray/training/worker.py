@@ -31,7 +31,18 @@ from unet_ray.training import batches, checkpoints, evaluator, steps
 from unet_ray.training.augmentation import augment
 from unet_ray.training.calibrator import calibrate
 from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
-from unet_ray.training.events import EpochDone, Event, Failed, Finished, Restored, Started, StepDone, Stuck, Warned
+from unet_ray.training.events import (
+    EpochDone,
+    Event,
+    Failed,
+    Finished,
+    PhaseBegun,
+    Restored,
+    Started,
+    StepDone,
+    Stuck,
+    Warned,
+)
 from unet_ray.training.initial import set_initial_weights
 from unet_ray.training.optimizer import make_optimizer, make_schedule
 from unet_ray.training.task import Group, WorkerTask, frame_threads
@@ -81,6 +92,7 @@ class Worker:
         """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
         task, config = self.task, self.config
         _require_shared_storage(config.out)
+        self._tell(PhaseBegun(line=f"compiling the network, on {count(self.n_workers, 'worker')}"))
         configure_tensorflow(task.device, task.cpus, op_threads=task.cpus)
         strategy = steps.start_strategy(self.n_workers, task.device)
         self.add_up = steps.WorkerSum(strategy)
@@ -139,6 +151,8 @@ class Worker:
         best = self._restore_best(state)
         calibration = None
         if self.task.validation.names:
+            frames = count(len(self.task.validation.names), "validation frame")
+            self._tell(PhaseBegun(line=f"calibrating the confidence on {frames}"))
             calibration = calibrate(self.evaluator, self._own_validation(), self.add_up)
         if self.rank == 0:
             self._finish(best, calibration)
