@@ -144,7 +144,7 @@ def _export_masks(config: ExportMasksConfig) -> int:
 
     done = export_masks(config)
     missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    say(f"{count(done.written, 'mask')} written to {config.out}{missing}")
+    say(f"{count(done.written, 'mask')} written to {config.out}{missing}", f"Look at: {config.out}")
     return 0
 
 

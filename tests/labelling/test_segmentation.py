@@ -212,7 +212,7 @@ def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     assert {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()} == before
     output = capsys.readouterr().out
     assert "18 frames in 5 chunks, 0 in 0 to do" in output
-    assert f"check them with: unet-ray verify {labelled}" in output
+    assert f"masks and statistics: {labelled}/frames" in output
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ def differences(out: str, before: str, model: str | None, now: str) -> list[str]
         model: URI of the other model's folder; None: digests are enough.
         now: its digest.
     """
-    there, here = (_there(out), _here(model)) if model else ("", "")
-    return [f"model is {before[:12]} there{there} and {now[:12]} here{here}"]
+    names = (_there(out), _here(model)) if model else ("", "")
+    return [f"model is {before[:12]} there{names[0]} and {now[:12]} here{names[1]}"]
 
 
 def _there(out: str) -> str:

@@ -76,9 +76,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     frames = ingest(pairs, plan).frames
     # A process of its own: TensorFlow takes its number of threads once, and another network's may be another.
-    run: Any = ray.remote(
-        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_calls=1, num_returns="streaming"
-    )(_evaluate)
+    reserved: Any = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
+    run: Any = ray.remote(max_calls=1, num_returns="streaming", **reserved)(_evaluate)
     say("loading and compiling the network")
     results, samples, own_KK = _wait(run.remote(model, frames, config, device, cpus), len(pairs))
     _say_results(config, results, own_KK, class_set.names)
