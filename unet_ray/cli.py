@@ -79,7 +79,7 @@ def _segment(config: SegmentConfig) -> int:
 def _check(config: CheckConfig) -> int:
     from unet_ray.pairs.checks import check_data_set
 
-    report = check_data_set(config)
+    report = check_data_set(config, say)
     say(*report.as_text().split("\n"))
     if report.refused:
         say("Next: mend what is marked `refused`, and give the same command again")
@@ -144,7 +144,7 @@ def _export_masks(config: ExportMasksConfig) -> int:
 
     done = export_masks(config)
     missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    say(f"{count(done.written, 'mask')} written to {config.out}{missing}", f"Look at: {config.out}")
+    say(f"{count(done.written, 'mask')} written to {config.out}{missing}")
     return 0
 
 

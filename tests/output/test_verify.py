@@ -119,7 +119,9 @@ def test_the_command_fails_for_damage_and_names_the_file(how, name, root, tmp_pa
     captured = capsys.readouterr()
     assert (
         f"{path.relative_to(out)}: " in captured.out
-        and captured.out.endswith(f"\n{out}: damaged\n")
+        and captured.out.endswith(
+            f"\n{out}: damaged\nNext: the command that made these labels labels what is damaged again\n"
+        )
         and not captured.err
     )
 
