@@ -143,7 +143,7 @@ def test_the_exit_code_says_whether_training_would_take_it(tmp_path: Path, capsy
     output = capsys.readouterr().out
     root = tmp_path
     following = f"Next: unet-ray train --images {root}/rgb --masks {root}/seg --classes camvid --out …"
-    phases = (f"listing frames in {root}/rgb and masks in {root}/seg", "reading 3 pairs", "frames  ", "No findings")
+    phases = (f"listing {root}/rgb and {root}/seg", "reading 3 pairs", "frames  ", "No findings")
     assert_in_order(output, (*phases, "Training would take this data set.", following))
     (tmp_path / "seg" / "a" / "0.png").unlink()
     assert cli.main(command) == 1

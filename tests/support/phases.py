@@ -15,7 +15,7 @@ def assert_in_order(output: str, beginnings: Sequence[str]) -> None:
 RAY_STARTS = ("starting Ray on this machine", "Ray ")
 
 TRAINING = (
-    *("listing frames in ", "19 pairs; ", "masks: ", "device: "),
+    *("listing ", "19 pairs; ", "masks: ", "device: "),
     *("reading 14 pairs to train on", "14 of 14 pairs (100%), "),
     *("reading 5 pairs to validate with", "5 of 5 pairs (100%), ", "2 workers x 1 CPU; ", "leak rate: "),
     *("starting the workers; each loads TensorFlow", "compiling the network, on 2 workers", "precision: "),
@@ -25,14 +25,14 @@ TRAINING = (
 """Of a training of `small_training`, on a Ray that runs."""
 
 LABELLING = (
-    *("listing the frames of ", "device: ", "planning the work on 18 listed frames"),
+    *("listing ", "device: ", "planning the work on 18 listed frames"),
     *("18 frames in 5 chunks, 18 in 5 to do", "starting ", "18 of 18 frames (100%), "),
     *("publishing the rows and their statistics", "18 frames: 18 labelled", "masks and statistics: ", "preview: "),
 )
 """Of the archive of `test_segmentation`, on a Ray that runs."""
 
 EVALUATION = (
-    *("listing frames in ", "masks: ", "device: ", "reading 5 pairs", "5 of 5 pairs (100%), "),
+    *("listing ", "masks: ", "device: ", "reading 5 pairs", "5 of 5 pairs (100%), "),
     *("loading and compiling the network", "5 of 5 frames (100%), ", "mean IoU ", "boundary F1 "),
 )
 """Of the validation frames of `small_training`, on a Ray that runs."""

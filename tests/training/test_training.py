@@ -329,7 +329,7 @@ def test_a_finished_run_says_that_its_data_have_changed(undisturbed, tmp_path, c
     assert train(moved).metrics == result.metrics
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"listing frames in {moved.images} and masks in {moved.masks}",
+        f"listing {moved.images} and {moved.masks}",
         "warning: whether this run was trained on the data as they are now is not known: "
         f"{folders['masks']}: no such folder of masks",
         f"{moved.out} is finished already; --overwrite trains it anew",

@@ -93,7 +93,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     if config.overwrite:
         heartbeats.refuse_living(out)
     published = published and is_local()
-    say(f"listing the frames of {first_few([shown_path(uri) for uri in config.frames])}")
+    say(f"listing {first_few([shown_path(uri) for uri in config.frames])}")
     listing = _list(config, roots) if published else _list_and_connect(config, roots)
     refuse_unlistable(listing)
     doubles.require_outside(listing.table["uri"], out)

@@ -49,7 +49,7 @@ def check_data_set(config: CheckConfig, on_phase: Callable[[str], None] = lambda
     """
     images, masks = storage.resolve(config.images), storage.resolve(config.masks)
     class_set = load_class_set(config.classes)
-    on_phase(f"listing frames in {shown_path(images)} and masks in {shown_path(masks)}")
+    on_phase(f"listing {shown_path(images)} and {shown_path(masks)}")
     listing = find_pairs(
         images,
         masks,

@@ -111,7 +111,7 @@ def complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str
     Raises:
         ValueError: a folder that has none, or frames and masks without a partner.
     """
-    say(f"listing frames in {shown_path(images)} and masks in {shown_path(masks)}")
+    say(f"listing {shown_path(images)} and {shown_path(masks)}")
     listing = find_pairs(
         images,
         masks,
