@@ -72,7 +72,7 @@ def _segment(config: SegmentConfig) -> int:
     from unet_ray.labelling.job import segment
 
     segment(config)
-    _end(config.out, ("preview.png", "rejected.csv"), f"unet-ray verify {shlex.quote(config.out)}")
+    _end(config.out, ("report.html", "preview.png", "rejected.csv"), f"unet-ray verify {shlex.quote(config.out)}")
     return 0
 
 
@@ -182,7 +182,7 @@ COMMANDS = {
 }
 
 
-PICTURES = ("curves.png", "samples.png", "confusion.png")
+PICTURES = ("report.html", "curves.png", "samples.png", "confusion.png")
 """Of a training and of an evaluation; each may lack some."""
 
 _LOADERS = {
