@@ -6,6 +6,8 @@ import ast
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -52,6 +54,13 @@ def test_options_that_must_be_given_come_first_and_the_groups_in_their_order(nam
         required = ["required"] * any(option.default is NEVER for option in cli.COMMANDS[name].options.values())
         groups = [title for title in cli_help.GROUPS if title in titles]
         assert titles == [*required, *groups, "options from files", "examples"]
+
+
+def test_the_help_loads_neither_tensorflow_nor_ray():
+    code = "import sys\nfrom unet_ray import cli\ntry:\n    cli.main(['train', '-h'])\nexcept SystemExit:\n    "
+    code += "assert not {'tensorflow', 'keras', 'ray', 'matplotlib'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: unet-ray train --images URI ")
 
 
 def test_every_option_of_every_command_has_a_group():

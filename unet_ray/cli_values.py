@@ -28,7 +28,6 @@ NEVER = dataclasses.MISSING
 """The default of an option that has to be given."""
 
 _NUMBERS = {int: "whole number", float: "number"}
-_TEXTS = (str, os.PathLike)
 _LISTS = (tuple, list, Sequence, Collection)
 
 
