@@ -19,7 +19,7 @@ ORDER = (
     (
         *("charts", "class_files", "classes", "containers", "digests", "errors", "frames", "images", "mask_png"),
         *("messages", "overlays", "palette", "picture_grid", "pictures", "preprocessing", "progress", "resampling"),
-        *("stops", "streams"),
+        *("stops", "streams", "suggestions"),
     ),
     ("storage",),
     ("model",),
@@ -32,7 +32,7 @@ ORDER = (
     ("reports",),
     ("training", "labelling"),
     ("demo",),
-    ("cli", "commands", "__init__"),
+    ("cli", "cli_help", "cli_options", "cli_values", "commands", "__init__"),
     ("chaos",),
     ("bench",),
     ("jobs",),

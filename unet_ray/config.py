@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from tyro.conf import Positional
-
 from unet_ray import storage
 from unet_ray.class_files import class_set_of
 from unet_ray.classes import PRESETS, ClassSet
-from unet_ray.config_files import MAPPING_TEXT, read_content, read_mapping
+from unet_ray.config_files import MAPPING_TEXT, Positional, read_content, read_mapping
 from unet_ray.config_types import (
     EMPTY,
     NOT_GIVEN,
@@ -41,6 +39,7 @@ from unet_ray.model.architecture import (
 )
 from unet_ray.preprocessing import Channels, Fit, Preprocessing, Resize
 from unet_ray.storage import filesystems, overlaps, templates
+from unet_ray.suggestions import closest, perhaps
 
 Device = Literal["auto", "gpu", "cpu"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -169,9 +168,9 @@ class NetworkConfig(UnetOptions):
     """Which network is trained."""
 
     network: str = "unet"
-    """The network: unet; unet_convnext, a U-Net whose encoder is Keras' ConvNeXtTiny, of 32 million weights (see
-    --encoder-weights); or package.module:function, a function of your own that takes image_size and n_classes and
-    returns a keras.Model; its package must be installed on every node."""
+    """Which network: unet, unet_convnext or package.module:function. unet_convnext is a U-Net whose encoder is Keras'
+    ConvNeXtTiny, of 32 million weights (see --encoder-weights). A function of your own takes image_size and n_classes
+    and returns a keras.Model; its package must be installed on every node."""
     network_arguments: Annotated[Mapping[str, Any] | str | None, MAPPING_TEXT] = None
     """What your function takes beside them, as JSON or YAML: {"width": 64}."""
     drop_path: float = ConvnextOptions.drop_path
@@ -506,7 +505,7 @@ class SegmentConfig(ModelUseConfig, ClusterConfig):
     tta: Literal["none", "flip"] = "none"
     """Test-time augmentation: the mean of what the network says of a frame and of its mirror image; twice the time."""
     mask_encoding: Literal["png", "raw"] = "png"
-    """8-bit palette PNG (any viewer shows it) or the bare uint8 rows (faster)."""
+    """How a mask is stored: 8-bit palette PNG (any viewer shows it) or the bare uint8 rows (faster)."""
     precision: Precision = "auto"
     """Arithmetic of the network; `auto` is that of the output where it goes on with one, else bfloat16 where the device
     has it, else float32."""
@@ -763,6 +762,9 @@ def load_class_set(name_or_uri: str) -> ClassSet:
     if name_or_uri in PRESETS:
         return PRESETS[name_or_uri]
     if not name_or_uri.endswith((".yaml", ".yml")):
-        raise ValueError(f"--classes is {name_or_uri!r}; give one of {', '.join(PRESETS)} or the path of a .yaml file")
+        meant = perhaps(closest(name_or_uri, PRESETS))
+        raise ValueError(
+            f"--classes is {name_or_uri!r}; {meant}give one of {', '.join(PRESETS)} or the path of a .yaml file"
+        )
     content = read_content(name_or_uri)
     return class_set_of(content, source=name_or_uri, name=storage.name(name_or_uri).rpartition(".")[0])

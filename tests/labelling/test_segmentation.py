@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -15,12 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import phases
 import prometheus
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import small_output
+from phases import assert_in_order
 from PIL import Image
 from predicting import predict_and_compare, require_same
 
@@ -167,8 +170,10 @@ def test_chunks_are_cut_by_the_largest_camera(cluster, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def labelled(cluster, model: str, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("labelled") / "out"
-    result = run(model, archive, out, shard_rows=10)
+    out, output = tmp_path_factory.mktemp("labelled") / "out", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        result = run(model, archive, out, shard_rows=10)
+    (out.parent / "output.txt").write_text(output.getvalue())
     assert (result.listed, result.ok, result.rejected) == (18, 18, {})
     assert result.out == str(out) and result.frames_per_s > 0
     return out
@@ -205,6 +210,10 @@ def test_a_model_loaded_in_python_gives_the_same_bytes(labelled: Path, model: st
     assert answers["first_cpu_s"] < 12, "6 s on two cores"
 
 
+def test_a_line_as_each_phase_begins(labelled: Path) -> None:
+    assert_in_order((labelled.parent / "output.txt").read_text(), phases.LABELLING)
+
+
 def test_the_output_verifies_and_the_result_names_the_classes(labelled: Path, model: str, archive: Path) -> None:
     assert verify.verify(str(labelled)) == []
     table = rows_of(labelled)
@@ -226,7 +235,12 @@ def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     assert {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()} == before
     output = capsys.readouterr().out
     assert "18 frames in 5 chunks, 0 in 0 to do" in output
-    assert f"check them with: unet-ray verify {labelled}" in output
+    assert f"masks and statistics: {labelled}/frames" in output
+    assert cli.main(["segment", "--config", str(labelled / "config.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"Look at: {labelled}/preview.png",
+        f"Next: unet-ray verify {labelled}",
+    ]
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def connect() -> None:
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     _require_files()
     stop_handler = signal.getsignal(signal.SIGTERM)
+    say("starting Ray on this machine" if is_local() else f"joining the Ray cluster at {os.environ['RAY_ADDRESS']}")
     if is_local():
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.config_files import read_yaml
 from unet_ray.frames import HIDDEN_RULE
 from unet_ray.images import ImageRefused, frame_size
-from unet_ray.messages import count, first_few, say
+from unet_ray.messages import count, first_few, say, shown_path
 from unet_ray.pairs.pairs import ImagePair, detect_mask_format, find_pairs, require_complete
 from unet_ray.pairs.splits import Split, split_pairs
 from unet_ray.storage import read_many
@@ -111,6 +111,7 @@ def complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str
     Raises:
         ValueError: a folder that has none, or frames and masks without a partner.
     """
+    say(f"listing {shown_path(images)} and {shown_path(masks)}")
     listing = find_pairs(
         images,
         masks,
