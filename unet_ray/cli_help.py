@@ -37,17 +37,8 @@ GROUPS = {
     ),
     "augmentation": ("augment", "flip", "scale", "brightness", "contrast", "saturation"),
     "output": (
-        *(
-            "out",
-            "format",
-            "with_frames",
-            "mask_size",
-            "mask_encoding",
-            "overwrite",
-            "retry_rejected",
-            "max_rejected",
-            "add_root",
-        ),
+        *("out", "format", "with_frames", "mask_size", "mask_encoding", "overwrite", "retry_rejected"),
+        *("max_rejected", "add_root"),
         *("keep_gone", "chunk_frames", "shard_rows", "checkpoint_every_epochs", "mlflow"),
     ),
     "cluster": (
@@ -106,7 +97,7 @@ EXAMPLES = {
     "verify": ("unet-ray verify labels", "unet-ray verify s3://bucket/labels --sources"),
     "export-masks": (
         "unet-ray export-masks labels --out masks",
-        "unet-ray export-masks labels --out cvat.zip --format cvat --with-frames --where 'confidence < 0.8'",
+        "unet-ray export-masks labels --out cvat.zip --format cvat --where 'confidence < 0.8'",
     ),
 }
 """Two command lines for each command."""
