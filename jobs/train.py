@@ -6,8 +6,8 @@ On the cluster that RAY_ADDRESS names, or with `ray job submit`:
         --images s3://bucket/log/CameraRGB --masks s3://bucket/log/CameraMask --classes carla23 \
         --out s3://bucket/runs/carla --workers 4
 
-Expect a line an epoch, then the validation's mean IoU, and the trained model in OUT/model/. Submitted again after a
-kill, it resumes from the newest checkpoint that is whole.
+Expect a line as each phase begins and one an epoch, then the validation's mean IoU, and the trained model in
+OUT/model/. Submitted again after a kill, it resumes from the newest checkpoint that is whole.
 """
 
 import sys

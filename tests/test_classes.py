@@ -249,7 +249,10 @@ TWO = [{"name": "a", "color": [1, 1, 1], "values": [1]}, {"name": "b", "color": 
         ),
         (road() | {"void": 3}, "class set: unknown key 'void', allowed are classes, name, ignore"),
         (road() | {"name": ""}, "class set: name is '', allowed is a text that is not empty"),
-        (road(colour=1), "class set: classes[0]: unknown key 'colour', allowed are name, color, values"),
+        (
+            road(colour=1),
+            "class set: classes[0]: unknown key 'colour', perhaps you meant color; allowed are name, color, values",
+        ),
         ({"classes": [{"name": "road"}]}, "class set: classes[0]: color is missing"),
         (road(values=7), "class set: classes[0]: values is 7, allowed is a list"),
         (

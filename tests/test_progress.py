@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import threading
 
 import pytest
@@ -25,26 +24,60 @@ class Terminal(io.StringIO):
 
 
 def test_a_line_every_30_s_and_the_last_one(clock: list[float]) -> None:
+    """210 frames in the 21 s since the first were done, at 10 s; 900 in the 40 s of the last minute since then."""
     stream = io.StringIO()
     line = Progress(2000, "frames", done=1000, stream=stream)
     for seconds, count in ((10, 100), (29, 100), (31, 110), (45, 90)):
         clock[0] = 100.0 + seconds
         line.advance(count, ", 3 rejected")
-    assert stream.getvalue() == "1,310 of 2,000 frames (66%), 10.0 frames/s, 1 min 09 s left, 3 rejected\n"
+    assert stream.getvalue() == (
+        "1,310 of 2,000 frames (66%), 10.0 frames/s, 1 min 09 s left for all frames, 3 rejected\n"
+    )
     clock[0] = 150.0
     line.advance(600)
     line.finish()
-    assert stream.getvalue().splitlines()[-1] == "2,000 of 2,000 frames (100%), 20.0 frames/s"
+    assert stream.getvalue().splitlines()[-1] == "2,000 of 2,000 frames (100%), 22.5 frames/s"
 
 
 def test_a_line_comes_and_the_rate_falls_where_nothing_is_done(clock: list[float]) -> None:
     stream = io.StringIO()
     line = Progress(100, "frames", stream=stream)
-    clock[0] = 110.0
-    line.advance(50, ", 1 rejected")
-    for clock[0] in (120.0, 200.0, 210.0):
+    for clock[0], count in ((110.0, 10), (112.0, 40)):
+        line.advance(count, ", 1 rejected")
+    for clock[0] in (120.0, 190.0, 210.0):
         line.tick()
-    assert stream.getvalue() == "50 of 100 frames (50%), 0.5 frames/s, 1 min 40 s left, 1 rejected\n"
+    # 40 in 80 s
+    assert stream.getvalue() == ("50 of 100 frames (50%), 0.5 frames/s, 1 min 40 s left for all frames, 1 rejected\n")
+
+
+def test_the_warm_up_counts_in_no_rate_and_until_it_is_over_there_is_none(clock: list[float]) -> None:
+    """Two processes end their first pieces after 60 s, at once; then each piece takes a second."""
+    stream = io.StringIO()
+    line = Progress(100, "frames", stream=stream)
+    clock[0] = 131.0
+    line.tick()
+    for clock[0] in (160.0, 160.1):
+        line.advance(4)
+    clock[0] = 162.0
+    line.tick()
+    for clock[0] in (164.0, 168.0, 172.0):
+        line.advance(4)
+    clock[0] = 192.0
+    line.tick()
+    assert stream.getvalue().splitlines() == [
+        "0 of 100 frames (0%)",
+        "8 of 100 frames (8%)",
+        "20 of 100 frames (20%), 0.5 frames/s, 2 min 40 s left for all frames",
+    ]
+
+
+def test_a_job_of_one_piece_has_the_rate_of_the_whole(clock: list[float]) -> None:
+    stream = io.StringIO()
+    line = Progress(8, "frames", stream=stream)
+    clock[0] = 104.0
+    line.advance(8)
+    line.finish(", 0 rejected")
+    assert stream.getvalue() == "8 of 8 frames (100%), 2.0 frames/s, 0 rejected\n"
 
 
 def test_lines_come_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +95,13 @@ def test_lines_come_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bar_on_a_terminal_is_drawn_over(clock: list[float]) -> None:
     stream = Terminal()
     line = Progress(8, "frames", stream=stream)
-    clock[0] = 101.0
-    line.advance(2)
-    assert re.fullmatch("\r\x1b\\[K█{6}░{18} 2 of 8 frames \\(25%\\), 2.0 frames/s, 3 s left", stream.getvalue())
+    for clock[0], count in ((101.0, 1), (106.0, 4)):
+        line.advance(count)
+    drawn = stream.getvalue().split("\r\x1b[K")[1:]
+    assert drawn == [
+        f"{'█' * 3}{'░' * 21} 1 of 8 frames (12%)",
+        f"{'█' * 15}{'░' * 9} 5 of 8 frames (62%), 0.8 frames/s, 4 s left for all frames",
+    ]
     line.finish()
     assert stream.getvalue().endswith("\n")
 

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from unet_ray.messages import count
+from unet_ray.suggestions import closest, perhaps
 
 IGNORED_ID = 255
 """In an encoded mask: a pixel that counts in no loss and no metric."""
@@ -320,7 +321,9 @@ def _check_keys(mapping: Any, where: str, *, required: tuple[str, ...], optional
         raise ClassSetFormError(f"{where} is {mapping!r}, allowed is a mapping with {', '.join(required + optional)}")
     for key in mapping:
         if key not in required + optional:
-            raise ClassSetFormError(f"{where}: unknown key {key!r}, allowed are {', '.join(required + optional)}")
+            meant = perhaps(closest(str(key), required + optional))
+            allowed = ", ".join(required + optional)
+            raise ClassSetFormError(f"{where}: unknown key {key!r}, {meant}allowed are {allowed}")
     for key in required:
         if key not in mapping:
             raise ClassSetFormError(f"{where}: {key} is missing")

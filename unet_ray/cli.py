@@ -5,28 +5,23 @@ Exit codes: 0 done; 1 the data or its verification failed; 2 usage; 75 trying ag
 
 from __future__ import annotations
 
-import argparse
 import atexit
-import dataclasses
-import difflib
-import functools
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
 # Before TensorFlow is loaded anywhere below: its C++ notices name no trouble of the user's.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import tyro
-
 import unet_ray
-from unet_ray import config_files as options
 from unet_ray import stops, storage, streams
+from unet_ray.cli_help import help_text
+from unet_ray.cli_options import Command, Words, configuration, recipe_line, recipe_of, sort_words
 from unet_ray.config import (
     CheckConfig,
     DemoConfig,
@@ -42,21 +37,12 @@ from unet_ray.config import (
     load_class_set,
 )
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
-from unet_ray.messages import count, printable, say
+from unet_ray.messages import printable, say
 from unet_ray.stops import STOPPED
+from unet_ray.suggestions import COMMAND_SYNONYMS, closest
 
 END_WITHIN_S = 10.0
 """What a command that was told to stop has to do so in order; Ray's processes end with it either way."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand: what it is told, and what it does with that."""
-
-    config_type: type[Any]
-    run: Callable[[Any], int]
-    recipe: str | None = None
-    """Of the package, that counts where none is given; None: the command has no recipes."""
 
 
 # TensorFlow and Ray take seconds to import, so each command imports what it runs.
@@ -66,6 +52,7 @@ def _train(config: TrainConfig) -> int:
     from unet_ray.training.job import train
 
     train(config)
+    _end(config.out, PICTURES, f"unet-ray segment --model {shlex.quote(config.out)} --frames … --out …")
     return 0
 
 
@@ -73,6 +60,11 @@ def _evaluate(config: EvaluateConfig) -> int:
     from unet_ray.training.evaluation import evaluate
 
     evaluate(config)
+    if config.out is None:
+        say("Next: the same command with --out FOLDER keeps metrics.json and pictures")
+        return 0
+    following = f"unet-ray segment --model {shlex.quote(config.model)} --frames … --out …"
+    _end(config.out, ("metrics.json", *PICTURES), following)
     return 0
 
 
@@ -80,15 +72,21 @@ def _segment(config: SegmentConfig) -> int:
     from unet_ray.labelling.job import segment
 
     segment(config)
+    _end(config.out, ("report.html", "preview.png", "rejected.csv"), f"unet-ray verify {shlex.quote(config.out)}")
     return 0
 
 
 def _check(config: CheckConfig) -> int:
     from unet_ray.pairs.checks import check_data_set
 
-    report = check_data_set(config)
+    report = check_data_set(config, say)
     say(*report.as_text().split("\n"))
-    return EXIT_FAILED if report.refused else 0
+    if report.refused:
+        say("Next: mend what is marked `refused`, and give the same command again")
+        return EXIT_FAILED
+    words = [word for name in ("images", "masks", "classes") for word in (f"--{name}", getattr(config, name))]
+    say(f"Next: unet-ray train {shlex.join(words)} --out …")
+    return 0
 
 
 def _verify(config: VerifyConfig) -> int:
@@ -101,18 +99,24 @@ def _verify(config: VerifyConfig) -> int:
     for line in problems or verify.kept_labels(out):
         say(line)
     say(f"{config.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
-    if not config.sources:
-        return EXIT_FAILED if problems else 0
-    again = sources.read_sources(plans.read_plan(out))
-    say(*again.problems, again.as_text())
-    return EXIT_FAILED if problems or again.problems else 0
+    gone: Sequence[str] = ()
+    if config.sources:
+        again = sources.read_sources(plans.read_plan(out))
+        say(*again.problems, again.as_text())
+        gone = again.problems
+    if problems:
+        say("Next: the command that made these labels labels what is damaged again")
+    elif not gone:
+        say(f"Next: unet-ray export-masks {shlex.quote(config.out)} --out …")
+    return EXIT_FAILED if problems or gone else 0
 
 
 def _export_model(config: ExportModelConfig) -> int:
-    from unet_ray.model.export import export_model
+    with streams.without_notices():
+        from unet_ray.model.export import export_model
 
-    export_model(config.model, config.out, config.format, allow_network=config.allow_network)
-    say(f"wrote {config.out}")
+        export_model(config.model, config.out, config.format, allow_network=config.allow_network)
+    say(f"wrote {config.out}", f"Next: in Python, {_LOADERS[config.format]}({config.out!r})")
     return 0
 
 
@@ -132,16 +136,14 @@ def _import_model(config: ImportModelConfig) -> int:
         frames=config.frames,
     )
     say(*imported.lines, f"model: {imported.model}")
-    say(f"Next: unet-ray segment --model {imported.model} --frames … --out …")
+    say(f"Next: unet-ray segment --model {shlex.quote(imported.model)} --frames … --out …")
     return 0
 
 
 def _export_masks(config: ExportMasksConfig) -> int:
-    from unet_ray.output.masks import export_masks
+    from unet_ray.output.exports.formats import export_masks
 
-    done = export_masks(config)
-    missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    say(f"{count(done.written, 'mask')} written to {config.out}{missing}")
+    say(*export_masks(config).as_text(config.out))
     return 0
 
 
@@ -151,7 +153,11 @@ def _doctor(config: DoctorConfig) -> int:
 
     reports = examine(config)
     print(report_text(reports))
-    return EXIT_FAILED if any(report.fails for report in reports) else 0
+    if any(report.fails for report in reports):
+        say("Next: mend what fails, as its line says, and give the same command again")
+        return EXIT_FAILED
+    say("Next: unet-ray check --images … --masks … --classes …")
+    return 0
 
 
 def _demo(config: DemoConfig) -> int:
@@ -173,6 +179,26 @@ COMMANDS = {
     "verify": Command(VerifyConfig, _verify),
     "export-masks": Command(ExportMasksConfig, _export_masks),
 }
+
+
+PICTURES = ("report.html", "curves.png", "samples.png", "confusion.png")
+"""Of a training and of an evaluation; each may lack some."""
+
+_LOADERS = {
+    "keras": "keras.saving.load_model",
+    "savedmodel": "tensorflow.saved_model.load",
+    "onnx": "onnxruntime.InferenceSession",
+}
+"""What reads an exported model."""
+
+
+def _end(folder: str, names: Sequence[str], following: str) -> None:
+    """Says which of some files of a folder to look at, and the command that comes next."""
+    uri = storage.resolve(folder)
+    files = [storage.join(folder, name) for name in names if storage.exists(storage.join(uri, name))]
+    if files:
+        say(f"Look at: {', '.join(files)}")
+    say(f"Next: {following}")
 
 
 class _Stop:
@@ -231,8 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unet-ray {unet_ray.__version__}")
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"perhaps you meant {close[0]}" if close else "the commands are " + ", ".join(COMMANDS)
+        meant = COMMAND_SYNONYMS.get(name) or closest(name, COMMANDS)
+        hint = f"perhaps you meant {meant}" if meant else "the commands are " + ", ".join(COMMANDS)
         return _fail(f"{name!r} is no command; {hint}", EXIT_USAGE)
     return run_command(name, arguments[1:])
 
@@ -245,10 +271,11 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores it for its background
         signal.signal(signal.SIGINT, _stop)
     try:
-        config = parse(name, arguments)
+        words = _sorted_words(name, arguments)
+        config = configuration(name, COMMANDS[name], words)
         if isinstance(config, StorageConfig):
             config.configure_storage()
-        if recipe := _recipe_of(COMMANDS[name], arguments):
+        if recipe := recipe_of(COMMANDS[name], words):
             say(recipe_line(recipe, config))
         return COMMANDS[name].run(config)
     except ValueError as error:
@@ -270,124 +297,21 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:
-    """Returns the configuration of a command. Precedence: `--recipe` < `--config` < the options themselves.
+    """Returns the configuration of a command; see `cli_options.configuration`.
 
     Raises:
         ValueError: an option or a combination that the command does not allow.
-        SystemExit: after `--help` (0), or after the parser has said what it did not understand (2).
+        SystemExit: after the help.
     """
-    command = COMMANDS[name]
-    chosen, rest = _chosen_files(command, arguments)
-    from_files: list[str] = []
-    if chosen.recipe:
-        from_files += options.option_arguments(
-            options.read_recipe(chosen.recipe), command.config_type, f"recipe {chosen.recipe}"
-        )
-    if chosen.config:
-        from_files += options.option_arguments(options.read_yaml(chosen.config), command.config_type, chosen.config)
-    _refuse_unknown(name, rest, command.config_type)
-    _refuse_missing(name, [*from_files, *rest], command.config_type)
-    # A class's ValueError the parser would put into a box of its own; a function's it leaves to its caller.
-    make: Callable[..., Any] = command.config_type
-    config: Any = tyro.cli(
-        functools.partial(make),
-        args=[*from_files, *_joined(rest, command.config_type)],
-        prog=f"unet-ray {name}",
-        description=_description(command),
-        use_underscores=False,
-    )
-    return config
+    return configuration(name, COMMANDS[name], _sorted_words(name, arguments))
 
 
-def _chosen_files(command: Command, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the command line's `config` and `recipe`, and the rest of its words."""
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config")
-    files.set_defaults(recipe=None)
-    if command.recipe:
-        files.add_argument("--recipe", default=command.recipe)
-    return files.parse_known_args(arguments)
-
-
-def _recipe_of(command: Command, arguments: Sequence[str]) -> str | None:
-    return _chosen_files(command, arguments)[0].recipe
-
-
-def recipe_line(recipe: str, config: Any) -> str:
-    """Returns which recipe a job uses, and which of its options the command line or a file has changed."""
-    plain = options.to_plain(config)
-    changed = [name for name, value in options.read_recipe(recipe).items() if plain[name] != value]
-    but = ", but for " + " ".join(f"--{name.replace('_', '-')}" for name in changed) if changed else ""
-    return f"recipe: {recipe}{but}"
-
-
-def _refuse_unknown(name: str, words: Sequence[str], config_type: type[Any]) -> None:
-    """Raises ValueError for an option that is none, in one line; the parser would draw a box of nine."""
-    options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_type)]
-    known = {"--help", "--config", "--recipe", *options, *(option.replace("--", "--no-", 1) for option in options)}
-    for word in words:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and option not in known:
-            close = difflib.get_close_matches(option, options, n=1)
-            hint = f"perhaps you meant {close[0]}; " if close else ""
-            raise ValueError(f"{name} has no option {option}; {hint}`unet-ray {name} --help` shows them all")
-
-
-def _refuse_missing(name: str, words: Sequence[str], config_type: type[Any]) -> None:
-    """Raises ValueError for required options that are not given, in one line, as above."""
-    given = {word.partition("=")[0].replace("_", "-") for word in words}
-    required = (
-        field
-        for field in dataclasses.fields(config_type)
-        if field.default is field.default_factory is dataclasses.MISSING
-    )
-    missing = []
-    for field in required:
-        is_positional = "Positional" in str(field.type)
-        option = field.name.upper() if is_positional else f"--{field.name.replace('_', '-')}"
-        if not words if is_positional else option not in given:
-            missing.append(option)
-    if missing and not given & {"--help", "-h"}:
-        raise ValueError(f"{name} needs {', '.join(missing)}; `unet-ray {name} --help` tells more")
-
-
-def _joined(words: Sequence[str], config_type: type[Any]) -> list[str]:
-    """Returns the words with all values of a list behind its first option: `--frames a --frames b` as `--frames a b`.
-
-    The parser would take those of the last one.
-    """
-    lists = {
-        f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_type) if "..." in str(field.type)
-    }
-    groups: list[list[str]] = [[]]
-    for word in words:
-        option, equals, value = word.partition("=")
-        option = option.replace("_", "-")
-        if not word.startswith("--"):
-            groups[-1].append(word)
-        elif option not in lists:
-            groups.append([word])
-        else:
-            group = next((group for group in groups if group[:1] == [option]), None)
-            # It goes to the end, so that what follows is its own.
-            groups = [other for other in groups if other is not group]
-            groups.append([*(group or [option]), *([value] if equals else [])])
-    return [word for group in groups for word in group]
-
-
-def _description(command: Command) -> str:
-    text = (command.config_type.__doc__ or "").strip()
-    text += "\n\nAlso: --config FILE.yaml reads options from a file (`name: value`)."
-    if command.recipe:
-        text += f" --recipe NAME starts from one of {', '.join(options.recipe_names())}; without it from"
-        text += f" {command.recipe}, whose values count instead of the defaults below: {_values(command.recipe)}."
-        text += " An option given here wins over the file, the file over the recipe."
-    return text
-
-
-def _values(recipe: str) -> str:
-    values = {name.replace("_", "-"): value for name, value in options.read_recipe(recipe).items()}
-    return ", ".join(f"{name} {str(value).lower()}" for name, value in values.items())
+def _sorted_words(name: str, arguments: Sequence[str]) -> Words:
+    words = sort_words(name, COMMANDS[name], arguments, COMMANDS)
+    if words.help:
+        print(help_text(name, COMMANDS[name], is_whole=words.help == "--help"))
+        raise SystemExit(0)
+    return words
 
 
 def _overview() -> str:
@@ -399,7 +323,7 @@ def _overview() -> str:
 commands:
 {chr(10).join(lines)}
 
-unet-ray COMMAND --help shows a command's options, unet-ray --version the version."""
+unet-ray COMMAND -h shows a command's options, --help explains all of them; unet-ray --version shows the version."""
 
 
 def _fail(message: str, code: int) -> int:

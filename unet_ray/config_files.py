@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import enum
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from tyro.constructors import PrimitiveConstructorSpec
 
 from unet_ray import storage
+from unet_ray.suggestions import closest, option_meant, perhaps
 
-MAPPING_TEXT = PrimitiveConstructorSpec[Any](
-    nargs=1,
-    metavar="MAPPING",
-    # Read by `read_mapping`, whose errors are one line; a file's `null` is the text None here, as of every option.
-    instance_from_str=lambda texts: None if texts[0] == "None" else texts[0],
-    is_instance=lambda value: True,
-    str_from_instance=lambda value: [str(value)],
-)
-"""How tyro takes an option that is a mapping."""
+T = TypeVar("T")
+
+
+class Mark(enum.Enum):
+    """What the type of an option says of how the command line takes it."""
+
+    MAPPING = "a mapping as text, which `read_mapping` reads"
+    POSITIONAL = "given without the option's name"
+
+
+MAPPING_TEXT = Mark.MAPPING
+Positional = Annotated[T, Mark.POSITIONAL]
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -85,12 +88,13 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str) -> dict[str, Any]:
     """Returns the options of a recipe of the package. Raises ValueError for an unknown name."""
     if name not in recipe_names():
-        raise ValueError(f"--recipe is {name!r}; the recipes are {', '.join(recipe_names())}")
+        meant = perhaps(closest(name, recipe_names()))
+        raise ValueError(f"--recipe is {name!r}; {meant}the recipes are {', '.join(recipe_names())}")
     return yaml.load((resources.files("unet_ray") / "recipes" / f"{name}.yaml").read_bytes(), _YamlLoader)
 
 
-def option_arguments(options: Mapping[str, Any], config_type: type[Any], source: str) -> list[str]:
-    """Returns the options of a file as command-line arguments, so that one parser checks the values of both.
+def option_values(options: Mapping[str, Any], config_type: type[Any], source: str) -> dict[str, Any]:
+    """Returns the options of a file by the names of their fields; their values are as YAML gives them.
 
     Args:
         options: option names (`-` and `_` are the same) and YAML values.
@@ -100,19 +104,17 @@ def option_arguments(options: Mapping[str, Any], config_type: type[Any], source:
     Raises:
         ValueError: an option that the job does not have.
     """
-    fields = {field.name for field in dataclasses.fields(config_type)}
-    arguments: list[str] = []
+    fields = sorted(field.name for field in dataclasses.fields(config_type))
+    values = {}
     for option, value in options.items():
         field = str(option).replace("-", "_")
         if field not in fields:
-            raise ValueError(f"{source}: unknown option {option!r}; the options are {', '.join(sorted(fields))}")
-        flag = field.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            arguments += [f"--{flag}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
-    return arguments
+            raise ValueError(
+                f"{source}: unknown option {option!r}; {perhaps(option_meant(field, fields))}the options are "
+                f"{', '.join(fields)}"
+            )
+        values[field] = value
+    return values
 
 
 def to_yaml(config: Any) -> str:

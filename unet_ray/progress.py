@@ -1,4 +1,8 @@
-"""One truthful line about a running job: done of the known total, rate, time left; a bar on a terminal."""
+"""One truthful line about a running job: done of the known total, rate, time left; a bar on a terminal.
+
+Rate and time left are those of the work itself: what comes before its first piece is done (processes start, a network
+is compiled) counts in neither. What they are of stands behind them: `3 min 05 s left for all frames`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ LINE_EVERY_S = 30.0
 """Where nobody watches (a file, a job's log) a line comes this often; on a terminal it is redrawn twice a second."""
 
 _RATE_OVER_S = 60.0
+
+SETTLED_S = 5.0
+"""After the first piece, before a rate is one: at a start several processes end their first pieces at once."""
 
 
 class Progress:
@@ -31,8 +38,9 @@ class Progress:
         self._total, self._unit, self.done = total, unit, done
         self._is_terminal = self._stream.isatty()
         self._every_s = 0.5 if self._is_terminal else LINE_EVERY_S
-        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), done)])
-        self._next_print_s = self._marks[0][0] + self._every_s
+        self._start = time.monotonic(), done
+        self._marks: deque[tuple[float, int]] = deque()
+        self._next_print_s = self._start[0] + self._every_s
         self._note = ""
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -64,28 +72,44 @@ class Progress:
             now_s = time.monotonic()
             if now_s >= self._next_print_s:
                 self._next_print_s = now_s + self._every_s
-                self._print(self._note)
+                self._print(self._note, self._rate())
 
-    def _print(self, note: str) -> None:
-        since_s, before = self._marks[0]
-        rate = (self.done - before) / max(1e-9, time.monotonic() - since_s)
-        left = f", {duration((self._total - self.done) / rate)} left" if rate > 0 and self.done < self._total else ""
+    def _print(self, note: str, rate: float | None) -> None:
         share = self.done / self._total if self._total else 1.0
-        line = f"{self.done:,} of {self._total:,} {self._unit} ({share:.0%}), {rate:,.1f} {self._unit}/s{left}{note}"
+        line = f"{self.done:,} of {self._total:,} {self._unit} ({share:.0%})"
+        if rate is not None:
+            line += f", {rate:,.1f} {self._unit}/s"
+        if rate and self.done < self._total:
+            line += f", {time_left((self._total - self.done) / rate, self._unit)}"
         if self._is_terminal:
-            self._stream.write(f"\r\x1b[K{bar(share)} {line}")
+            self._stream.write(f"\r\x1b[K{bar(share)} {line}{note}")
         else:
-            self._stream.write(line + "\n")
+            self._stream.write(f"{line}{note}\n")
         self._stream.flush()
+
+    def _rate(self) -> float | None:
+        """Pieces a second since the first one, or over the last minute; None while that is not known."""
+        if len(self._marks) < 2:
+            return None
+        since_s, before = self._marks[0]
+        seconds = time.monotonic() - since_s
+        return (self.done - before) / seconds if seconds >= SETTLED_S else None
 
     def finish(self, note: str = "") -> None:
         """Prints the last state, whatever the time."""
         self._over.set()
         with self._lock:
-            self._print(note)
+            since_s, before = self._start
+            whole = (self.done - before) / max(1e-9, time.monotonic() - since_s)
+            self._print(note, self._rate() or whole)
         if self._is_terminal:
             self._stream.write("\n")
             self._stream.flush()
+
+
+def time_left(seconds: float, unit: str) -> str:
+    """`3 min 05 s left for all frames`."""
+    return f"{duration(seconds)} left for all {unit}"
 
 
 def bar(share: float) -> str:

@@ -110,6 +110,7 @@ print(requested())
 """
 
 
+@pytest.mark.slow
 def test_the_autoscaler_is_asked_again_when_another_asks_for_less_and_no_more_once_there_is_room():
     """The node that comes says that it has 100 CPUs."""
     with RayNodes() as nodes:
@@ -176,7 +177,7 @@ def findings_of(lines: list[str]) -> list[tuple[str, str, str]]:
 def test_the_doctor_says_line_by_line_what_this_machine_can_do(local, tmp_path, capsys):
     (tmp_path / "1.png").write_bytes(b"frame")
     assert cli.main(["doctor", "--outputs", str(tmp_path), "--storage-retry-s", "60"]) == 0
-    node, *lines, last = capsys.readouterr().out.splitlines()
+    node, *lines, last, following = capsys.readouterr().out.splitlines()
     (there,) = ray.nodes()
     assert node == f"node {there['NodeManagerAddress']} ({there['NodeManagerHostname']}, the head):"
     findings = findings_of(lines)
@@ -190,6 +191,7 @@ def test_the_doctor_says_line_by_line_what_this_machine_can_do(local, tmp_path, 
     assert text["authentication"] == "on: Ray refuses who has no token"
     assert [file.name for file in tmp_path.iterdir()] == ["1.png"]
     assert last == "nothing is in the way of a job"
+    assert following == "Next: unet-ray check --images … --masks … --classes …"
 
 
 def test_what_is_said_while_ray_starts_comes_through_but_for_its_notice(capfd):
@@ -226,7 +228,8 @@ def test_the_doctor_looks_at_a_machine_on_which_no_ray_is(monkeypatch, tmp_path,
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     ray.shutdown()
     assert cli.main(["doctor", "--inputs", str(tmp_path / "none")]) == 1
-    node, ray_line, *lines, last = capsys.readouterr().out.splitlines()
+    node, ray_line, *lines, last, following = capsys.readouterr().out.splitlines()
+    assert following == "Next: mend what fails, as its line says, and give the same command again"
     assert node == "this machine, without Ray:" and last == "will not work on: this machine, without Ray"
     assert ray_line.startswith("FAIL  Ray             RAY_ADDRESS is 127.0.0.1:1; no cluster lets us in there: ")
     assert ray_line.endswith(" -> start it with `ray start --head`, or unset RAY_ADDRESS to use this machine alone")
@@ -249,7 +252,8 @@ def test_the_doctor_asks_every_node_of_a_cluster_and_names_the_gpus_that_tensorf
             timeout=280,
         )
     assert (done.returncode, done.stderr) == (1, ""), done
-    joined, *lines, last = done.stdout.splitlines()
+    joining, joined, *lines, last, _ = done.stdout.splitlines()
+    assert joining == f"joining the Ray cluster at {nodes.address}"
     assert joined == f"Ray {ray.__version__} at {nodes.address}, nodes: 2: 1 CPU, 2 GPUs"
     n_lines = len(TOPICS) + 1  # storage has two
     starts = (1, n_lines + 2)

@@ -105,7 +105,7 @@ def test_a_path_that_another_machine_does_not_see_is_refused(nodes, folders):
             "give a URI that all of them reach (s3://…), or mount that folder at the same place on each"
         )
 
-    assert done.stdout.splitlines()[1:] == [
+    assert done.stdout.splitlines()[2:] == [
         "seen",
         refused("--frames", f"{own}/frames"),
         refused("--frames", f"{own}/frames"),

@@ -129,7 +129,7 @@ def test_auto_is_the_cpu_where_no_gpu_can_ever_come_and_the_request_is_withdrawn
     with RayNodes(autoscaling={"cpu": TYPES["cpu"]}) as nodes:
         environment = {**nodes.environment, "RAY_ADDRESS": nodes.address}
         done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True)
-        assert done.stdout.splitlines()[1:] == ["device: cpu (auto)", "True cpu", "[]"], done.stdout + done.stderr
+        assert done.stdout.splitlines()[2:] == ["device: cpu (auto)", "True cpu", "[]"], done.stdout + done.stderr
         assert n_workers(nodes) == 0
 
 

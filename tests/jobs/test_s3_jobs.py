@@ -178,7 +178,9 @@ def test_a_labelling_costs_a_request_a_frame_four_a_chunk_and_a_number_that_does
     # each sign of life, every 15 s, so a slow machine has more of them.
     assert methods.total() <= n_frames + 4 * n_chunks + 400
     code, output = store.run("verify", "S3/labels")
-    assert (code, output) == (0, f"{store.bucket}/labels: whole: every file and row agrees with its record\n")
+    whole, following = output.splitlines()
+    assert (code, whole) == (0, f"{store.bucket}/labels: whole: every file and row agrees with its record")
+    assert following == f"Next: unet-ray export-masks {store.bucket}/labels --out …"
     assert storage.read_bytes(f"{store.bucket}/labels/preview.png")[1:4] == b"PNG"
 
 

@@ -177,7 +177,18 @@ def begin(out: Path, model: str, frames: Path, *, result_version: int = RESULT_V
             "exported, but neither grown nor finished; give another --out, or --overwrite, or go on with the release "
             "that began it\n",
         ),
-        ("another model", [], "{out} holds labels of another kind: model is {before} there and {now} here"),
+        (
+            "another model",
+            [],
+            "{out} holds labels of another kind: model is {before} there (runs/first, labels begun 2001-09-09 01:46 "
+            "UTC) and {now} here ({model}, written 2033-05-18 03:33 UTC); give another --out, or --overwrite\n",
+        ),
+        (
+            "another model, of an output that does not say its name",
+            [],
+            "{out} holds labels of another kind: model is {before} there (labels begun 2001-09-09 01:46 UTC) and {now} "
+            "here ({model}, written 2033-05-18 03:33 UTC); give another --out, or --overwrite\n",
+        ),
     ],
 )
 def test_a_mistake_in_out_is_told_before_ray_starts(
@@ -196,13 +207,19 @@ def test_a_mistake_in_out_is_told_before_ray_starts(
         write(out / "thesis.tex")
     else:
         begin(out, model, frames, result_version=4 if mistake == "an earlier version" else RESULT_VERSION)
-    if mistake == "another model":
+    if mistake.startswith("another model"):
         write_bundle(model, {"w": np.ones((1,), np.float32)}, CONFIG, CLASSES, {})
+        (out / "config.yaml").write_text("model: runs/first\n" if mistake == "another model" else "[torn")
+        os.utime(out / "run.json", (1e9, 1e9))
+        os.utime(f"{model}/model.json", (2e9, 2e9))
     there = sorted(path.relative_to(out) for path in out.rglob("*"))
     assert cli.main(["segment", "--model", model, "--frames", str(frames), "--out", str(out), *options]) == 2
     error = capsys.readouterr().err
     digests = {"before": before[:12], "now": read_bundle(model).digest[:12]}
-    assert error.startswith(f"unet-ray: error: {message.format(out=out, **digests)}") and error.count("\n") == 1
+    assert (
+        error.startswith(f"unet-ray: error: {message.format(out=out, model=model, **digests)}")
+        and error.count("\n") == 1
+    )
     assert sorted(path.relative_to(out) for path in out.rglob("*")) == there
 
 

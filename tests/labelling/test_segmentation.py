@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -15,13 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import phases
 import prometheus
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import small_output
+from phases import assert_in_order
 from PIL import Image
+from predicting import predict_and_compare, require_same
 
 from unet_ray import cli, images
 from unet_ray.archives.listing import list_archives
@@ -113,7 +117,11 @@ def write_archive(folder: Path, frames_of_drive: dict[str, int]) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_archive(tmp_path_factory.mktemp("archive") / "log", {"a": 7, "bb": 11})
+    """18 frames of three sizes; two are JPEG, which their first bytes say."""
+    log = write_archive(tmp_path_factory.mktemp("archive") / "log", {"a": 7, "bb": 11})
+    for path in ("a/1.png", "bb/9.png"):
+        Image.open(log / path).save(log / path, "JPEG", quality=90)
+    return log
 
 
 def run(model: str, frames: Path, out: Path, **options) -> SegmentResult:
@@ -162,8 +170,10 @@ def test_chunks_are_cut_by_the_largest_camera(cluster, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def labelled(cluster, model: str, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("labelled") / "out"
-    result = run(model, archive, out, shard_rows=10)
+    out, output = tmp_path_factory.mktemp("labelled") / "out", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        result = run(model, archive, out, shard_rows=10)
+    (out.parent / "output.txt").write_text(output.getvalue())
     assert (result.listed, result.ok, result.rejected) == (18, 18, {})
     assert result.out == str(out) and result.frames_per_s > 0
     return out
@@ -191,6 +201,19 @@ def test_rows_are_the_frames_and_masks_agree_with_the_network(labelled: Path, mo
     assert len(seen) > 2
 
 
+def test_a_model_loaded_in_python_gives_the_same_bytes(labelled: Path, model: str, archive: Path) -> None:
+    answers = predict_and_compare(model, archive, labelled, device="cpu", precision="float32")
+    require_same(answers)
+    assert answers["traces"] == 1  # three sizes, one compilation of the network
+    assert answers["overlay"] == ["RGB", 66, 48] and answers["html"].startswith("<figure")
+    assert answers["text"][1] == f"Model({model!r}: 24x32, classes five, float32 on cpu)"
+    assert answers["first_cpu_s"] < 12, "6 s on two cores"
+
+
+def test_a_line_as_each_phase_begins(labelled: Path) -> None:
+    assert_in_order((labelled.parent / "output.txt").read_text(), phases.LABELLING)
+
+
 def test_the_output_verifies_and_the_result_names_the_classes(labelled: Path, model: str, archive: Path) -> None:
     assert verify.verify(str(labelled)) == []
     table = rows_of(labelled)
@@ -212,7 +235,12 @@ def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     assert {str(file): file.stat().st_mtime_ns for file in labelled.rglob("*") if file.is_file()} == before
     output = capsys.readouterr().out
     assert "18 frames in 5 chunks, 0 in 0 to do" in output
-    assert f"check them with: unet-ray verify {labelled}" in output
+    assert f"masks and statistics: {labelled}/frames" in output
+    assert cli.main(["segment", "--config", str(labelled / "config.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"Look at: {labelled}/preview.png",
+        f"Next: unet-ray verify {labelled}",
+    ]
 
 
 @pytest.mark.slow

@@ -38,12 +38,25 @@ def test_it_is_verified_and_its_masks_are_exported(root, tmp_path, capsys):
     assert pq.read_schema(tmp_path / "out/frames/part-00000.parquet").names == list(COLUMNS_4)
     assert cli.main(["export-masks", out, "--out", str(tmp_path / "masks")]) == 0
     assert capsys.readouterr().out.endswith(
-        "12 masks written to " + str(tmp_path / "masks") + "; 1 rejected frames have none\n"
+        "12 masks written to " + str(tmp_path / "masks") + "; 1 rejected frame has none\n"
     )
     rows = [row for chunk in plans.read_plan(out).chunks for row in label(chunk, reject=("b/4.png",)).to_pylist()]
     for row in (row for row in rows if row["status"] == "ok"):
         mask = np.asarray(Image.open(tmp_path / "masks" / f"{row['frame_id']}.png"))
         assert mask.ravel().tolist() == list(row["mask"])
+
+
+def test_its_masks_are_exported_for_other_tools(root, tmp_path, capsys):
+    out, voc = str(tmp_path / "out"), tmp_path / "voc"
+    write_version_4(root, out)
+    options = ("--format", "voc", "--where", "confidence > 0.5 and sequence = 'b'")
+    assert cli.main(["export-masks", out, "--out", str(voc), *options]) == 0
+    assert (voc / "ImageSets/Segmentation/trainval.txt").read_text() == "".join(f"b/{n}\n" for n in range(7))
+    assert cli.main(["export-masks", out, "--out", str(voc), "--where", "content_digest is null"]) == 2
+    assert "there is no column content_digest" in capsys.readouterr().err
+    # Its frames are no images: a version without digests is asked by what the files are.
+    assert cli.main(["export-masks", out, "--out", str(tmp_path / "frames"), "--with-frames"]) == 1
+    assert "none of 13 frames is as it was labelled: a/0.png: 2 bytes that begin with" in capsys.readouterr().err
 
 
 def test_damage_of_it_is_named(root, tmp_path):

@@ -43,7 +43,8 @@ def test_two_files_that_were_swapped_under_one_time_are_named_by_the_command(roo
     assert cli.main(["verify", out, "--sources"]) == 0
     whole = f"{out}: whole: every file and row agrees with its record"
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [whole, lines[1], "sources: 13 of 13 labelled frames hold what was labelled"]
+    following = f"Next: unet-ray export-masks {out} --out …"
+    assert lines == [whole, lines[1], "sources: 13 of 13 labelled frames hold what was labelled", following]
     assert lines[1].startswith("13 of 13 frames (100%), ")
     swap(root, "b/1.png", "b/2.png")
     plan = make_plan(root, out)

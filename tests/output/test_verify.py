@@ -105,7 +105,9 @@ def test_the_command_fails_for_damage_and_names_the_file(how, name, root, tmp_pa
     out = str(tmp_path / "out")
     run(root, out)
     assert cli.main(["verify", out]) == 0
-    assert capsys.readouterr().out == f"{out}: whole: every file and row agrees with its record\n"
+    assert capsys.readouterr().out == (
+        f"{out}: whole: every file and row agrees with its record\nNext: unet-ray export-masks {out} --out …\n"
+    )
     (path,) = (tmp_path / "out").glob(name)
     data = path.read_bytes()
     middle = len(data) // 2
@@ -117,7 +119,9 @@ def test_the_command_fails_for_damage_and_names_the_file(how, name, root, tmp_pa
     captured = capsys.readouterr()
     assert (
         f"{path.relative_to(out)}: " in captured.out
-        and captured.out.endswith(f"\n{out}: damaged\n")
+        and captured.out.endswith(
+            f"\n{out}: damaged\nNext: the command that made these labels labels what is damaged again\n"
+        )
         and not captured.err
     )
 

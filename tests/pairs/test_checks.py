@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phases import assert_in_order
 from PIL import Image
 
 from unet_ray import cli
@@ -139,10 +140,16 @@ def test_the_exit_code_says_whether_training_would_take_it(tmp_path: Path, capsy
     write_pairs(tmp_path, 3)
     command = ["check", "--images", str(tmp_path / "rgb"), "--masks", str(tmp_path / "seg"), "--classes", "camvid"]
     assert cli.main(command) == 0
+    output = capsys.readouterr().out
+    root = tmp_path
+    following = f"Next: unet-ray train --images {root}/rgb --masks {root}/seg --classes camvid --out …"
+    phases = (f"listing {root}/rgb and {root}/seg", "reading 3 pairs", "frames  ", "No findings")
+    assert_in_order(output, (*phases, "Training would take this data set.", following))
     (tmp_path / "seg" / "a" / "0.png").unlink()
     assert cli.main(command) == 1
-    first, second = capsys.readouterr().out.split("Training would take this data set.")
-    assert "No findings" in first and "frames have no mask" in second and "Training would refuse" in second
+    output = capsys.readouterr().out
+    assert "frames have no mask" in output and "Training would refuse" in output
+    assert output.endswith("\nNext: mend what is marked `refused`, and give the same command again\n")
 
 
 def test_all_that_is_only_to_be_known(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 
 import fsspec
 import pytest
@@ -53,6 +54,13 @@ def test_many_ranges_come_in_order_with_the_error_of_each(root):
     answers = storage.read_many(ranges)
     assert answers[:150] == [bytes([i]) for i in range(150)]
     assert isinstance(answers[150], FileNotFoundError)
+
+
+def test_when_a_file_was_written_is_known(root):
+    uri, before_s = storage.join(root, "x"), time.time()
+    assert storage.modified_s(uri) is None
+    storage.write_whole(uri, b"one")
+    assert before_s - 1 <= storage.modified_s(uri) <= time.time() + 1
 
 
 def test_the_version_changes_with_the_content(root):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import re
@@ -14,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import phases
 import prometheus
 import pytest
 import ray
 import yaml
+from phases import assert_in_order
 from PIL import Image
 from ray.util.placement_group import placement_group
 from small_training import CLASSES, HeldFrames, final_weights, held_up, last_state, make_config, write_data
 
+from unet_ray import cli, config_files
 from unet_ray.chaos import faults
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.errors import JobFailed, TryAgain
@@ -52,7 +57,10 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in prometheus.REPORT_INTERVAL.items():
             patch.setenv(name, value)
-        training.connect()
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            training.connect()
+        assert_in_order(output.getvalue(), phases.RAY_STARTS)
         yield
         ray.shutdown()
 
@@ -81,13 +89,16 @@ class Recorded(HeldFrames):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, cluster, tmp_path_factory):
-    """A run of two workers that nothing happened to; what they read is beside it in `read/`, openings in `opened`."""
+    """A run of two workers that nothing happened to; what they read is beside it in `read/`, openings in `opened`, and
+    what was printed in `output.txt`."""
     root = tmp_path_factory.mktemp("runs")
     config = make_config(data, root / "undisturbed")
     (root / "read").mkdir()
     events = faults.FileEvents(folder for kind in ("frames", "masks") for folder in (data / kind).iterdir())
-    with held_up(Recorded, root / "read"):
+    output = io.StringIO()
+    with held_up(Recorded, root / "read"), contextlib.redirect_stdout(output):
         result = train(config)
+    (root / "output.txt").write_text(output.getvalue())
     opened = Counter(str(file) for what, file in events.seen if what == "opened")
     (root / "opened.json").write_text(json.dumps(opened))
     return config, result
@@ -118,6 +129,12 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
     assert [row["step"] for row in result.history] == [4 * (epoch + 1) for epoch in range(12)]  # 14 frames by 4
     assert json.loads((run / "run.json").read_text())["train_frames"] == 14
     assert yaml.safe_load((run / "config.yaml").read_text())["batch_size"] == 4
+
+
+@pytest.mark.timeout(180)
+def test_a_line_as_each_phase_begins(undisturbed):
+    config, _ = undisturbed
+    assert_in_order((Path(config.out).parent / "output.txt").read_text(), phases.TRAINING)
 
 
 @pytest.mark.timeout(300)
@@ -252,10 +269,11 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
         precision="float32",
         device="cpu",
     )
-    results = evaluate(options)
+    (tmp_path / "evaluate.yaml").write_text(config_files.to_yaml(options))
+    assert cli.main(["evaluate", "--config", str(tmp_path / "evaluate.yaml")]) == 0
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert results["val/mean_iou"] == pytest.approx(result.metrics["val/mean_iou"], abs=1e-3)
     assert results["val/loss"] == pytest.approx(result.metrics["val/loss"], rel=1e-3)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
     assert 0 < results["val/boundary_f1/car"] <= 1
     assert results["temperature"] == result.metrics["temperature"]
     for when in ("before", "after"):
@@ -264,6 +282,9 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
     assert all(-1 <= results[f"val/error_correlation/{kind}"] <= 1 for kind in ("pearson", "spearman"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "samples.png", "confusion.png"}
     output = capsys.readouterr().out
+    pictures = ", ".join(str(tmp_path / "out" / name) for name in ("metrics.json", "samples.png", "confusion.png"))
+    following = f"Next: unet-ray segment --model {config.out} --frames … --out …"
+    assert_in_order(output, (*phases.EVALUATION, f"Look at: {pictures}", following))
     assert f"mean IoU {results['val/mean_iou']:.3f} over 3 of 3 classes" in output
     before, after = (results[f"val/expected_calibration_error/{when}"] for when in ("before", "after"))
     temperature, pearson = results["temperature"], results["val/error_correlation/pearson"]
@@ -290,6 +311,13 @@ def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
     assert again == result
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
     train(dataclasses.replace(config, max_failures=9, collective_timeout_s=5))  # changes nothing in the result
+    capsys.readouterr()
+    assert cli.main(["train", "--config", f"{config.out}/config.yaml"]) == 0
+    pictures = ", ".join(f"{config.out}/{name}.png" for name in ("curves", "samples", "confusion"))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"Look at: {pictures}",
+        f"Next: unet-ray segment --model {config.out} --frames … --out …",
+    ]
 
 
 def test_a_finished_run_says_that_its_data_have_changed(undisturbed, tmp_path, capsys):
@@ -315,6 +343,7 @@ def test_a_finished_run_says_that_its_data_have_changed(undisturbed, tmp_path, c
     assert train(moved).metrics == result.metrics
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
+        f"listing {moved.images} and {moved.masks}",
         "warning: whether this run was trained on the data as they are now is not known: "
         f"{folders['masks']}: no such folder of masks",
         f"{moved.out} is finished already; --overwrite trains it anew",
@@ -366,6 +395,12 @@ def test_a_run_starts_from_the_weights_of_another(undisturbed, data, cluster, tm
     for name, tensor in final_weights(config.out).items():
         np.testing.assert_allclose(final_weights(again.run)[name], tensor, atol=1e-6, err_msg=name)
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_for_other_classes_starts_from_all_but_the_last_layer(undisturbed, data, cluster, tmp_path, capsys):
+    config, _ = undisturbed
+    still = {"workers": 1, "epochs": 1, "learning_rate": 1e-12, "dropout": 0.0, "seed": 77}
     classes = {**CLASSES, "classes": [{**CLASSES["classes"][0], "name": "street"}, *CLASSES["classes"][1:]]}
     (tmp_path / "others.yaml").write_text(yaml.safe_dump(classes))
     others = make_config(
@@ -505,6 +540,7 @@ def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
     config = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)

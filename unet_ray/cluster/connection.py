@@ -68,6 +68,7 @@ def connect() -> None:
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     _require_files()
     stop_handler = signal.getsignal(signal.SIGTERM)
+    say("starting Ray on this machine" if is_local() else f"joining the Ray cluster at {os.environ['RAY_ADDRESS']}")
     if is_local():
         # Ray turns token authentication on for a local cluster, which is good, and warns of it, which helps nobody.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -88,6 +89,7 @@ def connect() -> None:
                 cuda_cache = {name: os.environ[name] for name in CUDA_CACHE if name in os.environ}
                 variables = {**WORKER_ENVIRONMENT, **cuda_cache, **storage_variables}
                 ray.init(runtime_env={"env_vars": variables}, **arguments)
+                lifeline.end_with_cluster()
         except (OSError, RuntimeError) as error:
             cause = " ".join(str(error).split())
             raise ValueError(f"RAY_ADDRESS is {address}; no cluster lets us in there: {cause}") from error

@@ -73,6 +73,7 @@ def require_usable_gpu(device: str, precision: str, wait_s: float) -> None:
         TryAgain: all of them were in use for so long.
     """
     if device == "gpu":
+        say("trying TensorFlow on the GPUs")
         ask_gpus(functools.partial(_look_at_gpu, precision), 1.0, wait_s)
 
 

@@ -64,6 +64,7 @@ def run_demo(config: DemoConfig) -> None:
     print("\nLook at:")
     for picture in ("run/curves.png", "run/samples.png", "run/confusion.png", "labels/preview.png"):
         print(f"  {config.out}/{picture}")
+    print("Next, with data of your own: unet-ray check --images … --masks … --classes …")
     print(f"Done in {time.monotonic() - started:.0f} s.")
 
 

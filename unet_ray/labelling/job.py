@@ -38,7 +38,7 @@ from unet_ray.labelling.planning import (
     say_other_machines,
 )
 from unet_ray.labelling.result import SegmentResult, result_of, say_result, show_preview
-from unet_ray.messages import count, say
+from unet_ray.messages import count, first_few, say, shown_path
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
 from unet_ray.model.label_options import LabelOptions, default_batch_size
@@ -55,8 +55,7 @@ if TYPE_CHECKING:
     from unet_ray.labelling.waves import WaveJob
 
 
-FILES_LOOKED_FOR = 16
-"""Files of the archives that every other machine is asked for, where they are local."""
+FILES_LOOKED_FOR = 16  # of the archives, where they are local: every other machine is asked for these
 
 
 def segment(config: SegmentConfig) -> SegmentResult:
@@ -94,6 +93,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     if config.overwrite:
         heartbeats.refuse_living(out)
     published = published and is_local()
+    say(f"listing {first_few([shown_path(uri) for uri in config.frames])}")
     listing = _list(config, roots) if published else _list_and_connect(config, roots)
     refuse_unlistable(listing)
     doubles.require_outside(listing.table["uri"], out)
@@ -237,7 +237,9 @@ def _label(config: SegmentConfig, plan: Plan, network: _Network, listing: Listin
         works, tried_nodes = try_xla(allocation.actor_gpus, config.wait_for_resources_s)
         label = dataclasses.replace(label, xla=works)
     job = _wave_job(config, plan, network, run.job, label, allocation, tried_nodes)
-    return work(job, plan, chunks, config.max_rejected, run.watch.require_ours)
+    frames_per_s = work(job, plan, chunks, config.max_rejected, run.watch.require_ours)
+    say("publishing the rows and their statistics")
+    return frames_per_s
 
 
 # --- before ---

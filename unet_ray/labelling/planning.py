@@ -82,13 +82,14 @@ def require_usable_output(config: SegmentConfig, bundle: Bundle, tiling: Tiling 
     before = None if config.overwrite else plans.options_of(out)
     if before is not None:
         precision = before.get("precision", "float32") if config.precision == "auto" else config.precision
-        plans.require_same_kind(out, lineage_of(config, bundle, tiling, precision))
+        plans.require_same_kind(out, lineage_of(config, bundle, tiling, precision), bundle.uri)
 
 
 def make_plan(
     config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, precision: str, device: str, listing: Listing
 ) -> Plan:
     """Returns the plan of the output: the one that it has, with what is listed beyond that as a new generation."""
+    say(f"planning the work on {count(len(listing.table), 'listed frame')}")
     plan = plans.plan(
         storage.resolve(config.out),
         listing,

@@ -77,7 +77,7 @@ def _is_picture(uri: str) -> bool:
 
 
 def say_result(result: SegmentResult, plan: Plan) -> None:
-    """Says how many frames are labelled and rejected, which these are, and what to do next."""
+    """Says how many frames are labelled and rejected, which these are, and where the labels lie."""
     rejected = sum(result.rejected.values())
     reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in result.rejected.items())})" if rejected else ""
     say(f"{count(result.listed, 'frame')}: {result.ok:,} labelled, {rejected:,} rejected{reasons}")
@@ -88,4 +88,3 @@ def say_result(result: SegmentResult, plan: Plan) -> None:
         if n_pixels:
             say(f"  {name:20}{n_pixels:16,} px {n_pixels / total:7.2%}")
     say(f"masks and statistics: {storage.join(result.out, 'frames')}")
-    say(f"check them with: unet-ray verify {result.out}")

@@ -62,6 +62,7 @@ def work(
     progress = Progress(plan.n_frames, "frames", done=plan.n_frames - todo)
     meters = _Meters(plan.n_frames, todo)
     send = functools.partial(run_wave, job)
+    say(f"starting {count(job.allocation.actors[0], 'model actor')}; each loads and compiles the network")
     with meters.gauges, progress:
         blocks = _blocks(job, plan, chunks)
         _label(send, blocks, progress, tally, meters.add, require_ours, carefully=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from unet_ray.messages import say
 from unet_ray.model.architecture import KerasConfig, ModelConfig, PythonConfig, config_of
 from unet_ray.model.child_process import answer_parent, ask_child
 from unet_ray.preprocessing import Preprocessing
@@ -37,6 +38,7 @@ def check_network(
     """
     if not isinstance(config, PythonConfig | KerasConfig):
         return
+    say("building the network once, to see whether it can be built")
     title = config.function if isinstance(config, PythonConfig) else "the network"
     question = {
         "network": config.network(),

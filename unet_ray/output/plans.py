@@ -34,7 +34,7 @@ from unet_ray.classes import ClassSet
 from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import MANIFEST_SCHEMA, Listing, carried_schema
 from unet_ray.messages import shown_path
-from unet_ray.output import manifest, origins, run_facts
+from unet_ray.output import manifest, model_names, origins, run_facts
 from unet_ray.output.chunks import CHUNK_SCHEMA, Chunk, Cutting
 from unet_ray.output.rows import FORMAT_VERSION, RESULT_VERSION, frames_schema
 from unet_ray.storage.sealed import are_counts, is_count, json_bytes, sealed, unsealed
@@ -354,22 +354,27 @@ def require_free(out: str) -> None:
         raise ValueError(f"{out} holds files that are no output of segment ({stranger}); give another --out")
 
 
-def require_same_kind(out: str, lineage: Lineage) -> dict[str, Any]:
-    """Returns run.json of an output. Raises ValueError where its labels are of another kind than this lineage's."""
+def require_same_kind(out: str, lineage: Lineage, model: str | None = None) -> dict[str, Any]:
+    """Returns run.json of an output. Raises ValueError where its labels are of another kind than this lineage's.
+
+    `model` is the URI of the lineage's model folder, for the message.
+    """
     run = read_run(out)
     if run["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{out} has format version {run['format_version']}, here it is {FORMAT_VERSION}; give another --out"
         )
-    before = run["lineage"]["result_version"]
-    if before != lineage.result_version:
+    version = run["lineage"]["result_version"]
+    if version != lineage.result_version:
         release = run["recorded"].get("unet-ray")
         raise ValueError(
-            f"{out} holds labels of result version {before}, and this release makes version {lineage.result_version}: "
+            f"{out} holds labels of result version {version}, and this release makes version {lineage.result_version}: "
             "it can be read, verified and exported, but neither grown nor finished; give another --out, or "
             f"--overwrite, or go on with the release that began it{f' (unet-ray {release})' if release else ''}"
         )
-    differences = list(_differences(run["lineage"], lineage.to_dict()))
+    before, now = run["lineage"]["bundle_digest"], lineage.bundle_digest
+    models = model_names.differences(out, before, model, now) if before != now else []
+    differences = [*models, *_differences(run["lineage"], lineage.to_dict())]
     if differences:
         raise ValueError(
             f"{out} holds labels of another kind: {'; '.join(differences)}; give another --out, or --overwrite"
@@ -396,13 +401,10 @@ def _claim(out: str, lineage: Lineage, recorded: Mapping[str, Any], overwrite: b
 
 
 def _differences(planned: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
-    names = {"bundle_digest": "model", "class_set": "class set"}
-    for key, name in names.items():
-        if json_bytes(planned[key]) != json_bytes(current[key]):
-            values = [lineage[key] for lineage in (planned, current)]
-            if key == "class_set":
-                values = [value["name"] for value in values]
-            yield f"{name} is {str(values[0])[:12]} there and {str(values[1])[:12]} here"
+    """Yields what differs between two lineages, but for their models."""
+    if json_bytes(planned["class_set"]) != json_bytes(current["class_set"]):
+        names = [str(lineage["class_set"]["name"])[:12] for lineage in (planned, current)]
+        yield f"class set is {names[0]} there and {names[1]} here"
     for option in sorted({*planned["options"], *current["options"]}):
         before, now = planned["options"].get(option), current["options"].get(option)
         if json_bytes(before) != json_bytes(now):

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from unet_ray import storage
 from unet_ray.classes import IGNORED_ID, PRESETS, ClassSet, RawValue, UnknownValuesError
 from unet_ray.config import CheckConfig, load_class_set
 from unet_ray.frames import natural_key
-from unet_ray.messages import count, first_few
+from unet_ray.messages import count, first_few, shown_path
 from unet_ray.pairs.check_report import LISTED, CheckReport, ClassCount, Finding, SequenceCount
 from unet_ray.pairs.drives import find_named_drives, suggest_path_pattern
 from unet_ray.pairs.pair_facts import PairFacts, inspect_pair, look_swapped
@@ -38,15 +38,18 @@ MOSTLY_IGNORED = 0.5
 _MOST_UNKNOWN = 10_000  # different unknown values that are counted one by one
 
 
-def check_data_set(config: CheckConfig) -> CheckReport:
+def check_data_set(config: CheckConfig, on_phase: Callable[[str], None] = lambda line: None) -> CheckReport:
     """Reads a whole data set and says what is wrong with it; progress goes to standard error.
+
+    `on_phase` is called with a line as each part of the work begins.
 
     Raises:
         ValueError: folders in which there is nothing to check, a class set that is none.
         StorageError: the store did not answer.
     """
-    images, masks = storage.resolve(config.images), storage.resolve(config.masks)
+    images, masks = map(storage.resolve, config.folders())
     class_set = load_class_set(config.classes)
+    on_phase(f"listing {shown_path(images)} and {shown_path(masks)}")
     listing = find_pairs(
         images,
         masks,
@@ -68,6 +71,7 @@ def check_data_set(config: CheckConfig) -> CheckReport:
             mask_format = _detect(listing.pairs, class_set, findings)
         _add_orphans(findings, listing)
         _add_names(findings, listing.pairs, config)
+        on_phase(f"reading {count(len(listing.pairs), 'pair')}")
         for facts in _inspect_all(listing.pairs, class_set, mask_format):
             tally.add(facts)
         tally.finish()

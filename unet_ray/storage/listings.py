@@ -102,14 +102,27 @@ def _local_info(path: str, relative: str) -> FileInfo:
     )
 
 
+def modified_s(uri: str) -> float | None:
+    """Returns when a file was written, in s since 1970; None where it is not there or its store does not say."""
+    fs, path = filesystem(uri)
+    look = partial(web.look, fs) if web.is_web(uri) else fs.info
+    try:
+        modified = _modified(persistently(uri, lambda: look(path)))
+    except FileNotFoundError:
+        return None
+    return modified if isinstance(modified, float) else None
+
+
+def _modified(entry: dict[str, Any]) -> Any:
+    """When a file was written, as its store says it: s since 1970, text, or nothing."""
+    modified = next((entry[key] for key in ("LastModified", "last_modified", "mtime", "created") if entry.get(key)), "")
+    # A listing and a look at one file may give a time in two types (fsspec's memory).
+    return modified.timestamp() if hasattr(modified, "timestamp") else modified
+
+
 def _remote_info(entry: dict[str, Any], relative: str, uri: str) -> FileInfo:
     tag = entry.get("ETag") or entry.get("etag") or entry.get("md5Hash")
-    modified = next((entry[key] for key in ("LastModified", "last_modified", "mtime", "created") if entry.get(key)), "")
-    if hasattr(
-        modified, "timestamp"
-    ):  # a listing and a look at one file may give a time in two types (fsspec's memory)
-        modified = modified.timestamp()
-    version = str(tag).strip('"') if tag else f"{modified}-{entry['size']}"
+    version = str(tag).strip('"') if tag else f"{_modified(entry)}-{entry['size']}"
     return FileInfo(path=relative, uri=uri, size_bytes=entry["size"] or 0, version=version)
 
 

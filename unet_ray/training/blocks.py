@@ -39,6 +39,7 @@ from unet_ray.images import ImageRefused, count_values, frame_size
 from unet_ray.messages import count, say
 from unet_ray.pairs.pairs import ImagePair, PairContent, PairProblem, load_pair, read_pairs
 from unet_ray.pairs.splits import difference_hash
+from unet_ray.progress import Progress
 from unet_ray.storage import read_many
 from unet_ray.training.batches import BlockFrames, FileFrames, FrameSource, IngestPlan, at_size
 
@@ -131,13 +132,14 @@ def _pack(mask_HW: np.ndarray) -> bytes:
     return zlib.compress(mask_HW.tobytes(), 1)
 
 
-def ingest(pairs: Sequence[ImagePair], plan: IngestPlan, *, kept_bytes: int = 0) -> Ingested:
-    """Reads, checks and keeps all pairs, on all cores of the cluster.
+def ingest(pairs: Sequence[ImagePair], plan: IngestPlan, *, kept_bytes: int = 0, purpose: str = "") -> Ingested:
+    """Reads, checks and keeps all pairs, on all cores of the cluster, and says so.
 
     Args:
         pairs: what to read.
         plan: what to keep of each pair.
         kept_bytes: what other pairs of the same run take of the object store.
+        purpose: what they are for, in the line that says so.
 
     Raises:
         ValueError: pairs that cannot be used: how many, and the first of them.
@@ -152,7 +154,9 @@ def ingest(pairs: Sequence[ImagePair], plan: IngestPlan, *, kept_bytes: int = 0)
     n_bytes = len(pairs) * row_bytes
     fits = kept_bytes + n_bytes <= STORE_SHARE * _smallest_store_bytes()
     kept = plan if fits else dataclasses.replace(plan, keep_pixels=False)
-    with limited(f"reading {count(len(pairs), 'pair')}", READ_TIMEOUT_S + PAIR_TIMEOUT_S * len(pairs)):
+    phase = f"reading {count(len(pairs), 'pair')}{f' {purpose}' if purpose else ''}"
+    say(phase)
+    with limited(phase, READ_TIMEOUT_S + PAIR_TIMEOUT_S * len(pairs)):
         blocks = _run(pairs, kept, row_bytes)
     summary = pa.concat_tables(ray.get([_summarize.remote(block) for block in blocks])).sort_by("index")
     _refuse_problems(summary)
@@ -206,8 +210,14 @@ def _run(pairs: Sequence[ImagePair], plan: IngestPlan, row_bytes: int) -> list[r
         dataset = ray.data.from_arrow(parts).map_batches(
             read, batch_size=None, batch_format="numpy", max_retries=READ_RETRIES
         )
+    blocks: list[ray.ObjectRef] = []
     try:
-        return dataset.to_arrow_refs()
+        with Progress(len(pairs), "pairs") as progress:
+            for bundle in dataset.iter_internal_ref_bundles():
+                blocks += bundle.block_refs
+                progress.advance(bundle.num_rows() or 0)
+        progress.finish()
+        return blocks
     except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
         raise error.cause from error
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:

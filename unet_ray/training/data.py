@@ -15,7 +15,7 @@ from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.config_files import read_yaml
 from unet_ray.frames import HIDDEN_RULE
 from unet_ray.images import ImageRefused, frame_size
-from unet_ray.messages import count, first_few, say
+from unet_ray.messages import count, first_few, say, shown_path
 from unet_ray.pairs.pairs import ImagePair, detect_mask_format, find_pairs, require_complete
 from unet_ray.pairs.splits import Split, split_pairs
 from unet_ray.storage import read_many
@@ -42,7 +42,7 @@ class TrainingData:
 def find_data(config: TrainConfig) -> TrainingData:
     """Finds classes, pairs, split and mask format; everything that can be refused before Ray starts."""
     class_set = load_class_set(config.classes)
-    pairs = complete_pairs(config, config.images, config.masks)
+    pairs = complete_pairs(config, *config.folders())
     if config.val_images is not None and config.val_masks is not None:
         val_pairs = complete_pairs(config, config.val_images, config.val_masks)
         how = f"{count(len(val_pairs), 'other frame')} of {config.val_images} validate"
@@ -75,7 +75,7 @@ def size_of_frames(config: TrainConfig) -> tuple[int, int]:
     Raises:
         ValueError: none of these frames is an image.
     """
-    pairs = complete_pairs(config, config.images, config.masks)
+    pairs = complete_pairs(config, *config.folders())
     chosen = np.linspace(0, len(pairs) - 1, min(_FRAMES_LOOKED_AT, len(pairs))).astype(int)
     sizes: Counter[tuple[int, int]] = Counter()
     for content in read_many([(pairs[index].image_uri, 0, None) for index in chosen]):
@@ -111,6 +111,7 @@ def complete_pairs(config: TrainConfig | EvaluateConfig, images: str, masks: str
     Raises:
         ValueError: a folder that has none, or frames and masks without a partner.
     """
+    say(f"listing {shown_path(images)} and {shown_path(masks)}")
     listing = find_pairs(
         images,
         masks,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,16 @@ from unet_ray.model import bundle, metrics
 from unet_ray.model.devices import choose_policy, configure_tensorflow
 from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.onnx_labels import require_labelling_options
+from unet_ray.progress import Progress
 from unet_ray.training import evaluator as evaluation
 from unet_ray.training.batches import FrameSource, IngestPlan
 from unet_ray.training.blocks import ingest
 from unet_ray.training.data import complete_pairs, find_mask_format
 from unet_ray.training.results import draw_results
 from unet_ray.training.task import frame_threads
+
+PROGRESS_INTERVAL_S = 0.5
+"""Between two reports of the frames that are done."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model.require_buildable()
     require_labelling_options(model, slides=False, tta=config.tta, precision=config.precision)
     class_set = model.class_set
-    pairs = complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
+    pairs = complete_pairs(config, *map(storage.resolve, config.folders()))
     mask_format = find_mask_format(config.mask_format, pairs, class_set)
     connect()
     require_seen_by_all({"--images": [pairs[0].image_uri], "--masks": [pairs[0].mask_uri]}, None)
@@ -71,16 +76,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     frames = ingest(pairs, plan).frames
     # A process of its own: TensorFlow takes its number of threads once, and another network's may be another.
-    run = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_calls=1)(_evaluate)
-    try:
-        results, samples, own_KK = ray.get(run.remote(model, frames, config, device, cpus))
-    except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
-        raise error.cause from error
-    say(*metrics.class_table(own_KK, class_set.names).splitlines())
-    if config.tta == "flip":
-        say("these are of the mean of a frame's logits and its mirror image's (--tta flip)")
-    say(f"boundary F1 {results['val/boundary_f1'] or 0:.3f} within {metrics.BOUNDARY_TOLERANCE:.2%} of the diagonal")
-    say(*_calibration_lines(results))
+    reserved: Any = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
+    run: Any = ray.remote(max_calls=1, num_returns="streaming", **reserved)(_evaluate)
+    say("loading and compiling the network")
+    results, samples, own_KK = _wait(run.remote(model, frames, config, device, cpus), len(pairs))
+    _say_results(config, results, own_KK, class_set.names)
     if config.out is not None:
         out = storage.resolve(config.out)
         draw_results(out, pairs, class_set, mask_format, samples, own_KK)
@@ -88,10 +88,38 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return results
 
 
+def _say_results(config: EvaluateConfig, results: Mapping[str, Any], own_KK: np.ndarray, names: Sequence[str]) -> None:
+    say(*metrics.class_table(own_KK, names).splitlines())
+    if config.tta == "flip":
+        say("these are of the mean of a frame's logits and its mirror image's (--tta flip)")
+    say(f"boundary F1 {results['val/boundary_f1'] or 0:.3f} within {metrics.BOUNDARY_TOLERANCE:.2%} of the diagonal")
+    say(*_calibration_lines(results))
+
+
+Measured = tuple[dict[str, Any], dict[int, np.ndarray], np.ndarray]
+"""Metrics, predicted masks of some frames, confusion matrix at the masks' own sizes."""
+
+
+def _wait(answers: Iterable[ray.ObjectRef], n_frames: int) -> Measured:
+    """Shows how many frames are done, as `_evaluate` says it, and returns what it ends with."""
+    with Progress(n_frames, "frames") as progress:
+        for answer in answers:
+            try:
+                value = ray.get(answer)
+            except ray.exceptions.RayTaskError as error:  # whose text is a stack trace
+                raise error.cause from error
+            if isinstance(value, tuple):
+                progress.finish()
+                return value
+            if value > progress.done:
+                progress.advance(value - progress.done)
+    raise AssertionError("the evaluation ended without a last word")
+
+
 def _evaluate(
     model: bundle.Bundle, frames: FrameSource, config: EvaluateConfig, device: str, cpus: int
-) -> tuple[dict[str, Any], dict[int, np.ndarray], np.ndarray]:
-    """Runs where the device is: metrics, predicted masks of some frames, confusion matrix at the masks' own sizes."""
+) -> Generator[int | Measured, None, None]:
+    """Runs where the device is: yields the frames that are done now and then, and at last what was measured."""
     from unet_ray.training import steps
     from unet_ray.training.calibrator import Calibrator
     from unet_ray.training.onnx_predictor import OnnxPredictor
@@ -110,13 +138,32 @@ def _evaluate(
         predict, reader, config.batch_size, model.model_config, n_threads=frame_threads(device, cpus)
     )
     calibrator = Calibrator((1.0, model.temperature or 1.0))
-    counted = evaluator.count(range(len(frames.names)), with_boundaries=True, on_predicted=calibrator.add_batch)
+    counted = yield from _count(evaluator, range(len(frames.names)), calibrator.add_batch)
     samples = evaluator.predict_masks(evaluation.sample_places(len(frames.names)))
     names = model.class_set.names
     results = evaluation.metrics_of(counted.own_size_KK, counted.model_size_KK, names)
     results |= {f"val/{key}": value for key, value in metrics.boundary_f1(counted.boundary_K4, names).items()}
     results |= {"temperature": model.temperature} | calibrator.metrics()
-    return {"val/loss": predict.loss(counted.sums_S)} | results, samples, counted.own_size_KK
+    yield {"val/loss": predict.loss(counted.sums_S)} | results, samples, counted.own_size_KK
+
+
+def _count(
+    evaluator: evaluation.Evaluator, indices: range, on_predicted: Callable[[evaluation.Predicted], None]
+) -> Generator[int, None, evaluation.Evaluation]:
+    """Counts frames in a thread of its own; yields now and then how many are done."""
+    n_done = 0
+
+    def add_batch(batch: evaluation.Predicted) -> None:
+        nonlocal n_done
+        on_predicted(batch)
+        n_done += len(batch.chosen)
+
+    with ThreadPoolExecutor(1) as beside:
+        counting = beside.submit(evaluator.count, indices, with_boundaries=True, on_predicted=add_batch)
+        while wait([counting], timeout=PROGRESS_INTERVAL_S).not_done:
+            yield n_done
+    yield n_done
+    return counting.result()
 
 
 def _calibration_lines(results: Mapping[str, Any]) -> list[str]:

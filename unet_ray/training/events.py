@@ -12,6 +12,13 @@ from unet_ray.model.calibration import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseBegun:
+    """The workers begin with something that may take a while."""
+
+    line: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Started:
     """A group of workers has built its network."""
 
@@ -95,4 +102,4 @@ class Finished:
     """Predicted masks, uint8 [H, W], by place among the frames of `samples.png`."""
 
 
-Event = Started | Restored | StepDone | EpochDone | Sampled | Warned | Stuck | Failed | Finished
+Event = PhaseBegun | Started | Restored | StepDone | EpochDone | Sampled | Warned | Stuck | Failed | Finished

@@ -101,6 +101,7 @@ def train(config: TrainConfig) -> TrainResult:
     samples = SampleLog(config.out, data.samples, data.class_set, data.mask_format)
     monitor = run_workers(config, task, launcher, record, samples)
     assert monitor.finished, "the workers ended without a last word"
+    say("writing the model and its pictures")
     metrics = write_results(config, data, network, monitor.finished)
     if record:
         record.finish()
@@ -158,9 +159,9 @@ def _prepare(
         preprocessing=network.preprocessing,
     )
     train_plan = dataclasses.replace(plan, image_size=None) if config.augment else plan
-    trained = ingest(data.split.train, train_plan)
+    trained = ingest(data.split.train, train_plan, purpose="to train on")
     whole_plan = dataclasses.replace(plan, keep_full_mask=True)
-    validation = ingest(data.split.validation, whole_plan, kept_bytes=trained.kept_bytes)
+    validation = ingest(data.split.validation, whole_plan, kept_bytes=trained.kept_bytes, purpose="to validate with")
     present_NK = trained.pixels_NK > 0
     task = WorkerTask(
         config=config,

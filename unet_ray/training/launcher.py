@@ -25,7 +25,7 @@ from unet_ray.cluster.resources import (
 from unet_ray.cluster.watchdog import Watchdog
 from unet_ray.config import TrainConfig
 from unet_ray.errors import JobFailed, TryAgain, UnusableNetwork
-from unet_ray.messages import count, reason_of
+from unet_ray.messages import count, reason_of, say
 from unet_ray.model.devices import OutOfDeviceMemory, UnusableGpu
 from unet_ray.training.events import Event, Failed, Finished, Stuck
 from unet_ray.training.mlflow_record import MlflowRecord
@@ -206,6 +206,7 @@ def run_workers(
 ) -> Monitor:
     """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
     monitor = Monitor(config.out, config.epochs, record, samples)
+    say("starting the workers; each loads TensorFlow")
     fitting = launcher.fit.remote(task, launcher, RESIZE_INTERVAL_S)
     fewest, _ = config.worker_range()
     room = Room(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from unet_ray.training.events import (
     Event,
     Failed,
     Finished,
+    PhaseBegun,
     Restored,
     Sampled,
     Started,
@@ -64,12 +66,17 @@ class Monitor:
         self._run, self._n_epochs, self._record, self._samples = run, n_epochs, record, samples
         self.n_workers = 0
         self._terminal = sys.stdout.isatty()
+        self._pace = Pace(n_epochs)
+        self._next_line_s = time.monotonic() + progress.LINE_EVERY_S
         self.gauges = Gauges("unet_ray_train", dict(GAUGES.values()))
 
     def handle(self, event: Event) -> None:
         """Takes one event of the mailbox."""
         match event:
+            case PhaseBegun():
+                self._say(event.line)
             case Started():
+                self._pace = Pace(self._n_epochs)
                 self._say(self._start_line(event.policy, event.n_workers))
                 self.n_workers = event.n_workers
             case Restored():
@@ -80,7 +87,8 @@ class Monitor:
             case Warned() | Stuck():
                 self._say(f"warning: {event.line}")
             case StepDone():
-                self._show_bar(event)
+                self._pace.step(event)
+                self._show_step(event)
             case EpochDone():
                 self._add_row(event.row)
             case Sampled():
@@ -92,7 +100,8 @@ class Monitor:
 
     def _add_row(self, row: dict[str, Any]) -> None:
         self.history = [*self.history[: row["epoch"] - 1], row]
-        self._say(epoch_line(row, self._n_epochs))
+        self._pace.end_epoch(row["epoch"])
+        self._say(epoch_line(row, self._n_epochs, self._pace.left_s()))
         self._set_gauges(row)
         write_history(self._run, self.history)
         if self._record:
@@ -120,33 +129,88 @@ class Monitor:
             if row.get(key) is not None:
                 self.gauges.set(name, row[key])
 
-    def _show_bar(self, event: StepDone) -> None:
+    def _show_step(self, event: StepDone) -> None:
+        """Draws the bar; where nobody watches, a line comes where an epoch takes long."""
         if self._terminal:
-            print("\r\x1b[K" + bar(event, self._n_epochs), end="", flush=True)
+            drawn = bar(event, self._n_epochs, self._pace.images_per_s(event), self._pace.left_s(event))
+            print("\r\x1b[K" + drawn, end="", flush=True)
+        elif time.monotonic() >= self._next_line_s:
+            self._say(step_line(event, self._n_epochs, self._pace.images_per_s(event), self._pace.left_s(event)))
 
     def _say(self, line: str) -> None:
+        self._next_line_s = time.monotonic() + progress.LINE_EVERY_S
         if self._terminal:
             print("\r\x1b[K", end="")
         say(line)
 
 
-def bar(event: StepDone, n_epochs: int) -> str:
-    """Returns the progress within an epoch, and the time that all epochs still need at this speed."""
-    share = event.frames / event.n_frames
-    speed = event.frames / max(event.seconds, 1e-9)
-    left = (n_epochs - event.epoch + 1) * event.n_frames - event.frames
-    return (
-        f"epoch {event.epoch}/{n_epochs} {progress.bar(share)} "
-        f"{event.frames:,}/{event.n_frames:,} frames, {speed:.0f} images/s, ETA {progress.duration(left / speed)}"
-    )
+class Pace:
+    """The speed of a training and the time that it still needs, from what is behind it.
+
+    The first step of an epoch, which may wait for a compiler, counts in no speed, and the first epoch of a group of
+    workers in no time that an epoch takes.
+    """
+
+    def __init__(self, n_epochs: int) -> None:
+        self._n_epochs = n_epochs
+        self._first: StepDone | None = None
+        self._ends: list[tuple[int, float]] = []
+        """Of the last two epochs, and when they ended."""
+
+    def step(self, event: StepDone) -> None:
+        """Takes a report from within an epoch."""
+        if self._first is None or self._first.epoch != event.epoch:
+            self._first = event
+
+    def end_epoch(self, epoch: int) -> None:
+        """Takes the end of an epoch, validation and all."""
+        self._ends = [*self._ends[-1:], (epoch, time.monotonic())]
+
+    def images_per_s(self, event: StepDone) -> float | None:
+        """Returns the speed of this epoch; None where it is not known yet."""
+        if self._first is None or event.frames <= self._first.frames or event.seconds <= self._first.seconds:
+            return None
+        return (event.frames - self._first.frames) / (event.seconds - self._first.seconds)
+
+    def left_s(self, event: StepDone | None = None) -> float | None:
+        """Returns the seconds that all epochs still need; None where that is not known yet."""
+        done: float = self._ends[-1][0] if self._ends else 0
+        if event is not None:
+            done = event.epoch - 1 + event.frames / event.n_frames
+        left = self._n_epochs - done
+        if len(self._ends) == 2:
+            (before, began_s), (last, ended_s) = self._ends
+            return left * (ended_s - began_s) / max(1, last - before)
+        speed = self.images_per_s(event) if event else None
+        return left * event.n_frames / speed if event and speed else None
 
 
-def epoch_line(row: dict[str, Any], n_epochs: int) -> str:
+def bar(event: StepDone, n_epochs: int, images_per_s: float | None, left_s: float | None) -> str:
+    """Returns the progress within an epoch, as a bar."""
+    drawn = progress.bar(event.frames / event.n_frames)
+    return f"epoch {event.epoch}/{n_epochs} {drawn} {_frames(event, images_per_s, left_s)}"
+
+
+def step_line(event: StepDone, n_epochs: int, images_per_s: float | None, left_s: float | None) -> str:
+    """Returns the same as a line for a log."""
+    return f"epoch {event.epoch}/{n_epochs}  {_frames(event, images_per_s, left_s)}"
+
+
+def _frames(event: StepDone, images_per_s: float | None, left_s: float | None) -> str:
+    speed = "" if images_per_s is None else f", {images_per_s:.0f} images/s"
+    left = "" if left_s is None else f", {progress.time_left(left_s, 'epochs')}"
+    return f"{event.frames:,} of {event.n_frames:,} frames{speed}{left}"
+
+
+def epoch_line(row: dict[str, Any], n_epochs: int, left_s: float | None = None) -> str:
     """Returns one epoch as the line that is printed and logged."""
     parts = [f"epoch {row['epoch']:>{len(str(n_epochs))}}/{n_epochs}", f"loss {row['loss']:.4f}"]
     if row.get("val/mean_iou") is not None:
         parts += [f"val loss {row['val/loss']:.4f}", f"val mean IoU {row['val/mean_iou']:.3f}"]
-    return "  ".join([*parts, f"{row['images_per_s']:.0f} images/s", progress.duration(row["seconds"])])
+    parts += [f"{row['images_per_s']:.0f} images/s", progress.duration(row["seconds"])]
+    if left_s:
+        parts.append(progress.time_left(left_s, "epochs"))
+    return "  ".join(parts)
 
 
 def write_history(run: str, history: Sequence[dict[str, Any]]) -> None:

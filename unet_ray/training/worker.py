@@ -36,6 +36,7 @@ from unet_ray.training.events import (
     Event,
     Failed,
     Finished,
+    PhaseBegun,
     Restored,
     Sampled,
     Started,
@@ -93,6 +94,7 @@ class Worker:
         """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
         task, config = self.task, self.config
         _require_shared_storage(config.out)
+        self._tell(PhaseBegun(line=f"compiling the network, on {count(self.n_workers, 'worker')}"))
         configure_tensorflow(task.device, task.cpus, op_threads=task.cpus)
         strategy = steps.start_strategy(self.n_workers, task.device)
         self.add_up = steps.WorkerSum(strategy)
@@ -155,6 +157,8 @@ class Worker:
         best = self._restore_best(state)
         calibration = None
         if self.task.validation.names:
+            frames = count(len(self.task.validation.names), "validation frame")
+            self._tell(PhaseBegun(line=f"calibrating the confidence on {frames}"))
             calibration = calibrate(self.evaluator, self._own_validation(), self.add_up)
         if self.rank == 0:
             self._finish(best, calibration)
