@@ -64,13 +64,12 @@ frames = labels.frames  # an Arrow table without masks, which DuckDB reads where
 answer = duckdb.sql("""
     SELECT sequence AS drive, count(*) AS frames,
            round(100 * avg(pixels_vehicle / (mask_height_px * mask_width_px)), 1) AS vehicle_percent,
-           round(100 * avg(pixels_road / (mask_height_px * mask_width_px)), 1) AS road_percent,
-           arg_max(frame_id, pixels_vehicle) AS closest
+           round(100 * avg(pixels_road / (mask_height_px * mask_width_px)), 1) AS road_percent
     FROM frames WHERE status = 'ok' GROUP BY sequence ORDER BY vehicle_percent DESC
 """)
 print(answer)
 
 # %% The frame to look at: from the archive, with its mask.
-closest = labels[answer.fetchall()[0][-1]]
+closest = max(labels.where("status == 'ok'"), key=lambda frame: frame["pixels_vehicle"])
 closest.overlay().save(OUT / "closest.png")
 closest

@@ -46,7 +46,6 @@ def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for drive in ("drive08", "drive09"):
         of_drive = [row for row in rows if row["sequence"] == drive]
         shares = [100 * row["pixels_road"] / (row["mask_height_px"] * row["mask_width_px"]) for row in of_drive]
-        closest = max(of_drive, key=lambda row: row["pixels_vehicle"])["frame_id"]
         (line,) = (line for line in tables[0].splitlines() if f"│ {drive} " in line)
-        assert f" {round(sum(shares) / 12, 1)} " in line and f" {closest} " in line
+        assert f" {round(sum(shares) / 12, 1)} " in line
     assert Image.open(out / "closest.png").size == Image.open(out / "prediction.png").size == (160, 120)
