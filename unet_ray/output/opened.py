@@ -17,7 +17,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -350,23 +350,34 @@ class Labels:
         return f"Labels({shown_path(self.uri)!r}: {count(len(self), 'frame')}{what})"
 
     def _repr_png_(self) -> bytes | None:
-        """The output's preview; of a view its first frames that can be shown."""
+        """The output's preview; of a view a few frames, spread over it."""
         if self._condition is None:
             try:
                 return storage.read_bytes(storage.join(self.uri, "preview.png"))
             except FileNotFoundError:
                 return None
-        pictures = list(islice(self._overlays(), _SHOWN_FRAMES))
+        pictures = [picture for frame in self._spread(_SHOWN_FRAMES) if (picture := _overlay_of(frame)) is not None]
         return overlays.png_to_show(overlays.sheet(pictures)) if pictures else None
 
-    def _overlays(self) -> Iterator[np.ndarray]:
-        """Frames with their masks; without the archive there are none."""
-        for frame in islice(self, 4 * _SHOWN_FRAMES):
-            try:
-                if frame["status"] == "ok":
-                    yield np.asarray(frame.overlay())
-            except (ValueError, OSError):  # the picture is for looking: what is gone is left out
-                continue
+    def _spread(self, n_frames: int) -> Iterator[LabelledFrame]:
+        """Yields frames at about equal steps; of row groups without any, only the condition's columns are read."""
+        places = sorted({int(place) for place in np.linspace(0, len(self) - 1, n_frames)}) if len(self) else []
+        start = 0
+        for group, read, rows in self._matching(self._output.groups):
+            chosen = [rows[place - start] for place in places if start <= place < start + len(rows)]
+            start += len(rows)
+            if chosen:
+                table = read(self._output.schema.names).take(pa.array(chosen))
+                for index, row in enumerate(chosen):
+                    yield LabelledFrame(self._output, group, row, table, index)
+
+
+def _overlay_of(frame: LabelledFrame) -> np.ndarray | None:
+    """A frame with its mask, uint8 [H, W, 3]; None where it is rejected, or its archive is gone."""
+    try:
+        return np.asarray(frame.overlay()) if frame["status"] == "ok" else None
+    except (ValueError, OSError):  # a picture to look at does without
+        return None
 
 
 def _n_alike(one: str, other: str) -> int:
