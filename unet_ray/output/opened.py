@@ -361,10 +361,10 @@ class Labels:
 
     def _spread(self, n_frames: int) -> Iterator[LabelledFrame]:
         """Yields frames at about equal steps; of row groups without any, only the condition's columns are read."""
-        places = sorted({int(place) for place in np.linspace(0, len(self) - 1, n_frames)}) if len(self) else []
+        steps = np.linspace(0, len(self) - 1, n_frames).astype(int).tolist() if len(self) else []
         start = 0
         for group, read, rows in self._matching(self._output.groups):
-            chosen = [rows[place - start] for place in places if start <= place < start + len(rows)]
+            chosen = [rows[step - start] for step in dict.fromkeys(steps) if start <= step < start + len(rows)]
             start += len(rows)
             if chosen:
                 table = read(self._output.schema.names).take(pa.array(chosen))
