@@ -27,7 +27,7 @@ from unet_ray.config_types import (
     keep_forms,
 )
 from unet_ray.errors import require
-from unet_ray.keywords import C, P, describe, recipe_options
+from unet_ray.keywords import C, P, recipe_options, show_signature
 from unet_ray.model.architecture import (
     ENCODER_PREFIX,
     FUNCTION,
@@ -420,7 +420,7 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
         return dataclasses.replace(values, resize=self.resize, fit=self.fit)
 
 
-describe(TrainConfig.from_recipe, TrainConfig, before=("cls", "recipe"))
+show_signature(TrainConfig.from_recipe, TrainConfig, before=("cls", "recipe"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, dataclass_transform, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, dataclass_transform, get_args, get_type_hints
 
 AnyPath = str | os.PathLike[str]
 """A local path or a URI."""
@@ -74,7 +74,7 @@ _Given = TypeVar("_Given")
 if TYPE_CHECKING:
 
     class _Option(Generic[_Kept, _Given]):
-        """A field that is read as one type and given as another: so a type checker takes a descriptor."""
+        """A field that is given as one type and read as another: for a type checker it is a descriptor."""
 
         def __get__(self, config: Any, owner: Any = None) -> _Kept: ...
 
@@ -104,16 +104,13 @@ def forms(config_type: Any) -> dict[str, Form]:
     """Returns the fields of a configuration that have one of these types."""
     hints = get_type_hints(config_type, include_extras=True)
     metadata = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: form for name, texts in metadata.items() for form in texts if isinstance(form, Form)}
+    return {name: item for name, items in metadata.items() for item in items if isinstance(item, Form)}
 
 
 def list_options(config_type: type[Any]) -> set[str]:
     """Returns the fields that hold several values, with None as another or without."""
-    return {name for name, hint in get_type_hints(config_type).items() if "..." in str(hint) and _is_tuple(hint)}
-
-
-def _is_tuple(hint: Any) -> bool:
-    return get_origin(hint) is tuple or any(get_origin(part) is tuple for part in getattr(hint, "__args__", ()))
+    hints = get_type_hints(config_type).items()
+    return {name for name, hint in hints if any(get_args(part)[1:] == (...,) for part in (hint, *get_args(hint)))}
 
 
 def keep_forms(config: Any) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
@@ -52,14 +53,15 @@ def takes_options(config_type: Callable[P, C]) -> Callable[[Callable[[C], R]], T
             _require_options(run.__name__, config_type, given, options)
             return run(cast(C, config_type(*given, **options)))
 
-        describe(call, config_type)
+        show_signature(call, config_type)
+        call.__doc__ = f"{inspect.cleandoc(run.__doc__ or '')}\n\n{option_texts(config_type)}"
         return cast(TakesOptions[P, C, R], call)
 
     return decorate
 
 
-def describe(function: Callable[..., Any], config_type: Any, before: tuple[str, ...] = ()) -> None:
-    """Gives a function the signature of a configuration's constructor and the texts of its options.
+def show_signature(function: Callable[..., Any], config_type: Any, before: tuple[str, ...] = ()) -> None:
+    """Gives a function the signature of a configuration's constructor, for editors and notebooks.
 
     Args:
         function: or a method of the class.
@@ -74,7 +76,6 @@ def describe(function: Callable[..., Any], config_type: Any, before: tuple[str, 
         parameters=[*own, *signature.parameters.values()],
         return_annotation=described.__annotations__.get("return", inspect.Signature.empty),
     )
-    described.__doc__ = f"{inspect.cleandoc(described.__doc__ or '')}\n\n{option_texts(config_type)}"
 
 
 def _require_options(name: str, config_type: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -120,19 +121,26 @@ def option_texts(config_type: Any) -> str:
     return "\n".join(lines)
 
 
-@functools.lru_cache
 def _field_texts(dataclass_type: Any) -> dict[str, str]:
     """The texts that stand under the fields in the source of a dataclass; Python keeps them nowhere else."""
-    if not hasattr(dataclass_type, "__dataclass_fields__"):
+    class_node = _classes_of(dataclass_type.__module__).get(dataclass_type.__name__)
+    if class_node is None:
         return {}
-    (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(dataclass_type))).body
-    assert isinstance(class_node, ast.ClassDef)
     texts: dict[str, str] = {}
     for node, after in zip(class_node.body, class_node.body[1:], strict=False):
         match node, after:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 texts[name] = text
     return texts
+
+
+@functools.lru_cache
+def _classes_of(module: str) -> dict[str, ast.ClassDef]:
+    """The classes in the source of a module of ours."""
+    if not module.startswith("unet_ray."):
+        return {}
+    nodes = ast.parse(inspect.getsource(sys.modules[module])).body
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 
 def recipe_options(recipe: str, config_type: Callable[..., Any]) -> dict[str, Any]:

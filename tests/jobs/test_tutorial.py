@@ -25,6 +25,12 @@ def test_each_cell_says_what_it_is_for_and_shows_something():
         assert title.endswith((".", "?")) and ast.parse(code).body
 
 
+def result_of(output: str) -> float:
+    """The mean IoU that it prints."""
+    (line,) = (line for line in output.splitlines() if line.endswith("on drives that were set aside"))
+    return float(line.split()[2])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -43,10 +49,10 @@ def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     tables = [output[output.index("┌") :] for output in outputs]
     assert tables[0] == tables[1] and "vehicle_percent" in tables[0]
     rows = [row for file in (out / "labels/frames").glob("*") for row in pq.ParquetFile(file).read().to_pylist()]
-    for drive in ("drive08", "drive09"):
+    for drive in ("drive10", "drive11"):
         of_drive = [row for row in rows if row["sequence"] == drive]
         shares = [100 * row["pixels_road"] / (row["mask_height_px"] * row["mask_width_px"]) for row in of_drive]
-        closest = max(of_drive, key=lambda row: row["pixels_vehicle"])["frame_id"]
         (line,) = (line for line in tables[0].splitlines() if f"│ {drive} " in line)
-        assert f" {round(sum(shares) / 12, 1)} " in line and f" {closest} " in line
+        assert f" {round(sum(shares) / 12, 1)} " in line
+    assert result_of(first) > 0.3
     assert Image.open(out / "closest.png").size == Image.open(out / "prediction.png").size == (160, 120)

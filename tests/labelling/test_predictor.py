@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import types
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
+from predicting import predict_and_compare, require_same
+from small_onnx import small_network
 
 import unet_ray
 from unet_ray import images
@@ -17,7 +21,9 @@ from unet_ray.labelling.decoding import DecodeOptions, decode
 from unet_ray.labelling.predictor import Model, Prediction, load
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import Bundle, write_bundle
+from unet_ray.model.importing import import_onnx
 from unet_ray.model.label_options import LabelOptions
+from unet_ray.preprocessing import Preprocessing
 
 CLASSES = ClassSet(
     name="two",
@@ -133,6 +139,65 @@ def test_a_prediction_shows_itself():
     )
 
 
+def write_model(folder, **changes) -> str:
+    """A random network in a model folder."""
+    from unet_ray.model.weights import weight_shapes
+
+    config, random = dataclasses.replace(CONFIG, **changes), np.random.default_rng(5)
+    weights = {name: random.normal(0, 0.5, shape).astype(np.float32) for name, shape in weight_shapes(config).items()}
+    write_bundle(str(folder), weights, config, CLASSES, {}, temperature=1.7)
+    return str(folder)
+
+
+def write_frames(folder) -> str:
+    """PNG and JPEG of several sizes, noise in blocks."""
+    random = np.random.default_rng(2)
+    for n, size in enumerate([(24, 30), (12, 16), (100, 130), (7, 90), (1, 1), (61, 40)]):
+        blocks = random.integers(0, 256, (size[0] // 6 + 1, size[1] // 6 + 1, 3), np.uint8)
+        image = Image.fromarray(blocks).resize(size[::-1], Image.Resampling.BICUBIC)
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{n}.png")
+        image.save(folder / f"{n}.jpg", quality=88)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_masks_are_those_of_a_labelling_with_any_options(tmp_path):
+    """The labelling's own steps, with batches of three frames on one thread."""
+    onnx.save(small_network(ending="logits"), tmp_path / "net.onnx")
+    three = ClassSet(
+        name="three", classes=(*CLASSES.classes, SegmentationClass(name="c", color=(1, 2, 3), values=(3,)))
+    )
+    import_onnx(str(tmp_path / "net.onnx"), str(tmp_path / "imported"), three, {"resize": "bilinear"})
+    unet = write_model(tmp_path / "unet")
+    padded = write_model(tmp_path / "padded", preprocessing=Preprocessing(resize="area", fit="pad"))
+    questions = [
+        (unet, {"precision": "bfloat16", "mask_encoding": "raw"}),
+        (unet, {"precision": "float32", "tta": "flip"}),
+        (unet, {"precision": "float32", "inference": "slide", "window": (8, 16), "stride": (5, 9)}),
+        (padded, {"precision": "float32", "mask_size": "model"}),
+        (padded, {"precision": "float32"}),
+        (str(tmp_path / "imported"), {}),
+    ]
+    frames = write_frames(tmp_path / "frames")
+    answers = predict_and_compare(
+        [
+            {
+                "model": model,
+                "frames": frames,
+                "labels": str(tmp_path / f"labels{n}"),
+                "options": options,
+                "with_steps": True,
+            }
+            for n, (model, options) in enumerate(questions)
+        ]
+    )
+    for answer in answers:
+        require_same(answer)
+        assert answer["confident"] == 12
+    assert [len(answer["sizes"]) for answer in answers] == [6, 6, 6, 5, 6, 6]  # at the network's size two are alike
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -143,11 +208,7 @@ def test_a_prediction_shows_itself():
     ],
 )
 def test_a_wrong_option_is_one_line(tmp_path, options, message):
-    random = np.random.default_rng(0)
-    from unet_ray.model.weights import weight_shapes
-
-    weights = {name: random.normal(0, 1, shape).astype(np.float32) for name, shape in weight_shapes(CONFIG).items()}
-    write_bundle(str(tmp_path / "model"), weights, CONFIG, CLASSES, {})
+    write_model(tmp_path / "model")
     with pytest.raises(ValueError) as caught:
         load(tmp_path / "model", **options)
     assert str(caught.value) == message

@@ -239,13 +239,20 @@ def test_a_frame_is_read_again_from_file_and_tar_and_shown_with_its_mask(with_fr
         assert Image.open(io.BytesIO(frame._repr_png_())).size == (3, 2)
 
 
-def test_a_view_shows_its_first_frames_and_leaves_out_those_that_are_gone(with_frames, tmp_path):
+def test_a_view_shows_frames_and_leaves_out_those_that_are_gone(with_frames, tmp_path):
     label_with_digests(with_frames[0], str(tmp_path / "out"))
     view = open_labels(tmp_path / "out").where("pixels_sky >= 0")
     assert Image.open(io.BytesIO(view._repr_png_())).size == (4 * 240 + 3 * 4, 160)
     os.remove(tmp_path / "log" / "a" / "0.png")
     assert Image.open(io.BytesIO(view._repr_png_())).size == (3 * 240 + 2 * 4, 160)
     assert open_labels(tmp_path / "out").where("sequence == 'nowhere'")._repr_png_() is None
+
+
+def test_the_frames_that_a_view_shows_are_spread_over_it(output):
+    view = open_labels(output).where("status == 'ok'")
+    ids = [frame.frame_id for frame in view]
+    assert [frame.frame_id for frame in view._spread(3)] == [ids[0], ids[4], ids[8]]
+    assert [frame.frame_id for frame in view._spread(99)] == ids
 
 
 def test_a_frame_that_is_gone_or_holds_other_bytes_is_one_line(with_frames, tmp_path):

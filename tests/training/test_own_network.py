@@ -127,7 +127,10 @@ def test_a_network_made_elsewhere_labels_and_is_measured(cluster, data, tmp_path
     statistics = pq.read_table(labels / "class_statistics.parquet")
     assert any(value is not None for value in statistics["confidence"].to_pylist()) == (ending == "logits")
     assert verify(str(labels)) == [] and (labels / "preview.png").is_file()
-    require_same(predict_and_compare(tmp_path / "model", data / "frames", labels))
+    question = {"model": options["model"], "frames": str(data / "frames"), "labels": str(labels), "options": {}}
+    (answer,) = predict_and_compare([question])
+    require_same(answer)
+    assert answer["confident"] == confident
     results = evaluate(EvaluateConfig(**options, images=str(data / "frames"), masks=str(data / "masks")))
     assert results["val/loss"] is None and 0 <= results["val/mean_iou"] <= 1
 

@@ -27,7 +27,7 @@ from unet_ray.errors import require
 from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions, decode
 from unet_ray.messages import shown_path
 from unet_ray.model.bundle import Bundle, read_bundle
-from unet_ray.model.devices import configure_tensorflow, has_bfloat16, visible_gpus
+from unet_ray.model.devices import configure_tensorflow, has_bfloat16, op_threads, visible_gpus
 from unet_ray.model.label_options import LabelOptions, default_batch_size
 from unet_ray.model.onnx_labels import require_labelling_options
 from unet_ray.model.tiling import choose_tiling
@@ -228,11 +228,12 @@ def _labeler(bundle: Bundle, options: LabelOptions) -> Labeler:
     try:
         configure_tensorflow(device, options.n_threads, op_threads=1, reproducible=True)
     except RuntimeError:  # it has begun to compute
-        warnings.warn(
-            "TensorFlow was used in this process before: its threads stay as they are, so that single pixels may "
-            "differ from segment's; load the model first",
-            stacklevel=3,
-        )
+        if op_threads() != 1:
+            warnings.warn(
+                "TensorFlow was used in this process before: its threads stay as they are, so that single pixels may "
+                "differ from segment's; load the model first",
+                stacklevel=3,
+            )
     labeler = Labeler(bundle, options)
     labeler.warm_up()
     return labeler

@@ -91,6 +91,13 @@ def configure_tensorflow(
         tf.config.experimental.enable_op_determinism()  # autotuning would choose another convolution in another run
 
 
+def op_threads() -> int:
+    """Returns the threads that TensorFlow takes for one operation in this process; 0: as many as there are cores."""
+    import tensorflow as tf
+
+    return tf.config.threading.get_intra_op_parallelism_threads()
+
+
 def keep_cuda_kernels() -> None:
     """Makes CUDA keep on this node what it compiles, for the next process; must come before TensorFlow finds a GPU.
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,15 @@ class RowGroup:
         return self.ids is None or self.ids[0] <= frame_id <= self.ids[1]
 
 
+_Reader = Callable[[Sequence[str]], pa.Table]
+"""Columns of a row group, by their names and in that order."""
+
+
+def _read_columns(file: pq.ParquetFile, group: RowGroup, columns: Sequence[str]) -> pa.Table:
+    with labels.naming(group.uri):
+        return file.read_row_group(group.number, columns=list(columns)).select(list(columns))
+
+
 class _Output:
     """The files of an output, and what is read of them."""
 
@@ -115,12 +124,12 @@ class _Output:
                     start += n_rows
         return tuple(groups)
 
-    def read(self, groups: Sequence[RowGroup], columns: Sequence[str]) -> Iterator[tuple[RowGroup, pa.Table]]:
-        """Yields columns of row groups, one by one."""
+    def readers(self, groups: Sequence[RowGroup]) -> Iterator[tuple[RowGroup, _Reader]]:
+        """Yields row groups, and with each what reads columns of it until the next one comes."""
         for uri, of_file in groupby(groups, lambda group: group.uri):
             with labels.opened(uri) as file:
                 for group in of_file:
-                    yield group, file.read_row_group(group.number, columns=list(columns)).select(list(columns))
+                    yield group, functools.partial(_read_columns, file, group)
 
     def mask(self, group: RowGroup, row: int) -> np.ndarray:
         """Returns a mask; the next ones of its row group are read on from there."""
@@ -274,26 +283,31 @@ class Labels:
 
     @functools.cached_property
     def _n_matching(self) -> int:
-        return sum(len(table) for _, _, table in self._tables(self._condition_columns))
+        return sum(len(rows) for _, _, rows in self._matching(self._output.groups))
 
     def __iter__(self) -> Iterator[LabelledFrame]:
         for group, rows, table in self._tables(self._output.schema.names):
             for index, row in enumerate(rows):
                 yield LabelledFrame(self._output, group, row, table, index)
 
+    def _matching(self, groups: Sequence[RowGroup]) -> Iterator[tuple[RowGroup, _Reader, Sequence[int]]]:
+        """Yields row groups, what reads them, and which of their rows are meant, where any is."""
+        for group, read in self._output.readers(groups):
+            rows: Sequence[int] = range(group.n_rows)
+            if self._condition is not None:
+                table = read(self._condition_columns or ["frame_id"])
+                numbered = table.append_column(_ROW, pa.array(rows, pa.int64()))
+                rows = numbered.filter(self._condition)[_ROW].to_pylist()
+            if len(rows):
+                yield group, read, rows
+
     def _tables(
         self, columns: Sequence[str], groups: Sequence[RowGroup] | None = None
-    ) -> Iterator[tuple[RowGroup, list[int], pa.Table]]:
+    ) -> Iterator[tuple[RowGroup, Sequence[int], pa.Table]]:
         """Yields, of each row group, the rows that are meant and some columns of them."""
-        wanted = list(dict.fromkeys([*columns, *self._condition_columns])) or ["frame_id"]
-        for group, table in self._output.read(self._output.groups if groups is None else groups, wanted):
-            if self._condition is None:
-                yield group, list(range(group.n_rows)), table
-                continue
-            numbered = table.append_column(_ROW, pa.array(np.arange(group.n_rows), pa.int64()))
-            chosen = numbered.filter(self._condition)
-            if len(chosen):
-                yield group, chosen[_ROW].to_pylist(), chosen.drop_columns([_ROW])
+        for group, read, rows in self._matching(self._output.groups if groups is None else groups):
+            table = read(columns)
+            yield group, rows, table if len(rows) == group.n_rows else table.take(pa.array(rows))
 
     def __getitem__(self, frame_id: str) -> LabelledFrame:
         if not isinstance(frame_id, str):
@@ -307,15 +321,10 @@ class Labels:
         return isinstance(frame_id, str) and self._find(frame_id) is not None
 
     def _find(self, frame_id: str) -> LabelledFrame | None:
-        groups = [group for group in self._output.groups if group.may_hold(frame_id)]
-        for group, table in self._output.read(groups, ["frame_id"]):
-            index = pc.index(table["frame_id"], frame_id).as_py()
-            if index >= 0:
-                found_rows = self._tables(self._output.schema.names, [group])
-                for _, rows, columns in found_rows:
-                    if index in rows:
-                        return LabelledFrame(self._output, group, index, columns, rows.index(index))
-                return None
+        for group, read, rows in self._matching([group for group in self._output.groups if group.may_hold(frame_id)]):
+            row = pc.index(read(["frame_id"])["frame_id"], frame_id).as_py()
+            if row in rows:
+                return LabelledFrame(self._output, group, row, read(self._output.schema.names).take([row]), 0)
         return None
 
     def _ids_near(self, frame_id: str) -> list[str]:
@@ -331,7 +340,7 @@ class Labels:
     @property
     def frames(self) -> pa.Table:
         """All rows without their masks, as an Arrow table; of a view its own."""
-        tables = [table.select(self._output.schema.names) for _, _, table in self._tables(self._output.schema.names)]
+        tables = [table for _, _, table in self._tables(self._output.schema.names)]
         return pa.concat_tables([self._output.schema.empty_table(), *tables])
 
     @property
@@ -350,23 +359,34 @@ class Labels:
         return f"Labels({shown_path(self.uri)!r}: {count(len(self), 'frame')}{what})"
 
     def _repr_png_(self) -> bytes | None:
-        """The output's preview; of a view its first frames that can be shown."""
+        """The output's preview; of a view a few frames, spread over it."""
         if self._condition is None:
             try:
                 return storage.read_bytes(storage.join(self.uri, "preview.png"))
             except FileNotFoundError:
                 return None
-        pictures = list(islice(self._overlays(), _SHOWN_FRAMES))
+        pictures = [picture for frame in self._spread(_SHOWN_FRAMES) if (picture := _overlay_of(frame)) is not None]
         return overlays.png_to_show(overlays.sheet(pictures)) if pictures else None
 
-    def _overlays(self) -> Iterator[np.ndarray]:
-        """Frames with their masks; without the archive there are none."""
-        for frame in islice(self, 4 * _SHOWN_FRAMES):
-            try:
-                if frame["status"] == "ok":
-                    yield np.asarray(frame.overlay())
-            except (ValueError, OSError):  # the picture is for looking: what is gone is left out
-                continue
+    def _spread(self, n_frames: int) -> Iterator[LabelledFrame]:
+        """Yields frames at about equal steps; of row groups without any, only the condition's columns are read."""
+        steps = np.linspace(0, len(self) - 1, n_frames).astype(int).tolist() if len(self) else []
+        start = 0
+        for group, read, rows in self._matching(self._output.groups):
+            chosen = [rows[step - start] for step in dict.fromkeys(steps) if start <= step < start + len(rows)]
+            start += len(rows)
+            if chosen:
+                table = read(self._output.schema.names).take(pa.array(chosen))
+                for index, row in enumerate(chosen):
+                    yield LabelledFrame(self._output, group, row, table, index)
+
+
+def _overlay_of(frame: LabelledFrame) -> np.ndarray | None:
+    """A frame with its mask, uint8 [H, W, 3]; None where it is rejected, or its archive is gone."""
+    try:
+        return np.asarray(frame.overlay()) if frame["status"] == "ok" else None
+    except (ValueError, OSError):  # a picture to look at does without
+        return None
 
 
 def _n_alike(one: str, other: str) -> int:
