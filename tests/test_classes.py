@@ -258,6 +258,11 @@ TWO = [{"name": "a", "color": [1, 1, 1], "values": [1]}, {"name": "b", "color": 
         (
             road(name="Road"),
             "class set 'custom': class 'Road': a class's name is made of lower-case letters, digits and _ and begins"
+            " with a letter (it becomes the column pixels_<name>): call it road",
+        ),
+        (
+            road(name="2"),
+            "class set 'custom': class '2': a class's name is made of lower-case letters, digits and _ and begins"
             " with a letter (it becomes the column pixels_<name>)",
         ),
         (

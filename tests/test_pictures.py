@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unet_ray import PACKAGE
+from unet_ray.class_files import class_set_of
 from unet_ray.classes import IGNORED_ID, PRESETS, ClassSet
-from unet_ray.pictures import draw_confusion, draw_curves, draw_preview, draw_samples
+from unet_ray.pictures import draw_confusion, draw_curves, draw_preview, draw_samples, overlay
 
 CAMVID, CARLA = PRESETS["camvid"], PRESETS["carla23"]
 
@@ -51,6 +53,15 @@ def test_ignored_pixels_look_like_no_class(class_set: ClassSet, color: tuple[int
     assert (middle[220, 50:-50] == class_set.classes[7].color).all()
 
 
+def test_samples_of_as_many_classes_as_there_can_be_are_drawn() -> None:
+    classes = class_set_of([f"c{index}" for index in range(254)], source="names")
+    mask = np.arange(254, dtype=np.uint8)[None].repeat(60, axis=0)
+    picture = pixels(draw_samples([noise(60, 254)], [mask], [mask], classes))
+    colors = [item.color for item in classes.classes]
+    assert all(has(picture, color) > 60 for color in colors[:190])
+    assert all(near(picture, color, 60) > 60 for color in colors[190:])
+
+
 def test_samples_of_many_classes_stay_small_and_exact() -> None:
     masks = [np.arange(23, dtype=np.uint8).repeat(4)[None].repeat(60, axis=0) for _ in range(4)]
     frames = [noise(60, 92, seed) for seed in range(4)]
@@ -61,26 +72,94 @@ def test_samples_of_many_classes_stay_small_and_exact() -> None:
     assert png == draw_samples(frames, masks, masks, CARLA, captions=["a/long/path/" * 20] * 4)
 
 
-def test_a_preview_lays_masks_over_frames() -> None:
+def near(picture_HWC: np.ndarray, color: tuple[int, ...], most: int = 2) -> int:
+    return int((np.abs(picture_HWC.astype(int) - color).max(axis=2) <= most).sum())
+
+
+def test_an_overlay_mixes_colours_and_leaves_ignored_pixels() -> None:
+    frame = np.full((4, 6, 3), (200, 100, 0), np.uint8)
+    mask = np.array([[1, 1, IGNORED_ID]] * 2, np.uint8)
+    laid = overlay(frame, mask, CAMVID)
+    assert laid.shape == (4, 6, 3) and (laid[:, 4:] == frame[:, 4:]).all()
+    mixed = [round(0.45 * f + 0.55 * c) for f, c in zip((200, 100, 0), CAMVID.classes[1].color, strict=True)]
+    assert (laid[:, :4] == mixed).all()
+
+
+def test_a_preview_shows_each_frame_beside_itself_with_its_mask_over_it() -> None:
     frame = np.full((30, 50, 3), 200, np.uint8)
     mask = np.full((30, 50), 1, np.uint8)
     mask[:, 25:] = IGNORED_ID
     picture = pixels(draw_preview([frame] * 5, [mask] * 5, [f"{i}.png" for i in range(5)], CAMVID))
-    overlay = tuple(round(0.45 * 200 + 0.55 * part) for part in CAMVID.classes[1].color)
-    near = (np.abs(picture.astype(int) - overlay).max(axis=2) <= 2).sum()
-    assert near == pytest.approx(5 * 130 * 156, rel=0.05)
-    assert (np.abs(picture.astype(int) - 200).max(axis=2) <= 2).sum() == pytest.approx(5 * 130 * 156, rel=0.05)
+    laid = tuple(round(0.45 * 200 + 0.55 * part) for part in CAMVID.classes[1].color)
+    cell_px = 240 * 144
+    assert near(picture, laid) == pytest.approx(5 * cell_px / 2, rel=0.03)
+    assert near(picture, (200, 200, 200)) == pytest.approx(5 * cell_px * 1.5, rel=0.03)
+    left, right = picture[15:159, 15:255], picture[15:159, 259:499]
+    assert near(left, (200, 200, 200)) == cell_px and near(right, laid) == cell_px / 2
     assert has(picture, (0, 0, 0)) < 1000  # text alone: ignored pixels show the frame
 
 
-@pytest.mark.parametrize("n_frames", [1, 3, 12])
+def test_a_mark_is_drawn_around_what_is_small_in_both_pictures() -> None:
+    frame = np.full((30, 50, 3), 90, np.uint8)
+    mask = np.full((30, 50), 1, np.uint8)
+    mask[15, 25] = 8
+    plain, marked = (
+        pixels(draw_preview([frame], [mask], ["a.png"], CAMVID, marks=[mark]))
+        for mark in (None, (15 / 30, 25 / 50, 16 / 30, 26 / 50))
+    )
+    differs = (np.abs(plain.astype(int) - marked) > 30).any(axis=2)  # a palette of more colours is another one
+    rows, columns = np.flatnonzero(differs.any(axis=1)), np.flatnonzero(differs.any(axis=0))
+    left = (plain.shape[1] - 484) // 2  # of the pair, in the middle above its legend
+    assert (rows[0], rows[-1]) == (15 + 72 - 6, 15 + 77 + 5)
+    assert (columns[0], columns[-1]) == (left + 120 - 6, left + 244 + 125 + 5)
+    assert (
+        not differs[:, left + 140 : left + 230].any() and not differs[15 + 72 : 15 + 77, left + 120 : left + 125].any()
+    )
+
+
+@pytest.mark.parametrize("n_frames", [1, 3, 8])
 def test_a_preview_of_any_number_of_frames_of_any_size(n_frames: int) -> None:
     sizes = [(30, 50), (50, 30), (7, 9)]
     frames = [noise(*sizes[i % 3], i) for i in range(n_frames)]
     masks = [np.full(sizes[i % 3], i, np.uint8) for i in range(n_frames)]
-    png = draw_preview(frames, masks, ["a/b.png"] * n_frames, CARLA)
+    png = draw_preview(frames, masks, ["a/b.png"] * n_frames, CARLA, reasons=["typical"] * n_frames)
     assert len(png) < 500_000
     assert pixels(png).shape[1] >= 550
+
+
+@pytest.mark.parametrize(("size", "n_pairs"), [((64, 96), 2), ((96, 32), 4), ((20, 90), 2), ((640, 10), 4)])
+def test_previews_of_odd_shapes_are_no_larger_than_others(size: tuple[int, int], n_pairs: int) -> None:
+    frames = [noise(*size, i) for i in range(n_pairs)]
+    masks = [np.zeros(size, np.uint8)] * n_pairs
+    picture = pixels(draw_preview(frames, masks, ["drive/" * 40] * n_pairs, CARLA, reasons=["why " * 40] * n_pairs))
+    assert 200 < picture.shape[1] <= 1100 and picture.shape[0] < 420
+
+
+def test_small_things_keep_their_colours_in_a_picture_of_many() -> None:
+    """A traffic sign of some pixels among 23 classes of noisy frames, laid over white."""
+    frame, mask = noise(120, 160), np.random.default_rng(2).integers(0, 12, (120, 160)).astype(np.uint8)
+    mask[:, :120] = 7
+    frame[50:56, 20:26], mask[50:56, 20:26] = 255, 12
+    picture = pixels(draw_preview([frame] * 6, [mask] * 6, ["a.png"] * 6, CARLA))
+    sign = tuple(round(0.45 * 255 + 0.55 * part) for part in CARLA.classes[12].color)
+    assert near(picture, sign, 20) >= 6 * 60
+
+
+def test_a_long_path_is_cut_at_its_start_and_a_reason_at_its_end() -> None:
+    def text(reason: str, caption: str) -> np.ndarray:
+        frame, mask = np.full((30, 50, 3), 128, np.uint8), np.zeros((30, 50), np.uint8)
+        return pixels(draw_preview([frame] * 2, [mask] * 2, [caption] * 2, CAMVID, reasons=[reason] * 2))[159:-45]
+
+    long_path, long_reason = text("a", "x/" * 300 + "7.png"), text("b " * 300, "a")
+    assert (long_path == text("a", "y/" * 30 + "x/" * 270 + "7.png")).all()
+    assert (long_path != text("a", "x/" * 300 + "8.png")).any()
+    assert (long_reason == text("b " * 270 + "c " * 30, "a")).all()
+    assert (long_reason[:, 515:523] == 255).all() and (long_path[:, 515:523] == 255).all()  # between the pairs
+
+
+def test_names_that_the_font_lacks_are_drawn_without_a_warning() -> None:
+    frame = noise(30, 50)
+    assert draw_preview([frame], [np.zeros((30, 50), np.uint8)], ["街道/1.png"], CAMVID)
 
 
 def history(n_epochs: int) -> list[dict[str, float | None]]:
@@ -100,9 +179,20 @@ def history(n_epochs: int) -> list[dict[str, float | None]]:
 def test_curves_have_a_panel_more_with_validation() -> None:
     with_validation = pixels(draw_curves(history(40)))
     alone = pixels(draw_curves([{"epoch": 1, "loss": 2.0, "accuracy": 0.4}]))
-    assert with_validation.shape == (330, 1200, 3)
-    assert alone.shape == (330, 800, 3)
+    assert with_validation.shape == (350, 1200, 3)
+    assert alone.shape == (350, 800, 3)
     assert has(with_validation, (255, 255, 255)) > 300_000
+
+
+@pytest.mark.parametrize("value", [0.02, 0.5, 0.98])
+def test_the_legend_of_curves_lies_below_all_of_them(value: float) -> None:
+    """A flat curve at the bottom, in the middle, at the top: the same pixels of it are seen."""
+    validated = {"val/loss": value, "val/pixel_accuracy": value, "val/mean_iou": value}
+    rows = [{"epoch": epoch, "loss": 1.0, "accuracy": 0.25, **validated} for epoch in range(1, 41)]
+    picture = pixels(draw_curves(rows))
+    assert near(picture[:-40], (31, 95, 168), 40) > 3 * 290  # three curves, each as wide as its panel
+    assert near(picture[-40:], (31, 95, 168), 40) > 20 and has(picture[-40:], (209, 73, 91)) > 10
+    assert near(picture[-40:], (154, 165, 177), 40) > 20
 
 
 def test_a_confusion_matrix_is_normalised_by_row() -> None:
@@ -122,12 +212,51 @@ def test_a_confusion_matrix_is_normalised_by_row() -> None:
     assert car_as_car < road_as_road < road_as_car < car_as_road  # 100, 90, 10 and 0 percent: the darker the more
 
 
+def test_classes_that_occur_in_neither_are_left_out_of_a_confusion_matrix() -> None:
+    names = ["road", "car", "sky", "tree", "water"]
+    confusion_KK = np.zeros((5, 5), np.int64)
+    confusion_KK[0, [0, 3]] = 90, 10  # trees are predicted and never true
+    confusion_KK[2, 2] = 50
+    kept = [0, 2, 3]
+    alone = pixels(draw_confusion(confusion_KK[np.ix_(kept, kept)], [names[k] for k in kept]))
+    picture = pixels(draw_confusion(confusion_KK, names))
+    assert picture.shape == (alone.shape[0] + 20, alone.shape[1], 3)  # and a line that says that two are left out
+    assert np.abs(picture[70:].astype(int) - alone[50:]).mean() < 1
+    assert near(picture[40:60], (102, 102, 102), 40) > 20
+
+
+def test_a_confusion_matrix_of_no_pixel_has_all_classes() -> None:
+    empty = pixels(draw_confusion(np.zeros((3, 3), np.int64), ["road", "car", "sky"]))
+    assert empty.shape == pixels(draw_confusion(np.diag([1, 1, 1]), ["road", "car", "sky"])).shape
+
+
 @pytest.mark.parametrize("n_classes", [1, 23, 31])
 def test_a_confusion_matrix_of_any_number_of_classes(n_classes: int) -> None:
     confusion_KK = np.diag(np.arange(n_classes))  # class 0 is absent
     png = draw_confusion(confusion_KK, [f"class_{i}" for i in range(n_classes)])
     assert len(png) < 500_000
     assert (np.abs(pixels(png).astype(int) - (8, 48, 107)).max(axis=2) <= 8).any() == (n_classes > 1)
+
+
+@pytest.mark.parametrize("length", [41, 400])
+def test_long_names_of_classes_are_cut(length: int) -> None:
+    names = ["a" * length, "b" * length]
+    assert pixels(draw_confusion(np.eye(2, dtype=int), names)).shape[1] < 900
+    classes = class_set_of(names, source="names")
+    mask = np.arange(2, dtype=np.uint8).repeat(20)[None].repeat(30, axis=0)
+    assert pixels(draw_samples([noise(30, 40)], [mask], [mask], classes)).shape[1] < 1000
+
+
+@pytest.mark.parametrize(("name", "least"), [("samples", 2000), ("preview", 100)])
+def test_readmes_pictures_have_the_classes_own_colours(name: str, least: int) -> None:
+    file = PACKAGE.parent / ".github" / "readme" / f"{name}.png"
+    picture = pixels(file.read_bytes())
+    seen = {item.name for item in CARLA.classes if has(picture, item.color) >= least}
+    assert seen - {"unlabeled"} == {
+        *("building", "fence", "pedestrian", "pole", "road_line", "road", "sidewalk", "vegetation", "vehicle", "wall"),
+        *("traffic_sign", "sky", "traffic_light", "terrain"),
+    }
+    assert file.stat().st_size < 300_000
 
 
 def test_no_pyplot() -> None:

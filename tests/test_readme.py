@@ -42,7 +42,7 @@ MAX_LINES, MAX_WORDS = 220, 2_200
 OTHER_OPTIONS = {
     *("--help", "--config", "--recipe"),  # of every command, beside its own
     *("--generate", "--working-dir", "--all-files", "--extra-index-url"),  # of Ray, pre-commit and pip
-    *("--aws-service-name", "--force", "--head"),  # of aws, kubectl and ray start
+    *("--aws-service-name", "--force", "--head", "--logdir"),  # of aws, kubectl, ray start and tensorboard
 }
 
 

@@ -1,10 +1,13 @@
 """Commands whose standard output or error is closed, full or of few letters: their exit codes stay what they mean."""
 
+import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
+
+from unet_ray import streams
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -51,3 +54,29 @@ def test_letters_that_the_terminal_lacks_are_escaped():
     process = subprocess.run([*COMMAND, "train", "--help"], env=environment, capture_output=True, timeout=100)
     assert process.returncode == 0 and process.stderr == b""
     assert b"\\u2026" in process.stdout
+
+
+NOTICES = b"""WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
+I0000 00:00:1796075941.571640   30275 port.cc:153] oneDNN custom operations are on.
+2026-11-30 22:00:00.123456: I tensorflow/core/util/port.cc:153] oneDNN custom operations are on.
+W0000 00:00:1796075941.571640   30275 gpu_device.cc:2341] Cannot dlopen some GPU libraries.
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "written"),
+    [
+        (None, b"a line of Python's\nanother's\n"),
+        (ValueError("x"), b"a line of Python's\nanother's\n"),
+        (RuntimeError("a bug"), b"a line of Python's\n" + NOTICES + b"another's\n"),
+    ],
+)
+def test_notices_of_tensorflow_are_kept_back_unless_something_is_wrong(error, written, capfdbinary):
+    with contextlib.suppress(ValueError, RuntimeError), streams.without_notices():
+        print("a line of Python's", file=sys.stderr, flush=True)
+        os.write(2, NOTICES + b"another's\n")
+        if error:
+            raise error
+    assert capfdbinary.readouterr().err == written
+    os.write(2, b"later\n")
+    assert capfdbinary.readouterr().err == b"later\n"

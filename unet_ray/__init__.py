@@ -6,32 +6,68 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unet_ray.config import EvaluateConfig, SegmentConfig, TrainConfig
-    from unet_ray.labelling.job import segment
+    from unet_ray.commands import check, evaluate, export_masks, export_model, import_model, segment, train, verify
+    from unet_ray.config import (
+        CheckConfig,
+        EvaluateConfig,
+        ExportMasksConfig,
+        ExportModelConfig,
+        ImportModelConfig,
+        SegmentConfig,
+        TrainConfig,
+        VerifyConfig,
+    )
+    from unet_ray.labelling.predictor import Model, Prediction, load
+    from unet_ray.output.opened import LabelledFrame, Labels, open_labels
     from unet_ray.saved_models import save_model
-    from unet_ray.training.evaluation import evaluate
-    from unet_ray.training.job import train
 
 __version__ = "0.1.0"
 PACKAGE = Path(__file__).parent
 """Where our code lies."""
-__all__ = ["EvaluateConfig", "SegmentConfig", "TrainConfig", "evaluate", "save_model", "segment", "train"]
+__all__ = [
+    "CheckConfig",
+    "EvaluateConfig",
+    "ExportMasksConfig",
+    "ExportModelConfig",
+    "ImportModelConfig",
+    "LabelledFrame",
+    "Labels",
+    "Model",
+    "Prediction",
+    "SegmentConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "check",
+    "evaluate",
+    "export_masks",
+    "export_model",
+    "import_model",
+    "load",
+    "open_labels",
+    "save_model",
+    "segment",
+    "train",
+    "verify",
+]
 
-_HOMES = {
-    "EvaluateConfig": "config",
-    "SegmentConfig": "config",
-    "TrainConfig": "config",
-    "evaluate": "training.evaluation",
+_OTHER_HOMES = {
+    **dict.fromkeys(("Model", "Prediction", "load"), "labelling.predictor"),
+    **dict.fromkeys(("LabelledFrame", "Labels", "open_labels"), "output.opened"),
     "save_model": "saved_models",
-    "segment": "labelling.job",
-    "train": "training.job",
 }
+"""Modules of what is neither a command nor a configuration."""
 
 
 def __getattr__(name: str) -> Any:
     """Imports on first use: Ray and TensorFlow take seconds, and `import unet_ray.classes` needs neither."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'unet_ray' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"unet_ray.{_HOMES[name]}"), name)
+    home = _OTHER_HOMES.get(name, "config" if name.endswith("Config") else "commands")
+    return getattr(import_module(f"unet_ray.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    """What there is to use: a notebook completes these names, and not those of modules that happen to be loaded."""
+    return [*__all__, "__version__"]

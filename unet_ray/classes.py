@@ -37,6 +37,10 @@ RawValue = int | Color
 """What a mask file holds for a pixel: an id (0 to 255) or a colour."""
 
 
+class ClassSetFormError(ValueError):
+    """A class set is not written as one: a key that is missing or unknown, something else where a list belongs."""
+
+
 class UnknownValuesError(ValueError):
     """A mask holds values that its class set neither names nor ignores.
 
@@ -101,7 +105,7 @@ class ClassSet:
         if not isinstance(item.name, str) or not _NAME.fullmatch(item.name):
             raise ValueError(
                 f"{where}: a class's name is made of lower-case letters, digits and _ and begins with a letter"
-                " (it becomes the column pixels_<name>)"
+                f" (it becomes the column pixels_<name>){_similar_name(item.name)}"
             )
         if not _is_color(item.color):
             raise ValueError(f"{where}: color is {item.color!r}, allowed are three numbers from 0 to 255")
@@ -251,7 +255,8 @@ class ClassSet:
             name: the set's name where the mapping has none.
 
         Raises:
-            ValueError: an unknown or missing key, a value of the wrong kind, or what `ClassSet` refuses.
+            ClassSetFormError: an unknown or missing key, or a value of the wrong kind.
+            ValueError: what `ClassSet` refuses.
         """
         _check_keys(mapping, "class set", required=("classes",), optional=("name", "ignore"))
         classes = []
@@ -262,6 +267,12 @@ class ClassSet:
             classes.append(SegmentationClass(name=entry["name"], color=_raw_value(entry["color"]), values=values))
         ignore = tuple(_raw_value(value) for value in _sequence(mapping.get("ignore", ()), "class set: ignore"))
         return cls(name=mapping.get("name", name), classes=tuple(classes), ignore=ignore)
+
+
+def _similar_name(name: object) -> str:
+    """`Road Line` can be called `road_line`; empty where no name follows."""
+    similar = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") if isinstance(name, str) else ""
+    return f": call it {similar}" if _NAME.fullmatch(similar) else ""
 
 
 def _ranges(numbers: np.ndarray) -> str:
@@ -301,20 +312,22 @@ def _plain(value: RawValue) -> int | list[int]:
 
 def _sequence(value: Any, where: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{where} is {value!r}, allowed is a list")
+        raise ClassSetFormError(f"{where} is {value!r}, allowed is a list")
     return value
 
 
 def _check_keys(mapping: Any, where: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where} is {mapping!r}, allowed is a mapping with {', '.join(required + optional)}")
+        raise ClassSetFormError(f"{where} is {mapping!r}, allowed is a mapping with {', '.join(required + optional)}")
     for key in mapping:
         if key not in required + optional:
             meant = perhaps(closest(str(key), required + optional))
-            raise ValueError(f"{where}: unknown key {key!r}, {meant}allowed are {', '.join(required + optional)}")
+            raise ClassSetFormError(
+                f"{where}: unknown key {key!r}, {meant}allowed are {', '.join(required + optional)}"
+            )
     for key in required:
         if key not in mapping:
-            raise ValueError(f"{where}: {key} is missing")
+            raise ClassSetFormError(f"{where}: {key} is missing")
 
 
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes an eighth of the time

@@ -37,7 +37,7 @@ from unet_ray.config import (
     load_class_set,
 )
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
-from unet_ray.messages import count, printable, say
+from unet_ray.messages import printable, say
 from unet_ray.stops import STOPPED
 from unet_ray.suggestions import COMMAND_SYNONYMS, closest
 
@@ -112,9 +112,10 @@ def _verify(config: VerifyConfig) -> int:
 
 
 def _export_model(config: ExportModelConfig) -> int:
-    from unet_ray.model.export import export_model
+    with streams.without_notices():
+        from unet_ray.model.export import export_model
 
-    export_model(config.model, config.out, config.format, allow_network=config.allow_network)
+        export_model(config.model, config.out, config.format, allow_network=config.allow_network)
     say(f"wrote {config.out}", f"Next: in Python, {_LOADERS[config.format]}({config.out!r})")
     return 0
 
@@ -140,11 +141,9 @@ def _import_model(config: ImportModelConfig) -> int:
 
 
 def _export_masks(config: ExportMasksConfig) -> int:
-    from unet_ray.output.masks import export_masks
+    from unet_ray.output.exports.formats import export_masks
 
-    done = export_masks(config)
-    missing = f"; {done.rejected:,} rejected frames have none" if done.rejected else ""
-    say(f"{count(done.written, 'mask')} written to {config.out}{missing}")
+    say(*export_masks(config).as_text(config.out))
     return 0
 
 

@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from unet_ray import storage
+from unet_ray.class_files import class_set_of
 from unet_ray.classes import PRESETS, ClassSet
-from unet_ray.config_files import MAPPING_TEXT, Positional, read_mapping, read_yaml
+from unet_ray.config_files import MAPPING_TEXT, Positional, read_content, read_mapping
+from unet_ray.config_types import (
+    EMPTY,
+    NOT_GIVEN,
+    OptionalTexts,
+    OptionalUri,
+    Texts,
+    Uri,
+    Uris,
+    configuration,
+    keep_forms,
+)
 from unet_ray.errors import require
+from unet_ray.keywords import C, P, describe, recipe_options
 from unet_ray.model.architecture import (
     ENCODER_PREFIX,
     FUNCTION,
@@ -51,6 +64,7 @@ class StorageConfig:
     """Seconds for which a store that does not answer is asked again, before the job ends with exit code 75."""
 
     def __post_init__(self) -> None:
+        keep_forms(self)
         _require_at_least(self, 0, "storage_retry_s")
         for uri in self.uris():
             if uri is not None:
@@ -85,14 +99,14 @@ class ClusterConfig(StorageConfig):
         _require_at_least(self, 0, "wait_for_resources_s")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class PairsConfig(StorageConfig):
     """Which frames and masks belong together, and what the masks mean; shared by all jobs that read pairs."""
 
-    images: str
+    images: Uri
     """URI of the folder of frames (searched at any depth), or a pattern with {} for what a frame and its mask have in
     common: 'a2d2/{}/camera/{}/{}_camera_{}.png'."""
-    masks: str
+    masks: Uri
     """URI of the folder of masks; a mask has its frame's relative path, but for extension and suffix. Or a pattern with
     as many {} as --images: 'a2d2/{}/label/{}/{}_label_{}.png'."""
     image_suffix: str = ""
@@ -109,6 +123,10 @@ class PairsConfig(StorageConfig):
         for images, masks in self.sides():
             has_suffix = bool(self.image_suffix or self.mask_suffix)
             templates.require_alike(images, masks, has_suffix=has_suffix)
+
+    def folders(self) -> tuple[str, str]:
+        """Returns the URIs of frames and of masks."""
+        return self.images, self.masks
 
     def sides(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
         """Returns option and URI of frames and of masks that belong together."""
@@ -209,27 +227,28 @@ def mapping_of(value: Mapping[str, Any] | str | None, option: str) -> dict[str, 
     return read_mapping(value, option) if isinstance(value, str) else dict(value or {})
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
     """Trains a network on frame/mask pairs, on as many workers as asked for, into a model folder."""
 
-    classes: str
-    """What the classes are: the path of a YAML file, or one of a2d2, bdd100k, camvid, carla23, carla29, cityscapes,
-    cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages, virtual_kitti_2."""
-    out: str
+    classes: Uri
+    """What the classes are: the path of a YAML file (`classes: [sky, road]` is one), or one of a2d2, bdd100k,
+    camvid, carla23, carla29, cityscapes, cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages,
+    virtual_kitti_2."""
+    out: Uri
     """URI of the run's folder: checkpoints, history, pictures and the model (in `model/`)."""
 
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
-    val_images: str | None = None
+    val_images: OptionalUri = NOT_GIVEN
     """URI of a folder of validation frames of your own, or a pattern; without it whole drives are set aside."""
-    val_masks: str | None = None
+    val_masks: OptionalUri = NOT_GIVEN
     """URI of the masks of `--val-images`."""
     val_fraction: float = 0.1
     """Share of the frames to set aside for validation, in whole drives; 0 trains on everything."""
     guard_frames: int = 30
     """Where a single drive must be cut: frames left out on the border between training and validation."""
-    split_manifest: str | None = None
+    split_manifest: OptionalUri = NOT_GIVEN
     """URI of a CSV file with the columns pair_id and split (train, val, none) that decides instead."""
 
     workers: int | str = 1
@@ -255,10 +274,10 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
     """Whether a frame fills the image (stretch) or keeps its aspect ratio and is padded on the right or below (pad)."""
     seed: int = 0
     """Decides initial weights, order of frames, dropout and augmentation."""
-    init_from: str | None = None
+    init_from: OptionalUri = NOT_GIVEN
     """URI of a run's folder or of its model/, from whose weights the run starts; with other classes the last layer
     starts anew."""
-    encoder_weights: str | None = None
+    encoder_weights: OptionalUri = NOT_GIVEN
     """URI of pretrained weights for unet_convnext's encoder: a .weights.h5 or .h5 file of the ConvNeXtTiny of
     keras.applications, include_top=False. Nothing is downloaded."""
     encoder_learning_rate: float | None = None
@@ -298,6 +317,11 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
     """Record the training in MLflow as well, at `MLFLOW_TRACKING_URI`."""
     overwrite: bool = False
     """Delete what lies in `--out` and start anew."""
+
+    @classmethod
+    def from_recipe(cls: Callable[P, C], recipe: str, /, *args: P.args, **options: P.kwargs) -> C:
+        """Returns the options of a recipe, `default` or `notebook`, and over them those that are given here."""
+        return cls(*args, **cast(Any, {**recipe_options(recipe, cls), **options}))
 
     def __post_init__(self) -> None:
         for options in (ClusterConfig, NetworkConfig, AugmentConfig):
@@ -367,7 +391,7 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
         files = (name for name in (self.classes, self.class_weights) if name.endswith((".yaml", ".yml")))
-        folders = (self.images, self.masks, self.out, self.val_images, self.val_masks)
+        folders = (*self.folders(), self.out, self.val_images, self.val_masks)
         return (*folders, self.split_manifest, self.init_from, self.encoder_weights, *files)
 
     def worker_range(self) -> tuple[int, int]:
@@ -396,6 +420,9 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
         return dataclasses.replace(values, resize=self.resize, fit=self.fit)
 
 
+describe(TrainConfig.from_recipe, TrainConfig, before=("cls", "recipe"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelUseConfig:
     """What a model folder may do; shared by all jobs that build its network."""
@@ -404,13 +431,13 @@ class ModelUseConfig:
     """package.module:function of a network of your own that the model folder may name: it is imported and called."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class EvaluateConfig(ModelUseConfig, ClusterConfig, PairsConfig):
     """Measures a trained model on frame/mask pairs."""
 
-    model: str
+    model: Uri
     """URI of a run's folder or of its model/."""
-    out: str | None = None
+    out: OptionalUri = NOT_GIVEN
     """URI of a folder for metrics.json and pictures; without it the result is only printed."""
     batch_size: int = 32
     """Frames of a step."""
@@ -427,18 +454,18 @@ class EvaluateConfig(ModelUseConfig, ClusterConfig, PairsConfig):
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
-        return (self.model, self.images, self.masks, self.out)
+        return (self.model, *self.folders(), self.out)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class SegmentConfig(ModelUseConfig, ClusterConfig):
     """Labels an archive of frames with a trained model: masks and pixel statistics as Parquet."""
 
-    model: str
+    model: Uri
     """URI of a run's folder or of its model/."""
-    frames: tuple[str, ...]
+    frames: Uris
     """URIs of the archives: folders, tar and zip files, Parquet, catalogues (CSV or Parquet with `uri`), globs."""
-    out: str
+    out: Uri
     """URI of the output's folder."""
 
     path_pattern: str | None = None
@@ -447,7 +474,7 @@ class SegmentConfig(ModelUseConfig, ClusterConfig):
     """Column of a Parquet archive that holds the encoded images; by default `image`."""
     include_hidden: bool = False
     """List hidden files too: names that begin with a dot, and what programs leave (__MACOSX, @eaDir, …)."""
-    allow_uri: tuple[str, ...] = ()
+    allow_uri: Uris = EMPTY
     """Places whose files catalogues may name: s3://drives. Without it, a catalogue names files below its own folder and
     below `--frames`."""
     actors: str = "auto"
@@ -488,7 +515,7 @@ class SegmentConfig(ModelUseConfig, ClusterConfig):
     """Seconds after which the decoding of one frame is given up."""
     max_rejected: float = 0.01
     """Largest share of rejected frames with which the output is published."""
-    retry_rejected: tuple[str, ...] | None = None
+    retry_rejected: OptionalTexts = NOT_GIVEN
     """Try rejected frames again, and no others: all, or those rejected for the reasons that follow, such as crashed.
     One whose file is not what was listed is rejected as changed: another `--out` or `--overwrite` labels it as it is
     now."""
@@ -528,13 +555,14 @@ class SegmentConfig(ModelUseConfig, ClusterConfig):
         return _read_range(self.actors, "--actors", "N, MIN:MAX with 1 <= MIN <= MAX, or auto")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class CheckConfig(PairsConfig):
     """Says everything that is wrong with a data set, in one table, before any training."""
 
-    classes: str
-    """What the classes are: the path of a YAML file, or one of a2d2, bdd100k, camvid, carla23, carla29, cityscapes,
-    cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages, virtual_kitti_2."""
+    classes: Uri
+    """What the classes are: the path of a YAML file (`classes: [sky, road]` is one), or one of a2d2, bdd100k,
+    camvid, carla23, carla29, cityscapes, cityscapes_train_ids, kitti, mapillary_v1.2, mapillary_v2.0, nuimages,
+    virtual_kitti_2."""
     path_pattern: str | None = None
     """Regular expression for relative paths with the named groups sequence, camera, frame_index, timestamp_ns."""
 
@@ -544,14 +572,14 @@ class CheckConfig(PairsConfig):
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
-        return (self.images, self.masks, *([self.classes] if self.classes.endswith((".yaml", ".yml")) else []))
+        return (*self.folders(), *([self.classes] if self.classes.endswith((".yaml", ".yml")) else []))
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class VerifyConfig(StorageConfig):
     """Checks an output of `segment` against its own records: every file, every digest, every row."""
 
-    out: Positional[str]
+    out: Positional[Uri] = dataclasses.field(kw_only=False)
     """URI of the output's folder."""
     sources: bool = False
     """Also reads every labelled frame again, and names those that are gone or hold other bytes than were labelled."""
@@ -581,13 +609,13 @@ class DoctorConfig(StorageConfig):
         return (*self.inputs, *self.outputs)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ExportModelConfig(ModelUseConfig, StorageConfig):
     """Writes a trained model for use without Ray."""
 
-    model: str
+    model: Uri
     """URI of a run's folder or of its model/."""
-    out: str
+    out: Uri
     """URI to write to: model.keras, a folder (savedmodel) or model.onnx."""
     format: Literal["keras", "savedmodel", "onnx"] = "keras"
     """Format of the exported model; each takes frames of the network's size, 0 to 255, and gives logits."""
@@ -597,15 +625,15 @@ class ExportModelConfig(ModelUseConfig, StorageConfig):
         return (self.model, self.out)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ImportModelConfig(StorageConfig):
     """Makes a model folder of a network made elsewhere, for `segment`, `evaluate` and `verify`."""
 
-    onnx: str
+    onnx: Uri
     """URI of an ONNX file; weights that lie beside it are taken in. It is data: nothing in it runs as code."""
-    classes: str
+    classes: Uri
     """What its classes are, in their order: the path of a YAML file, or the name of a class set (see `train`)."""
-    out: str
+    out: Uri
     """URI of the model folder to write."""
     image_size: tuple[int, int] | None = None
     """Height and width of its input in pixels; by default what the file says."""
@@ -627,7 +655,7 @@ class ImportModelConfig(StorageConfig):
     """Name of the output to use, where it has several."""
     kind: Literal["logits", "probabilities", "ids"] | None = None
     """What it gives, where the values leave it open."""
-    frames: str | None = None
+    frames: OptionalUri = NOT_GIVEN
     """URI of a folder of frames to try it on; by default made ones."""
 
     def uris(self) -> tuple[str | None, ...]:
@@ -640,22 +668,38 @@ class ImportModelConfig(StorageConfig):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ExportMasksConfig(StorageConfig):
-    """Writes the masks of an output of `segment` as PNG files, or as one file of COCO annotations."""
+    """Writes the masks of an output of `segment` as files for other tools, with the frames if asked for."""
 
-    labels: Positional[str]
+    labels: Positional[Uri] = dataclasses.field(kw_only=False)
     """URI of the output's folder."""
-    out: str
-    """URI to write to: a folder for `png`, a file that ends in .json for `coco`."""
-    format: Literal["png", "coco"] = "png"
-    """A palette PNG for each frame, pixel = class id; or COCO's JSON, an RLE for each frame and class."""
-    sequence: tuple[str, ...] = ()
+    out: Uri
+    """URI to write to: a folder; for `coco` a file that ends in .json; for `cvat` also one that ends in .zip."""
+    format: Literal["png", "voc", "cvat", "coco", "fiftyone"] = "png"
+    """A palette PNG for each frame, pixel = class id (png); folders as Pascal VOC has them (voc); CVAT's Segmentation
+    mask 1.1 (cvat); COCO's JSON, an RLE for each frame and class (coco); a dataset of FiftyOne (fiftyone)."""
+    sequence: Texts = EMPTY
     """Only the frames of these drives."""
+    where: str | None = None
+    """Only the frames that fit a condition on the output's columns, as SQL writes it: "pixels_pedestrian > 0 and
+    confidence < 0.8"."""
+    with_frames: bool = False
+    """Write the frames too, byte by byte as they were labelled, out of archives too."""
 
     def uris(self) -> tuple[str | None, ...]:
         """See `StorageConfig`."""
         return (self.labels, self.out)
+
+    @property
+    def is_zip(self) -> bool:
+        """Whether `--out` is a zip file, which CVAT imports."""
+        return self.format == "cvat" and storage.resolve(self.out).endswith(".zip")
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether `--out` is a file, not a folder."""
+        return self.format == "coco" or self.is_zip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -663,6 +707,10 @@ class ExportMasksConfig(StorageConfig):
         require(
             self.format != "coco" or storage.resolve(self.out).endswith(".json"),
             f"--out is {self.out}; the format coco is one file, give a name that ends in .json",
+        )
+        require(
+            self.format == "cvat" or not storage.resolve(self.out).endswith(".zip"),
+            f"--out is {self.out}; only the format cvat is written as a zip, give a folder",
         )
 
 
@@ -710,10 +758,7 @@ def check_path_pattern(pattern: str | None) -> None:
 
 
 def load_class_set(name_or_uri: str) -> ClassSet:
-    """Returns a preset by name, or the class set of a YAML file.
-
-    The file: `classes: [{name, color, values}]` and `ignore: [values]`; values are ids or colours.
-    """
+    """Returns a preset by name, or the class set of a YAML file, whose forms `class_files` has."""
     if name_or_uri in PRESETS:
         return PRESETS[name_or_uri]
     if not name_or_uri.endswith((".yaml", ".yml")):
@@ -721,5 +766,5 @@ def load_class_set(name_or_uri: str) -> ClassSet:
         raise ValueError(
             f"--classes is {name_or_uri!r}; {meant}give one of {', '.join(PRESETS)} or the path of a .yaml file"
         )
-    content = read_yaml(name_or_uri)
-    return ClassSet.from_dict({"name": storage.name(name_or_uri).rpartition(".")[0], **content})
+    content = read_content(name_or_uri)
+    return class_set_of(content, source=name_or_uri, name=storage.name(name_or_uri).rpartition(".")[0])

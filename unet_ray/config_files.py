@@ -33,14 +33,26 @@ class _YamlLoader(yaml.SafeLoader):
     def construct_whole_number(self, node: yaml.ScalarNode) -> int | str:
         return node.value if ":" in node.value else self.construct_yaml_int(node)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """PyYAML takes the last of two equal keys, so that a class or an option would be lost without a word."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 _YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_whole_number)
 
 
 def read_yaml(uri: str) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises ValueError where there is no such file or no mapping in it."""
+    return _require_mapping(read_content(uri), uri)
+
+
+def read_content(uri: str) -> Any:
+    """Returns what a YAML file holds. Raises ValueError where there is no such file or it is no YAML."""
     try:
-        return read_mapping(storage.read_bytes(storage.resolve(uri)), uri)
+        return _content(storage.read_bytes(storage.resolve(uri)), uri)
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such file") from error
     except (IsADirectoryError, storage.NotAFile) as error:
@@ -49,12 +61,19 @@ def read_yaml(uri: str) -> dict[str, Any]:
 
 def read_mapping(text: str | bytes, source: str) -> dict[str, Any]:
     """Returns the mapping in a text of YAML or JSON. Raises ValueError, which names the source, where there is none."""
+    return _require_mapping(_content(text, source), source)
+
+
+def _content(text: str | bytes, source: str) -> Any:
     try:
-        content = yaml.load(text, _YamlLoader)
+        return yaml.load(text, _YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         position = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
         raise ValueError(f"{source} is neither YAML nor JSON{position}: {getattr(error, 'problem', error)}") from error
+
+
+def _require_mapping(content: Any, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{source} holds no options; write one `name: value` a line")
     return content

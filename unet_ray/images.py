@@ -202,7 +202,21 @@ def decode_reduced_frame(
     return ReducedFrame(pixels=pixels_HWC, frame_size=frame_size, divisor=divisor)
 
 
-def _as_rgb(image: ImageFile.ImageFile, pixels: np.ndarray) -> np.ndarray:
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """An opened Pillow image to its stored pixels, uint8 [H, W, 3], by the same table; the array may be read-only.
+
+    Raises:
+        ImageRefused: pixels that are no 8-bit RGB, grey or palette; or what the image's file holds is damaged.
+    """
+    if image.mode not in _READ_MODES:
+        raise ImageRefused("unsupported", f"image with {_unsupported_mode(image.mode)}")
+    try:
+        return _as_rgb(image, np.asarray(image))
+    except _DAMAGED as error:
+        raise ImageRefused("truncated", f"image that is cut short or damaged: {error}") from error
+
+
+def _as_rgb(image: Image.Image, pixels: np.ndarray) -> np.ndarray:
     match image.mode:
         case "RGB":
             return pixels
@@ -479,12 +493,19 @@ def _refuse_unsupported(header: ImageHeader) -> None:
         what = "several pictures in one file; one file is one frame, write them one by one"
     elif header.bits > 8:
         what = f"{header.bits} bits a channel; allowed are 8, write it with 8"
-    elif header.mode not in ("RGB", "RGBA", "RGBX", "L", "LA", "P", "1"):
-        what = f"pixels of kind {header.mode}; allowed are RGB, grey and palette, write it as RGB"
+    elif header.mode not in _READ_MODES:
+        what = _unsupported_mode(header.mode)
     elif header.format == "TIFF" and header.orientation != 1:
         what = f"orientation {header.orientation}; write its pixels upright"
     if what is not None:
         raise ImageRefused("unsupported", f"{header.format} with {what}")
+
+
+_READ_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "1")
+
+
+def _unsupported_mode(mode: str) -> str:
+    return f"pixels of kind {mode}; allowed are RGB, grey and palette, write it as RGB"
 
 
 def _truncated(format_name: str, data: bytes, error: BaseException) -> ImageRefused:
@@ -492,7 +513,7 @@ def _truncated(format_name: str, data: bytes, error: BaseException) -> ImageRefu
     return ImageRefused("truncated", f"{format_name} of {len(data):,} bytes that is cut short or damaged: {message}")
 
 
-def _palette(image: ImageFile.ImageFile) -> np.ndarray:
+def _palette(image: Image.Image) -> np.ndarray:
     """The colours of all 256 indices, uint8 [256, 3]; black where the file names none."""
     colors = np.zeros((256, 3), np.uint8)
     named = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)

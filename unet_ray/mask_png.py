@@ -23,8 +23,8 @@ import numpy as np
 from isal import isal_zlib
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PALETTE_8_BIT = struct.pack(">5B", 8, 3, 0, 0, 0)
-"""Bits of an index, a palette, and the only values of compression, filter and interlace that everybody reads."""
+_PALETTE_8_BIT, _GREY_8_BIT = (struct.pack(">5B", 8, colors, 0, 0, 0) for colors in (3, 0))
+"""Bits of a value, a palette or grey, and the only compression, filter and interlace that everybody reads."""
 _UP = 2
 """A row is stored as its difference to the row above (PNG specification, third edition, 9.2)."""
 _LEVEL = 1
@@ -36,10 +36,25 @@ def encode_mask_png(mask_HW: np.ndarray, palette_K3: np.ndarray) -> bytes:
 
     `images.decode_mask` gives the ids back. A mask with ids outside the palette (ignored pixels) shows them black.
     """
+    _require_mask(mask_HW)
+    n_colors = 256 if int(mask_HW.max()) >= len(palette_K3) else len(palette_K3)
+    palette = _chunk(b"PLTE", palette_K3.astype(np.uint8).tobytes().ljust(n_colors * 3, b"\0"))
+    return _png(mask_HW, _PALETTE_8_BIT, palette)
+
+
+def encode_grey_png(mask_HW: np.ndarray) -> bytes:
+    """A mask, uint8 [H, W], as an 8-bit grey PNG: for readers that would take a palette's colours for the values."""
+    _require_mask(mask_HW)
+    return _png(mask_HW, _GREY_8_BIT, b"")
+
+
+def _require_mask(mask_HW: np.ndarray) -> None:
     if mask_HW.dtype != np.uint8 or mask_HW.ndim != 2 or not mask_HW.size:
         raise ValueError(f"a mask is {mask_HW.dtype} of shape {mask_HW.shape}, allowed is uint8 [H, W]")
+
+
+def _png(mask_HW: np.ndarray, kind: bytes, palette: bytes) -> bytes:
     height_px, width_px = mask_HW.shape
-    n_colors = 256 if int(mask_HW.max()) >= len(palette_K3) else len(palette_K3)
     rows = np.empty((height_px, 1 + width_px), np.uint8)
     rows[:, 0] = _UP
     rows[0, 1:] = mask_HW[0]
@@ -47,8 +62,8 @@ def encode_mask_png(mask_HW: np.ndarray, palette_K3: np.ndarray) -> bytes:
     return b"".join(
         (
             _SIGNATURE,
-            _chunk(b"IHDR", struct.pack(">2I", width_px, height_px) + _PALETTE_8_BIT),
-            _chunk(b"PLTE", palette_K3.astype(np.uint8).tobytes().ljust(n_colors * 3, b"\0")),
+            _chunk(b"IHDR", struct.pack(">2I", width_px, height_px) + kind),
+            palette,
             _chunk(b"IDAT", isal_zlib.compress(rows, _LEVEL)),
             _chunk(b"IEND", b""),
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unet_ray import storage
+from unet_ray.class_files import class_set_of
 from unet_ray.classes import ClassSet
 from unet_ray.config import load_class_set
 from unet_ray.errors import require
@@ -32,7 +33,7 @@ def save_model(
     model: keras.Model,
     out: str,
     *,
-    classes: str | Mapping[str, Any] | ClassSet,
+    classes: str | Sequence[str] | Mapping[Any, Any] | ClassSet,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> str:
@@ -48,7 +49,8 @@ def save_model(
     Args:
         model: with its trained weights.
         out: URI of the folder to write; it must hold no model yet.
-        classes: the class set of the K outputs, in order: a name or a path as `--classes` takes it, or a mapping.
+        classes: the class set of the K outputs, in order: a name or a path as `--classes` takes it, names
+            (`["sky", "road"]`), or a mapping as in a class file.
         preprocessing: what the training did to a frame: a `Preprocessing`, or a mapping of some of its fields. `mean`
             and `std` are those of values from 0 to 255. A model that takes uint8 normalises by itself and needs none.
         image_size: (height, width) of the images, px, where the model takes any.
@@ -89,10 +91,10 @@ def save_model(
     return out
 
 
-def _class_set(classes: str | Mapping[str, Any] | ClassSet) -> ClassSet:
+def _class_set(classes: str | Sequence[str] | Mapping[Any, Any] | ClassSet) -> ClassSet:
     if isinstance(classes, ClassSet):
         return classes
-    return load_class_set(classes) if isinstance(classes, str) else ClassSet.from_dict(classes)
+    return load_class_set(classes) if isinstance(classes, str) else class_set_of(classes, source="classes")
 
 
 def _takes(model: keras.Model) -> Any:

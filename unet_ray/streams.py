@@ -5,8 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
+
+from unet_ray.errors import JobFailed
 
 # A library's file would else get one of these numbers, and whoever prints would write into it.
 _NUMBERS = (0, 1, 2)
@@ -55,3 +61,44 @@ def flush() -> OSError | None:
     sys.stderr.flush()
     trouble = _STEADY["stdout"].trouble if "stdout" in _STEADY else None
     return None if trouble is None or trouble.errno == errno.EPIPE else trouble
+
+
+_NOTICE = re.compile(
+    rb"[IWE]\d{4} |\d{4}-\d\d-\d\d [\d:.]+: [IWE] |WARNING: All log messages before absl::InitializeLog\(\)"
+)
+"""Beginnings of lines that TensorFlow's C++ writes: TF_CPP_MIN_LOG_LEVEL keeps none of them back in 2.21."""
+_NOTHING = re.compile(rb"(?!)")
+
+
+@contextmanager
+def without_notices() -> Iterator[None]:
+    """Keeps back what TensorFlow's C++ writes to standard error in the block; after a bug, all of that is written.
+
+    What others write there comes when the block has ended.
+    """
+    with tempfile.TemporaryFile() as held_back, _instead_of_standard_error(held_back.fileno()) as standard_error:
+        dropped = _NOTICE
+        try:
+            yield
+        except (ValueError, OSError, JobFailed):  # which have a line of their own
+            raise
+        except Exception:
+            dropped = _NOTHING
+            raise
+        finally:
+            sys.stderr.flush()
+            held_back.seek(0)
+            os.write(standard_error, b"".join(line for line in held_back if not dropped.match(line)))
+
+
+@contextmanager
+def _instead_of_standard_error(number: int) -> Iterator[int]:
+    """Lets a file take the place of descriptor 2 in the block, and yields one of what was there."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        os.dup2(number, 2)
+        yield before
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

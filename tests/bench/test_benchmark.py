@@ -19,9 +19,11 @@ import pytest
 from unet_ray.bench import arena, benchmark, contests, peers, watchers
 from unet_ray.bench.arena import Arena, Contest
 from unet_ray.bench.benchmark import Journal, Round, Row, Skipped
+from unet_ray.bench.native_peers import mask_png
 from unet_ray.bench.training_contests import camvid_mean_iou
 from unet_ray.bench.training_peers import digest_of
 from unet_ray.classes import PRESETS
+from unet_ray.images import decode_mask
 from unet_ray.labelling.decoding import DecodeOptions, decode
 from unet_ray.model.bundle import read_bundle, write_bundle
 
@@ -311,6 +313,27 @@ def test_peers_label_every_frame_as_plain_keras_does(program: str, tiny: Arena, 
     assert number == 14 and len(first_masks) == 5 and first_masks.items() <= masks.items()
 
 
+@pytest.mark.parametrize("program", [pytest.param("tfdata_native", marks=pytest.mark.slow), "torch_native"])
+def test_peers_masks_of_the_frames_own_size_are_ours(program: str, tiny: Arena):
+    if program == "torch_native":
+        pytest.importorskip("torch")
+    from unet_ray.model.label_options import LabelOptions
+    from unet_ray.model.labeler import Labeler
+
+    photos, out = tiny.archive("photo", 6), tiny.output(program)
+    paths = peers.list_frames(str(photos))
+    options = LabelOptions(precision="float32", batch_size=6, mask_size="native", n_threads=1)
+    decoding = DecodeOptions(network_size=tiny.network_size, max_pixels=10**6, timeout_s=60)
+    frames = np.stack([decode(Path(path).read_bytes(), decoding).image for path in paths])
+    masks = Labeler(read_bundle(str(tiny.model())), options).label(frames, [TINY.photo_size] * 6).masks
+    arguments = {"frames": photos, "model": tiny.model(), "out": out, "batch_size": 4, "threads": 1}
+    tiny.program(program, arguments | {"precision": "float32"})
+    number, theirs = peers.read_masks(str(out), at_most=100)
+    ours = {peers.frame_id(path): mask_png(mask) for path, mask in zip(paths, masks, strict=True)}
+    # Another decoder of JPEG, and sums in another order, move pixels between two classes.
+    assert number == 6 and peers.equal_share(ours, theirs, decode_mask) > 0.97
+
+
 @pytest.mark.slow
 def test_all_steps_compute_the_same_loss(tiny: Arena):
     arguments: dict[str, Any] = {
@@ -365,7 +388,8 @@ def test_a_network_as_onnx_computes_what_a_bare_session_does(tiny: Arena):
 
 def test_ceilings(tiny: Arena):
     frames = tiny.archive("png", 14)
-    rates = tiny.program("decode", {"frames": frames, "size": tiny.network_size, "threads": 1}).result
+    how = {"frames": frames, "size": tiny.network_size, "threads": 1}
+    rates = tiny.program("decode", how).result
     assert set(rates) == {"ours_per_s", "tf_per_s"} and min(rates.values()) > 0
 
 
@@ -395,12 +419,13 @@ def test_the_job_measures_writes_and_shows(tmp_path: Path):
         command = [sys.executable, str(JOB), "--out", str(tmp_path), "--size", "tiny", "--repeats", "1", *options]
         return subprocess.run(command, capture_output=True, text=True)
 
-    names = ["png_tfdata", "listing", "chunks", "chunks_rate", "first_epoch"]
+    names = ["png_tfdata", "photo_tfdata", "listing", "chunks", "chunks_rate", "first_epoch"]
     done = run("--only", *names)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]}
     assert list(rows) == names
-    assert rows["png_tfdata"]["agrees"] and all(row["median"] > 0 for row in rows.values())
+    assert rows["png_tfdata"]["agrees"] and rows["photo_tfdata"]["agrees"]
+    assert all(row["median"] > 0 for row in rows.values())
     assert rows["listing"]["note"].startswith("300 files: ")
     assert re.match(r"reading [\d.]+ s, decoding alone ", rows["first_epoch"]["note"])
     assert "| png_tfdata " in done.stdout

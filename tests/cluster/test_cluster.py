@@ -110,6 +110,7 @@ print(requested())
 """
 
 
+@pytest.mark.slow
 def test_the_autoscaler_is_asked_again_when_another_asks_for_less_and_no_more_once_there_is_room():
     """The node that comes says that it has 100 CPUs."""
     with RayNodes() as nodes:

@@ -90,6 +90,10 @@ KIND = {"accelerator_type:L4": 2}
 HOPPER, TURING = (9, 0), (7, 5)
 
 
+SAME = ["--dropout", "0", "--precision", "float32"]
+"""Options with which two workers learn what one learns: with dropout they would drop other pixels."""
+
+
 class Looks:
     """What the processes of the cluster see, and how often they have looked."""
 
@@ -183,17 +187,29 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def command(model: str, pairs: Path, frames: Path, tmp_path: Path) -> dict[str, list[str]]:
+def commands(model: str, pairs: Path, frames: Path, folder: Path) -> dict[str, list[str]]:
     """Of each job the command line without device and precision."""
     data = ["--images", f"{pairs}/frames", "--masks", f"{pairs}/masks"]
     shape = ["--image-size", "24", "32", "--n-filters", "4", "--depth", "2", "--batch-size", "4", "--epochs", "2"]
     chunks = ["--chunk-frames", "2", "--batch-size", "3"]
     return {
-        "train": ["train", *data, *shape, "--classes", f"{pairs}/classes.yaml", "--out", f"{tmp_path}/run"],
-        "evaluate": ["evaluate", "--model", model, *data, "--out", f"{tmp_path}/measured"],
-        "segment": ["segment", "--model", model, "--frames", str(frames), "--out", f"{tmp_path}/labels", *chunks],
+        "train": ["train", *data, *shape, "--classes", f"{pairs}/classes.yaml", "--out", f"{folder}/run"],
+        "evaluate": ["evaluate", "--model", model, *data, "--out", f"{folder}/measured"],
+        "segment": ["segment", "--model", model, "--frames", str(frames), "--out", f"{folder}/labels", *chunks],
     }
+
+
+@pytest.fixture
+def command(model: str, pairs: Path, frames: Path, tmp_path: Path) -> dict[str, list[str]]:
+    return commands(model, pairs, frames, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def loss_on_cpu(looks: Looks, model: str, pairs: Path, frames: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Of the last epoch of a training by one worker on CPUs."""
+    folder = tmp_path_factory.mktemp("on_cpu")
+    assert cli.main([*commands(model, pairs, frames, folder)["train"], *SAME, "--device", "cpu"]) == 0
+    return json.loads((folder / "run" / "metrics.json").read_text())["loss"]
 
 
 def rows_of(out: Path) -> list[dict]:
@@ -246,18 +262,17 @@ def test_what_is_labelled_on_gpus_is_what_cpus_label_and_they_say_that_they_go_o
 @pytest.mark.parametrize(
     "workers", ["2", pytest.param("1", marks=pytest.mark.slow), pytest.param("1:2", marks=pytest.mark.slow)]
 )
-def test_a_training_and_an_evaluation_reserve_gpus(looks: Looks, command, workers: str, tmp_path: Path, capfd) -> None:
+def test_a_training_and_an_evaluation_reserve_gpus(
+    looks: Looks, command, loss_on_cpu: float, workers: str, tmp_path: Path, capfd
+) -> None:
     looks.see(ALWAYS)
     each = ["--device", "gpu", "--precision", "float32"]
-    same = ["--dropout", "0", "--precision", "float32"]  # two workers would drop other pixels than one
-    assert cli.main([*command["train"], *same, "--device", "gpu", "--workers", workers]) == 0, capfd.readouterr().err
+    assert cli.main([*command["train"], *SAME, "--device", "gpu", "--workers", workers]) == 0, capfd.readouterr().err
     output = capfd.readouterr().out
     amount = {"1": "1 worker x 4", "2": "2 workers x 2", "1:2": "1 to 2 workers x 2"}[workers]
     assert f"{amount} CPUs and a GPU; " in output and "epoch 2/2" in output
-    assert cli.main([*command["train"], *same, "--device", "cpu", "--out", f"{tmp_path}/cpu"]) == 0
-    on_gpus, on_cpu = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("run", "cpu"))
-    assert on_gpus["loss"] == pytest.approx(on_cpu["loss"], rel=1e-3)
-    capfd.readouterr()
+    on_gpus = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert on_gpus["loss"] == pytest.approx(loss_on_cpu, rel=1e-3)
     assert cli.main([*command["evaluate"], *each, "--model", f"{tmp_path}/run"]) == 0, capfd.readouterr().err
     assert json.loads((tmp_path / "measured/metrics.json").read_text())["val/mean_iou"] > 0
 

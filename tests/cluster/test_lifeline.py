@@ -32,23 +32,37 @@ signal.signal(signal.SIGTERM, cli._stop)
 connect()
 print("ready", flush=True)
 """
+SOMEBODYS = """
+import ray
+address = ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False).address_info["gcs_address"]
+print("ready", address, flush=True)
+"""
+"""A Ray that others join; its own driver does not look whether it lives."""
+
 ENDED = "Ray's process on this machine ({}) was ended, perhaps for want of memory"
 
 
+LOST = "the cluster's head (gcs_server at {}) has not answered for 8 s"
+GOES_ON = "; the same command goes on where this one stopped\n"
+
+
 @contextlib.contextmanager
-def driver(waits: str) -> Iterator[subprocess.Popen[str]]:
-    """A process with a Ray of its own that waits, and a process group of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", DRIVER + waits]
+def driver(waits: str, starts: str = DRIVER, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process with a process group of its own that waits, and the line that it printed before.
+
+    It has a Ray of its own, unless `variables` name another.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | variables
+    command = [sys.executable, "-c", starts + waits]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         assert process.stdout is not None
         try:
-            while process.stdout.readline() not in ("ready\n", ""):
+            while not (line := process.stdout.readline()).startswith("ready") and line:
                 pass
             assert process.poll() is None
-            yield process
+            yield process, line.removeprefix("ready").strip()
         finally:
             kill([process.pid, *descendants(process.pid)])
 
@@ -71,24 +85,45 @@ def processes(pid: int, signs: list[str]) -> list[int]:
     ("signs", "part"),
     [
         (["/raylet/raylet"], "raylet"),
-        (["/gcs/gcs_server"], "gcs_server"),
-        (["ray::DashboardAgent", "/dashboard/agent.py"], "dashboard agent"),
-        (["ray::RuntimeEnvAgent", "/runtime_env/agent/main.py"], "runtime_env agent"),
+        *(
+            pytest.param(*signs_and_part, marks=pytest.mark.slow)
+            for signs_and_part in (
+                (["/gcs/gcs_server"], "gcs_server"),
+                (["ray::DashboardAgent", "/dashboard/agent.py"], "dashboard agent"),
+                (["ray::RuntimeEnvAgent", "/runtime_env/agent/main.py"], "runtime_env agent"),
+            )
+        ),
     ],
 )
 def test_a_part_of_ray_that_dies_ends_its_driver_by_name(signs: list[str], part: str) -> None:
-    with driver(IDLE) as process:
+    with driver(IDLE) as (process, _):
         (pid,) = processes(process.pid, signs)
         os.kill(pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (
         75,
-        f"unet-ray: error: {ENDED.format(part)}; the same command goes on where this one stopped\n",
+        f"unet-ray: error: {ENDED.format(part)}{GOES_ON}",
     )
 
 
+@pytest.mark.slow
+def test_a_driver_on_a_cluster_ends_when_the_head_or_its_node_is_lost() -> None:
+    with driver(IDLE, SOMEBODYS) as (cluster, address):
+        joins = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}
+        with (
+            driver(IDLE, **joins, RAY_gcs_rpc_server_reconnect_timeout_s="10") as (sooner, _),
+            driver(IDLE, **joins, RAY_gcs_rpc_server_reconnect_timeout_s="600") as (later, _),
+        ):
+            kill(processes(cluster.pid, ["/gcs/gcs_server"]))
+            _, errors = sooner.communicate(timeout=100)
+            assert (sooner.returncode, errors) == (75, f"unet-ray: error: {LOST.format(address)}{GOES_ON}")
+            kill(processes(cluster.pid, ["/raylet/raylet"]))
+            _, errors = later.communicate(timeout=100)
+            assert (later.returncode, errors) == (75, f"unet-ray: error: {ENDED.format('raylet')}{GOES_ON}")
+
+
 def test_a_process_group_that_is_told_to_stop_is_stopped_also_where_ray_is_faster() -> None:
-    with driver(IN_C) as process:
+    with driver(IN_C) as (process, _):
         os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (

@@ -25,6 +25,7 @@ import ray
 import small_output
 from phases import assert_in_order
 from PIL import Image
+from predicting import predict_and_compare, require_same
 
 from unet_ray import cli, images
 from unet_ray.archives.listing import list_archives
@@ -116,7 +117,11 @@ def write_archive(folder: Path, frames_of_drive: dict[str, int]) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_archive(tmp_path_factory.mktemp("archive") / "log", {"a": 7, "bb": 11})
+    """18 frames of three sizes; two are JPEG, which their first bytes say."""
+    log = write_archive(tmp_path_factory.mktemp("archive") / "log", {"a": 7, "bb": 11})
+    for path in ("a/1.png", "bb/9.png"):
+        Image.open(log / path).save(log / path, "JPEG", quality=90)
+    return log
 
 
 def run(model: str, frames: Path, out: Path, **options) -> SegmentResult:
@@ -198,6 +203,15 @@ def test_rows_are_the_frames_and_masks_agree_with_the_network(labelled: Path, mo
 
 def test_a_line_as_each_phase_begins(labelled: Path) -> None:
     assert_in_order((labelled.parent / "output.txt").read_text(), phases.LABELLING)
+
+
+def test_a_model_loaded_in_python_gives_the_same_bytes(labelled: Path, model: str, archive: Path) -> None:
+    answers = predict_and_compare(model, archive, labelled, device="cpu", precision="float32")
+    require_same(answers)
+    assert answers["traces"] == 1  # three sizes, one compilation of the network
+    assert answers["overlay"] == ["RGB", 66, 48] and answers["html"].startswith("<figure")
+    assert answers["text"][1] == f"Model({model!r}: 24x32, classes five, float32 on cpu)"
+    assert answers["first_cpu_s"] < 12, "6 s on two cores"
 
 
 def test_the_output_verifies_and_the_result_names_the_classes(labelled: Path, model: str, archive: Path) -> None:

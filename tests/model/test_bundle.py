@@ -14,16 +14,20 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 
+from unet_ray import PACKAGE
 from unet_ray.classes import ClassSet
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import read_bundle, save_bundle, write_bundle
 from unet_ray.model.export import export_model
+from unet_ray.model.label_options import LabelOptions
+from unet_ray.model.labeler import Labeler
 from unet_ray.model.unet import build_unet
 from unet_ray.model.weights import named_weights
-from unet_ray.preprocessing import Preprocessing
+from unet_ray.preprocessing import Preprocessing, network_input
 from unet_ray.storage import files as storage_files
 
 TINY = UnetConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.3)
@@ -413,6 +417,58 @@ def test_an_export_to_onnx_gives_the_bundles_logits(folder, tmp_path):
     (logits_BHWK,) = session.run(None, {entry.name: FRAMES})
     np.testing.assert_allclose(logits_BHWK, expected_BHWK, atol=1e-5)
     np.testing.assert_array_equal(logits_BHWK.argmax(-1), expected_BHWK.argmax(-1))
+
+
+@pytest.fixture(scope="module")
+def onnx_export(tmp_path_factory, model) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder with a model folder and `first.onnx`, which the command has made of it; and what the command wrote."""
+    pytest.importorskip("tf2onnx")
+    root = tmp_path_factory.mktemp("onnx")
+    config = dataclasses.replace(TINY, preprocessing=Preprocessing(mean=(120.0, 110.0, 100.0), channels="BGR"))
+    save_bundle(str(root / "run/model"), build_unet(config, seed=7), config, CLASSES, METRICS)
+    arguments = ["export-model", "--model", "run", "--out", "first.onnx", "--format", "onnx"]
+    command = [sys.executable, "-c", "from unet_ray.cli import run; run()", *arguments]
+    return root, subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+def test_the_command_writes_one_line_and_nothing_of_tensorflows(onnx_export):
+    _, done = onnx_export
+    assert (done.returncode, done.stdout, done.stderr) == (0, "wrote first.onnx\n", "")
+
+
+def test_an_onnx_file_says_what_it_takes_and_gives(onnx_export):
+    import onnx
+
+    root, _ = onnx_export
+    metadata = {item.key: json.loads(item.value) for item in onnx.load(root / "first.onnx").metadata_props}
+    bundle = read_bundle(str(root / "run"))
+    assert metadata.pop("input").startswith("uint8 [N, height, width, 3], RGB")
+    assert metadata.pop("output") == "float32 [N, height, width, classes], logits"
+    assert metadata == {
+        "class_names": ["road", "car", "sky"],
+        "class_colors": [[128, 64, 128], [0, 0, 142], [70, 130, 180]],
+        "image_size": [24, 32],
+        **bundle.model_config.preprocessing.to_dict(),
+        "temperature": None,
+        "model_digest": bundle.digest,
+    }
+
+
+def test_the_lines_of_the_document_give_the_mask_of_segment(onnx_export, monkeypatch):
+    root, _ = onnx_export
+    document = (PACKAGE / "README.md").read_text().partition("### Exported networks")[2]
+    lines = document.partition("```python\n")[2].partition("```")[0]
+    pixels = np.random.default_rng(8).integers(0, 256, (7, 9, 3), np.uint8)
+    frame = Image.fromarray(pixels).resize((101, 77), Image.Resampling.BICUBIC)
+    frame.save(root / "frame.png")
+    monkeypatch.chdir(root)
+    names: dict = {}
+    exec(lines, names)
+    bundle = read_bundle(str(root / "run"))
+    picture = network_input(np.asarray(frame), (24, 32), bundle.model_config.preprocessing)
+    (expected,) = Labeler(bundle, LabelOptions(precision="float32", batch_size=1)).label([picture], [(77, 101)]).masks
+    assert names["mask"].shape == (77, 101) and len(np.unique(expected)) == 3
+    assert np.mean(names["mask"] == expected) > 0.999
 
 
 # Keras 3.15.1 hands its variables to np.array when it saves them.

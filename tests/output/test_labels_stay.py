@@ -158,21 +158,23 @@ def test_an_output_belongs_to_one_archive(stage, archive, tmp_path, capsys, monk
     assert sorted(rows_of(out).keys() - before.keys()) == [f"drive1/{frame.name}" for frame in sorted(b.iterdir())]
     everything = rows_of(out)
     shutil.copy2(trials.frames_of(archive)[0], a / "new.png")
-    for roots in (a, [a, b], b):  # known roots mean what they meant, each alone too
+    for roots in (b, [a, b]):  # known roots mean what they meant, each alone too
         assert segment(stage, roots, out) == 0
     assert rows_of(out) == everything | {"new.png": rows_of(out)["new.png"]}
     assert cli.main(["verify", str(out)]) == 0
 
-    moved = tmp_path / "elsewhere"
+
+@pytest.mark.slow
+def test_an_archive_that_is_moved_back_has_the_same_frames(stage, archive, tmp_path, capsys):
+    a, moved, only_a = archive / "drive0", tmp_path / "elsewhere", tmp_path / "only_a"
     a.rename(moved)
-    shutil.copy2(moved / "new.png", moved / "newer.png")
-    capsys.readouterr()
-    only_a = tmp_path / "only_a"
     assert segment(stage, moved, only_a) == 0
+    before = counts(only_a)["ok"]
     moved.rename(a)
     (a / "newest.png").write_bytes(trials.frames_of(archive)[1].read_bytes())
-    assert segment(stage, a, only_a) == 0  # moved back: the same ids and versions
-    assert counts(only_a) == {"ok": 10} and f"frames that were in {moved} are read in {a}" in capsys.readouterr().out
+    assert segment(stage, a, only_a) == 0  # the same ids and versions
+    assert counts(only_a) == {"ok": before + 1}
+    assert f"frames that were in {moved} are read in {a}" in capsys.readouterr().out
 
 
 def test_a_moved_archive_is_read_where_it_lies_now(stage, archive, tmp_path, capsys):

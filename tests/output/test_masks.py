@@ -19,8 +19,10 @@ from pycocotools.coco import COCO
 
 from unet_ray import cli, storage
 from unet_ray.config import ExportMasksConfig
-from unet_ray.output import masks, plans
+from unet_ray.output import plans
 from unet_ray.output.chunks import Cutting
+from unet_ray.output.exports.coco import regions
+from unet_ray.output.exports.names import mask_path
 from unet_ray.pairs.pairs import find_pairs
 from unet_ray.storage.sealed import sealed
 
@@ -63,9 +65,9 @@ def test_every_labelled_frame_gets_a_palette_png_of_its_class_ids(labels, tmp_pa
         assert export(labels, out) == 0
         assert capsys.readouterr().out.splitlines()[-1] == (f"9 masks written to {out}; 2 rejected frames have none")
         written = small_output.contents(out)
-        assert sorted(written) == sorted(f"{masks.mask_path(frame_id)}" for frame_id in LABELLED)
+        assert sorted(written) == sorted(f"{mask_path(frame_id)}" for frame_id in LABELLED)
     for frame_id in LABELLED:
-        image = Image.open(io.BytesIO(written[masks.mask_path(frame_id)]))
+        image = Image.open(io.BytesIO(written[mask_path(frame_id)]))
         assert image.mode == "P" and image.getpalette()[:9] == small_output.CLASS_SET.palette_K3.ravel().tolist()
         assert np.array_equal(np.array(image), small_output.mask_of(frame_id))
 
@@ -75,7 +77,7 @@ def test_png_masks_are_copied_as_they_are(tmp_path):
     small_output.segment(labels, mask_encoding="png")
     assert export(labels, out) == 0
     rows = pq.read_table(storage.join(labels, "frames"), columns=["frame_id", "status", "mask"]).to_pylist()
-    expected = {masks.mask_path(row["frame_id"]): row["mask"] for row in rows if row["status"] == "ok"}
+    expected = {mask_path(row["frame_id"]): row["mask"] for row in rows if row["status"] == "ok"}
     assert small_output.contents(out) == expected
 
 
@@ -83,7 +85,7 @@ def test_only_the_chosen_drives_are_written(labels, tmp_path, capsys):
     out = str(tmp_path / "masks")
     assert export(labels, out, "--sequence", "b") == 0
     assert "5 masks written" in capsys.readouterr().out
-    assert sorted(small_output.contents(out)) == sorted(masks.mask_path(i) for i in LABELLED if i.startswith("b/"))
+    assert sorted(small_output.contents(out)) == sorted(mask_path(i) for i in LABELLED if i.startswith("b/"))
     coco = str(tmp_path / "a.json")
     assert export(labels, coco, "--format", "coco", "--sequence", "a", "b") == 0
     assert [image["file_name"] for image in json.loads(Path(coco).read_text())["images"]] == LABELLED
@@ -122,7 +124,7 @@ def test_no_two_frames_share_a_file_and_none_leaves_the_folder(labels, tmp_path)
         )
     )
     for before, now in ODD.items():
-        image = Image.open(io.BytesIO(written[f"masks/{masks.mask_path(now)}"]))
+        image = Image.open(io.BytesIO(written[f"masks/{mask_path(now)}"]))
         assert np.array_equal(np.array(image), small_output.mask_of(before))
 
 
@@ -130,7 +132,7 @@ def test_different_ids_have_different_paths():
     pieces = ["", ".", "..", "a", "%", "%2E", "%25", ":", "::", "%3A", "a.png", ".png", "\0"]
     ids = {"/".join(parts) for parts in ((p, q) for p in pieces for q in pieces)} | set(pieces)
     ids |= {p + q for p in pieces for q in pieces}
-    paths = {masks.mask_path(frame_id) for frame_id in ids}
+    paths = {mask_path(frame_id) for frame_id in ids}
     assert len(paths) == len(ids)
     for path in paths:
         parts = path.split("/")
@@ -158,14 +160,14 @@ def test_any_storage_takes_the_masks(tmp_path):
 MEASURED = """
 import sys, tracemalloc
 import pyarrow
-from unet_ray.output import masks
+from unet_ray.output.exports.formats import export_masks
 from unet_ray.config import ExportMasksConfig
 tracemalloc.start()
 for labels in sys.argv[1:]:
-    masks.export_masks(ExportMasksConfig(labels=labels, out=labels + ".json", format="coco"))  # the first also imports
+    export_masks(ExportMasksConfig(labels=labels, out=labels + ".json", format="coco"))  # the first also imports
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
-    masks.export_masks(ExportMasksConfig(labels=labels, out=labels + ".json", format="coco"))
+    export_masks(ExportMasksConfig(labels=labels, out=labels + ".json", format="coco"))
     print(pyarrow.default_memory_pool().max_memory(), tracemalloc.get_traced_memory()[1] - before)
 """
 
@@ -179,7 +181,7 @@ def test_six_times_the_frames_take_no_more_memory(tmp_path, monkeypatch):
         listing = small_output.listing({("a", ""): int(Path(out).name)})
         small_output.segment(out, listing, cutting=cutting)
     done = subprocess.run([sys.executable, "-c", MEASURED, *outs], capture_output=True, text=True, check=True)
-    few, many = (list(map(int, line.split())) for line in done.stdout.splitlines() if "frames" not in line)
+    few, many = (list(map(int, line.split())) for line in done.stdout.splitlines() if "masks" not in line)
     assert many[0] < 1.3 * few[0] and many[1] < 1.3 * few[1], (few, many)
 
 
@@ -222,7 +224,7 @@ def test_pycocotools_reads_every_mask_back(labels, tmp_path, capsys):
 
 def test_a_region_is_every_pixel_of_a_class():
     mask_HW = np.array([[0, 2, 2], [0, 0, 2]], np.uint8)
-    first, second = masks.regions(mask_HW)
+    first, second = regions(mask_HW)
     assert (first["category_id"], first["area"], first["bbox"]) == (1, 3, [0, 0, 2, 2])
     assert (second["category_id"], second["area"], second["bbox"]) == (3, 3, [1, 0, 2, 2])
     assert np.array_equal(coco_mask.decode(second["segmentation"]), mask_HW == 2)
@@ -245,7 +247,8 @@ def test_an_output_that_is_not_finished_is_refused(export_format, labels, tmp_pa
     out = tmp_path / "masks.json"
     assert export(labels, str(out), "--format", export_format) == 2
     assert capsys.readouterr().err == (
-        f"unet-ray: error: {labels} is not finished (or was found damaged); run segment again, then export\n"
+        f"unet-ray: error: {labels} is not finished (or was found damaged), 11 of 11 frames are done; "
+        "run segment again, then export\n"
     )
     assert not out.exists()
 
@@ -273,6 +276,7 @@ def test_a_drive_that_is_not_there_is_named_with_those_that_are(labels, tmp_path
     [
         ("labels", "png", "--out labels lies in the output labels itself; give a place beside it"),
         ("labels/frames", "png", "--out labels/frames lies in the output labels itself; give a place beside it"),
+        ("x.zip", "voc", "--out is x.zip; only the format cvat is written as a zip, give a folder"),
         ("masks", "coco", "--out is masks; the format coco is one file, give a name that ends in .json"),
     ],
 )
@@ -293,7 +297,7 @@ def test_unusable_places_are_one_line(out, export_format, message, tmp_path, mon
         ),
         (["ä" * 126], "has 256 bytes in one part"),
         (["/".join(["n" * 200] * 21)], "(and 4095 with its folders)"),
-        (["x", "x.png/y"], "the mask of the frame x would be the file x.png, which is the folder of another frame's:"),
+        (["x", "x.png/y"], "the file x.png of the frame x would be the folder of another frame's: export as coco"),
     ],
 )
 def test_names_that_make_no_files_are_refused_before_one_is_written(names, message, tmp_path, capsys):

@@ -8,37 +8,19 @@ from pathlib import Path
 import labelled
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from labelled import DRIVES, make_plan, run, write_archive
 from PIL import Image
 
 from unet_ray.archives.listing import list_archives
 from unet_ray.labelling.result import show_preview
+from unet_ray.pictures import draw_preview
 from unet_ray.reports import preview
-from unet_ray.reports.preview import choose_rows
-
-
-def test_every_drive_is_shown_and_both_ends_of_confidence():
-    drives = np.repeat([0, 1, 2], [10, 20, 5])
-    confidence = np.linspace(0, 1, 35)
-    confidence[3] = np.nan
-    chosen = choose_rows(drives, confidence)
-    assert len(chosen) == len(set(chosen)) == 12 and 3 not in chosen
-    assert np.bincount(drives[chosen]).tolist() == [4, 4, 4]
-    assert {0, 9} <= set(chosen)  # the least and the most confident of the first drive
-
-
-def test_of_many_drives_a_dozen_are_shown_spread_over_all():
-    chosen = choose_rows(np.arange(100), np.full(100, 0.5))
-    assert chosen == [i * 100 // 12 for i in range(12)]
-
-
-def test_fewer_frames_than_places_are_shown_once_each():
-    assert choose_rows(np.zeros(3, int), np.array([0.2, np.nan, 0.9])) == [0, 2]
-    assert choose_rows(np.zeros(2, int), np.array([np.nan, np.nan])) == []
+from unet_ray.reports.interest import Choice
 
 
 def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(tmp_path):
-    """Over three files of two row groups or chunks each, in the manifest's order."""
+    """Over three files of two row groups or chunks each."""
     root, out = write_archive(tmp_path / "log"), str(tmp_path / "out")
     pixels = {}
     for number, path in enumerate(sorted((tmp_path / "log").rglob("*.png"))):
@@ -49,14 +31,45 @@ def test_a_frame_is_shown_with_its_own_mask_and_one_that_is_gone_is_passed_over(
     files = [pq.ParquetFile(path) for path in sorted((tmp_path / "out" / "frames").iterdir())]
     rows_of = {str(path): pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out" / "frames").iterdir())}
     (tmp_path / "log" / "b" / "2.png").unlink()
-    samples = list(preview._read_samples(plan, list_archives([root]), rows_of, list(range(13))))
+    choices = [Choice(row=row, reason=f"row {row}", class_id=1) for row in (12, *range(12))]
+    samples = list(preview._read_samples(plan, list_archives([root]), rows_of, choices))
     names = [f"{drive}/{index}.png" for drive, n_frames in DRIVES.items() for index in range(n_frames)]
-    assert [caption.split()[0] for *_, caption in samples] == [name for name in names if name != "b/2.png"]
+    places = [row for row in (12, *range(12)) if names[row] != "b/2.png"]
+    assert [sample.frame_id for sample in samples] == [names[row] for row in places]
+    assert [sample.reason for sample in samples] == [f"row {row}" for row in places]
     rows = {row["frame_id"]: row for file in files for row in file.read().to_pylist()}
-    for frame_HWC, mask_HW, caption in samples:
-        name = caption.split()[0]
-        np.testing.assert_array_equal(frame_HWC, pixels[name])
-        assert mask_HW.tobytes() == rows[name]["mask"]
+    for sample in samples:
+        np.testing.assert_array_equal(sample.frame_HWC, pixels[sample.frame_id])
+        assert sample.mask_HW.tobytes() == rows[sample.frame_id]["mask"]
+        sky = np.argwhere(sample.mask_HW == 1)
+        expected = (*(sky.min(axis=0) / (2, 3)), *((sky.max(axis=0) + 1) / (2, 3))) if len(sky) else None
+        assert sample.mark == (None if expected is None else pytest.approx(expected))
+
+
+def test_the_picture_shows_what_the_columns_say(tmp_path, monkeypatch):
+    root, out = write_archive(tmp_path / "log"), str(tmp_path / "out")
+    for path in (tmp_path / "log").rglob("*.png"):
+        Image.new("RGB", (3, 2)).save(path)
+    run(root, out, reject=("a/1.png",))
+    drawn = {}
+
+    def draw(frames, masks, captions, class_set, *, reasons, marks):
+        drawn.update(zip(captions, reasons, strict=True))
+        return draw_preview(frames, masks, captions, class_set, reasons=reasons, marks=marks)
+
+    monkeypatch.setattr(preview.pictures, "draw_preview", draw)
+    plan = make_plan(root, out)
+    assert preview.write_preview(plan, list_archives([root])) == f"{out}/preview.png"
+    assert len(drawn) == preview.N_FRAMES and "a/1.png" not in drawn
+    rows = {row["frame_id"]: row for chunk in plan.chunks for row in labelled.label(chunk).to_pylist()}
+    del rows["a/1.png"]
+    rarest = min(("road", "sky"), key=lambda name: sum(row[f"pixels_{name}"] for row in rows.values()))
+    (most,) = (name for name, reason in drawn.items() if f"most {rarest}" in reason)
+    assert rows[most][f"pixels_{rarest}"] == max(row[f"pixels_{rarest}"] for row in rows.values())
+    (least,) = (name for name, reason in drawn.items() if f"least {rarest}" in reason)
+    assert rows[least][f"pixels_{rarest}"] == min(n for row in rows.values() if (n := row[f"pixels_{rarest}"]))
+    assert sum(reason.startswith("least confident: 0.75") for reason in drawn.values()) == 2
+    assert sum("typical: confidence 0.75" in reason for reason in drawn.values()) == 2
 
 
 def test_it_is_drawn_again_when_the_output_has_changed_or_it_is_no_picture(tmp_path, monkeypatch, capsys):

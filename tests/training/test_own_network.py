@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from own_network import SMALL
+from predicting import predict_and_compare, require_same
 from small_onnx import small_network
 from small_training import final_weights, last_state, make_config, write_data
 
 from unet_ray import cli
-from unet_ray.config import EvaluateConfig, ExportModelConfig, SegmentConfig, load_class_set
+from unet_ray.config import EvaluateConfig, ExportModelConfig, SegmentConfig, TrainConfig, load_class_set
 from unet_ray.labelling.job import segment
 from unet_ray.model.bundle import read_bundle
 from unet_ray.model.export import export_model
@@ -54,17 +55,29 @@ def cluster(tmp_path_factory):
         ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def two(cluster, data, tmp_path_factory) -> TrainConfig:
+    """A training by two workers."""
+    config = make_config(data, tmp_path_factory.mktemp("two") / "run", workers=2, epochs=2, **OWN)
+    train(config)
+    return config
+
+
+@pytest.mark.slow  # beside `test_batch_norm`
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras 3.15 with numpy 2.4, in save
-def test_it_trains_labels_and_exports_like_any_other(cluster, data, tmp_path, capsys):
-    one, two = (make_config(data, tmp_path / f"run{workers}", workers=workers, epochs=2, **OWN) for workers in (1, 2))
+def test_two_workers_learn_what_one_does(two, data, tmp_path):
+    one = make_config(data, tmp_path / "one", workers=1, epochs=2, **OWN)
     train(one)
-    train(two)
-    assert MODULE not in sys.modules  # the driver's process runs no code of the user's
     state, of_two = last_state(one.out, 2), last_state(two.out, 2)
     assert "model/batch_normalization_1/moving_variance" in state
     for name, tensor in state.items():
         np.testing.assert_allclose(of_two[name], tensor, rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras 3.15 with numpy 2.4, in save
+def test_it_trains_labels_and_exports_like_any_other(two, data, tmp_path, capsys):
+    assert MODULE not in sys.modules  # the driver's process runs no code of the user's
     moved = final_weights(two.out)["batch_normalization/moving_mean"]
     assert np.abs(moved).max() > 0
 
@@ -114,6 +127,7 @@ def test_a_network_made_elsewhere_labels_and_is_measured(cluster, data, tmp_path
     statistics = pq.read_table(labels / "class_statistics.parquet")
     assert any(value is not None for value in statistics["confidence"].to_pylist()) == (ending == "logits")
     assert verify(str(labels)) == [] and (labels / "preview.png").is_file()
+    require_same(predict_and_compare(tmp_path / "model", data / "frames", labels))
     results = evaluate(EvaluateConfig(**options, images=str(data / "frames"), masks=str(data / "masks")))
     assert results["val/loss"] is None and 0 <= results["val/mean_iou"] <= 1
 

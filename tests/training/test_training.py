@@ -174,12 +174,26 @@ def test_tensorboard_events_hold_the_history(undisturbed):
     from tensorflow.data import TFRecordDataset
 
     config, result = undisturbed
-    (file,) = (Path(config.out) / "tensorboard").iterdir()
+    (file,) = (Path(config.out) / "tensorboard").glob("*.unet_ray")
     events = [event_pb2.Event.FromString(record.numpy()) for record in TFRecordDataset(str(file))]
     recorded = {(v.tag, event.step): v.simple_value for event in events for v in event.summary.value}
     for row in result.history:
         assert recorded["loss", row["epoch"]] == pytest.approx(row["loss"], rel=1e-6)
         assert recorded["val/mean_iou", row["epoch"]] == pytest.approx(row["val/mean_iou"], rel=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_tensorboard_shows_the_samples_of_some_epochs(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, result = undisturbed
+    folder = Path(config.out) / "tensorboard" / "samples"
+    images = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload().Images("samples")
+    assert [image.step for image in images] == [1, 2, 4, 6, 8, 10, 12]
+    size = (Path(config.out) / "samples.png").stat().st_size
+    assert all(len(image.encoded_image_string) < 2 * size for image in images)
+    if result.metrics["best_epoch"] == 12:  # the same masks
+        assert images[-1].encoded_image_string == (Path(config.out) / "samples.png").read_bytes()
 
 
 def validation_frames(config: TrainConfig) -> list[ImagePair]:
@@ -381,6 +395,12 @@ def test_a_run_starts_from_the_weights_of_another(undisturbed, data, cluster, tm
     for name, tensor in final_weights(config.out).items():
         np.testing.assert_allclose(final_weights(again.run)[name], tensor, atol=1e-6, err_msg=name)
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_for_other_classes_starts_from_all_but_the_last_layer(undisturbed, data, cluster, tmp_path, capsys):
+    config, _ = undisturbed
+    still = {"workers": 1, "epochs": 1, "learning_rate": 1e-12, "dropout": 0.0, "seed": 77}
     classes = {**CLASSES, "classes": [{**CLASSES["classes"][0], "name": "street"}, *CLASSES["classes"][1:]]}
     (tmp_path / "others.yaml").write_text(yaml.safe_dump(classes))
     others = make_config(
@@ -520,6 +540,7 @@ def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
     config = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)

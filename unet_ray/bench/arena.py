@@ -69,6 +69,11 @@ class Settings:
     chunks: int
     """Chunks of a frame each, of the measurement of many chunks."""
     start_frames: int
+    photo_size: tuple[int, int]
+    """Height and width of a photo, a JPEG frame of a camera's own size."""
+    distinct_photos: int
+    photos: int
+    """Photos to label."""
     batch_size: int
     large_batch_size: int
     """Of the large network, whose logits are 25 times as many."""
@@ -97,6 +102,9 @@ FULL = Settings(
     listed_frames=1_000_000,
     chunks=200_000,
     start_frames=192,
+    photo_size=(1280, 1920),
+    distinct_photos=48,
+    photos=1_500,
     batch_size=32,
     large_batch_size=4,
     chunk_frames=96,
@@ -123,6 +131,9 @@ SIZES = {
         listed_frames=300,
         chunks=90,
         start_frames=8,
+        photo_size=(96, 144),
+        distinct_photos=4,
+        photos=32,
         batch_size=4,
         large_batch_size=2,
         chunk_frames=4,
@@ -179,22 +190,24 @@ class Arena:
 
     def log(self) -> Path:
         """The pairs that are drawn: `CameraRGB` and `CameraMask`."""
-        height_px, width_px = self.settings.frame_size
-        per_drive = min(self.settings.distinct, 60)
-        with self._made_once("log") as folder:
+        return self._draw_log("log", self.settings.frame_size, self.settings.distinct)
+
+    def _draw_log(self, name: str, size: tuple[int, int], n_frames: int) -> Path:
+        per_drive = min(n_frames, 60)
+        with self._made_once(name) as folder:
             if folder:
                 synthetic.write_log(
                     str(folder),
                     seed=0,
-                    drives=-(-self.settings.distinct // per_drive),
+                    drives=-(-n_frames // per_drive),
                     frames_per_drive=per_drive,
-                    height_px=height_px,
-                    width_px=width_px,
+                    height_px=size[0],
+                    width_px=size[1],
                 )
-        return self.data / "log"
+        return self.data / name
 
     def archive(self, kind: str, n_frames: int) -> Path:
-        """A folder of `png` or `jpeg` frames."""
+        """A folder of `png` or `jpeg` frames, or of `photo`s, which are larger JPEGs."""
         with self._made_once(f"{kind}_{n_frames}") as folder:
             if folder:
                 self._link(self._drawn(kind), folder, n_frames)
@@ -209,16 +222,20 @@ class Arena:
         return self.data / "pairs" / "CameraRGB", self.data / "pairs" / "CameraMask"
 
     def _drawn(self, kind: str) -> list[Path]:
-        frames = sorted((self.log() / "CameraRGB").rglob("*.png"))
+        if kind == "photo":
+            log = self._draw_log("photo_log", self.settings.photo_size, self.settings.distinct_photos)
+        else:
+            log = self.log()
+        frames = sorted((log / "CameraRGB").rglob("*.png"))
         if kind == "png":
             return frames
-        with self._made_once("jpeg") as folder:
+        with self._made_once(kind) as folder:
             for index, frame in enumerate(frames if folder else ()):
                 assert folder is not None
                 buffer = io.BytesIO()
                 Image.open(frame).save(buffer, "JPEG", quality=JPEG_QUALITY)
                 (folder / f"{index:06d}.jpg").write_bytes(buffer.getvalue())
-        return sorted((self.data / "jpeg").iterdir())
+        return sorted((self.data / kind).iterdir())
 
     def _link(self, drawn: Sequence[Path], folder: Path, number: int) -> None:
         for index in range(number):
@@ -268,6 +285,16 @@ class Arena:
                 config = bundle.model_config.sized((height_px, width_px))
                 write_bundle(str(folder), bundle.weights, config, bundle.class_set, {})
         return self.data / "large_model"
+
+    def dct_model(self) -> Path:
+        """The same weights for frames whose JPEG is decoded at a part of its size (`--resize area-dct`)."""
+        with self._made_once("dct_model") as folder:
+            if folder:
+                bundle = read_bundle(str(self.model()))
+                resized = dataclasses.replace(bundle.model_config.preprocessing, resize="area-dct")
+                config = dataclasses.replace(bundle.model_config, preprocessing=resized)
+                write_bundle(str(folder), bundle.weights, config, bundle.class_set, {})
+        return self.data / "dct_model"
 
     def specks(self) -> Path:
         """A tar of JPEG frames of 16x16, as many as there are to be chunks."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray.output.chunks import Cutting
+from unet_ray.preprocessing import Preprocessing, Resize
 
 _TIMELINE_S = 30.0
 
@@ -123,20 +124,21 @@ def _waited_for(act: Callable[..., Any], *arguments: Any) -> np.ndarray:
     return act(*arguments).numpy()
 
 
-def decode(*, frames: str, size: tuple[int, int], threads: int) -> dict[str, float]:
-    """Frames a second from file to the network's size on all cores: our decoder, and TensorFlow's in `tf.data`."""
+def decode(*, frames: str, size: tuple[int, int], threads: int, resize: Resize = "nearest") -> dict[str, float]:
+    """Frames a second from file to the network's size on all cores: our decoder, and TensorFlow's in `tf.data`.
+
+    TensorFlow's resizes to the nearest pixel; it has no part in another `resize`.
+    """
     from unet_ray.bench.peers import list_frames
 
     paths = list_frames(frames)
-    return {
-        "ours_per_s": _decode_ours(paths, (size[0], size[1]), threads),
-        "tf_per_s": _decode_tf(paths, size, threads),
-    }
+    of_tf = {"tf_per_s": _decode_tf(paths, size, threads)} if resize == "nearest" else {}
+    return {"ours_per_s": _decode_ours(paths, (size[0], size[1]), threads, resize), **of_tf}
 
 
-def _decode_ours(paths: list[str], size: tuple[int, int], threads: int) -> float:
-    parts = [(paths[start::threads], size) for start in range(threads)]
-    done, took_s = _in_processes(_decode_part, parts, (paths[:2], size), threads)
+def _decode_ours(paths: list[str], size: tuple[int, int], threads: int, resize: Resize) -> float:
+    parts = [(paths[start::threads], size, resize) for start in range(threads)]
+    done, took_s = _in_processes(_decode_part, parts, (paths[:2], size, resize), threads)
     return sum(done) / took_s
 
 
@@ -151,12 +153,14 @@ def _in_processes(act: Callable[[Any], Any], parts: list[Any], first: Any, n_pro
         return list(pool.map(act, parts)), time.perf_counter() - started
 
 
-def _decode_part(part: tuple[list[str], tuple[int, int]]) -> int:
+def _decode_part(part: tuple[list[str], tuple[int, int], Resize]) -> int:
     from unet_ray.labelling.decoding import DecodeOptions
     from unet_ray.labelling.decoding import decode as decode_one
 
-    paths, size = part
-    options = DecodeOptions(network_size=size, max_pixels=100_000_000, timeout_s=60)
+    paths, size, resize = part
+    options = DecodeOptions(
+        network_size=size, preprocessing=Preprocessing(resize=resize), max_pixels=100_000_000, timeout_s=60
+    )
     deadline = time.perf_counter() + _CEILING_S
     for number, path in enumerate(paths, start=1):
         decode_one(Path(path).read_bytes(), options)
@@ -272,10 +276,11 @@ def _median_time(act: Callable[[], Any]) -> float:
 PROGRAMS = {
     **dict.fromkeys(("ours", "list_and_plan", "matrix_product", "decode", "decode_pairs", "network"), "contestants"),
     **dict.fromkeys(("notebook_loop", "tfdata_loop", "ray_pattern"), "peers"),
+    "tfdata_native": "native_peers",
     **dict.fromkeys(("our_step", "steps_apart", "keras_step", "keras_fit"), "training_peers"),
     **dict.fromkeys(("our_ingest", "tfdata_ingest"), "training_peers"),
     "onnx_network": "onnx_contests",
-    **dict.fromkeys(("torch_loop", "torch_step", "torch_ingest"), "torch_peers"),
+    **dict.fromkeys(("torch_loop", "torch_native", "torch_step", "torch_ingest"), "torch_peers"),
 }
 """The module of each program; one that is not asked for is not imported."""
 

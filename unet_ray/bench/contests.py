@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from unet_ray.bench import cost_contests, labelling_contests, onnx_contests, training_contests
+from unet_ray.bench import cost_contests, labelling_contests, onnx_contests, photo_contests, training_contests
 from unet_ray.bench.arena import Arena, Contest, ContestantFailed
 from unet_ray.bench.benchmark import Journal, Measurement, Row, Skipped, in_turn, lacking
 
@@ -14,6 +14,7 @@ CONTESTS = {
     contest.name: contest
     for contest in (
         *labelling_contests.CONTESTS,
+        *photo_contests.CONTESTS,
         *cost_contests.CONTESTS,
         *training_contests.CONTESTS,
         *onnx_contests.CONTESTS,
@@ -23,7 +24,10 @@ CONTESTS = {
 
 CPU_ROWS = {
     row.name: row
-    for row in (*labelling_contests.ROWS, *cost_contests.ROWS, *training_contests.ROWS, *onnx_contests.ROWS)
+    for row in (
+        *(*labelling_contests.ROWS, *photo_contests.ROWS, *cost_contests.ROWS, *training_contests.ROWS),
+        *onnx_contests.ROWS,
+    )
 }
 """By name, in the table's order."""
 

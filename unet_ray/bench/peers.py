@@ -9,7 +9,7 @@ Shapes: `B` batch, `H` height px, `W` width px, `C` colour, `K` classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,20 @@ def frame_id(path: str) -> str:
 class MaskFile:
     """A Parquet file of masks; encoding and writing go on beside the next batch."""
 
-    def __init__(self, out: str) -> None:
+    def __init__(self, out: str, encode: Callable[[np.ndarray], bytes] = np.ndarray.tobytes) -> None:
+        self._encode = encode
         Path(out).mkdir(parents=True, exist_ok=True)
         self._schema = pa.schema([("frame_id", pa.string()), ("mask", pa.binary())])
         self._file = pq.ParquetWriter(Path(out) / "masks.parquet", self._schema, compression="zstd")
         self._beside = ThreadPoolExecutor(1)
         self._running: list[Future[None]] = []
 
-    def add(self, paths: Sequence[str], masks_BHW: np.ndarray) -> None:
-        """Adds a batch; the arrays are not to be changed afterwards."""
-        self._running.append(self._beside.submit(self._write, paths, masks_BHW))
+    def add(self, paths: Sequence[str], masks: Iterable[np.ndarray]) -> None:
+        """Adds a batch of masks [H, W]; the arrays are not to be changed afterwards."""
+        self._running.append(self._beside.submit(self._write, paths, masks))
 
-    def _write(self, paths: Sequence[str], masks_BHW: np.ndarray) -> None:
-        rows = {"frame_id": list(map(frame_id, paths)), "mask": [mask.tobytes() for mask in masks_BHW]}
+    def _write(self, paths: Sequence[str], masks: Iterable[np.ndarray]) -> None:
+        rows = {"frame_id": list(map(frame_id, paths)), "mask": list(map(self._encode, masks))}
         self._file.write_table(pa.table(rows, schema=self._schema))
 
     def close(self) -> None:
@@ -59,11 +60,21 @@ def read_masks(out: str, *, at_most: int) -> tuple[int, dict[str, bytes]]:
     return len(names), dict(zip(map(frame_id, table["frame_id"].to_pylist()), table["mask"].to_pylist(), strict=True))
 
 
-def equal_share(ours: Mapping[str, bytes], theirs: Mapping[str, bytes]) -> float:
+def rows_of_bytes(mask: bytes) -> np.ndarray:
+    """Returns a mask of rows of uint8 as it is, flat."""
+    return np.frombuffer(mask, np.uint8)
+
+
+def equal_share(
+    ours: Mapping[str, bytes],
+    theirs: Mapping[str, bytes],
+    decode: Callable[[bytes], np.ndarray] = rows_of_bytes,
+) -> float:
     """Returns the share of pixels with the same class in both; a mask that only one side has counts as unequal."""
     equal = total = 0
+    nothing = np.empty(0, np.uint8)
     for name in ours.keys() | theirs.keys():
-        a, b = (np.frombuffer(side.get(name, b""), np.uint8) for side in (ours, theirs))
+        a, b = (decode(side[name]) if name in side else nothing for side in (ours, theirs))
         total += max(a.size, b.size)
         equal += int((a == b).sum()) if a.size == b.size else 0
     return equal / total

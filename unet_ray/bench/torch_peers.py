@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from unet_ray.bench.native_peers import mask_png
 from unet_ray.bench.peers import MaskFile, list_frames
 from unet_ray.bench.training_peers import WARM_UP_STEPS, digest_of, some_pairs
 from unet_ray.images import decode_mask, resize_nearest
@@ -111,21 +112,57 @@ class _Frames(Dataset):  # type: ignore[type-arg]
         return image_HWC
 
 
-def torch_loop(*, frames: str, model: str, out: str, batch_size: int, threads: int, precision: str) -> dict[str, Any]:
-    """A DataLoader with a worker a core, the network in `precision` and channels_last, inference mode."""
+def _predictor(model: str, threads: int, precision: str) -> tuple[TorchUnet, tuple[int, int]]:
+    """The network of a bundle, all but its last layer in `precision`, and the height and width of its input."""
     torch.set_num_threads(threads)
     bundle = read_bundle(model)
     net = build(bundle).eval()
     net.convolutions.to(getattr(torch, precision))
     net.transposes.to(getattr(torch, precision))
+    return net, bundle.model_config.image_size
+
+
+class _SizedFrames(_Frames):
+    """Frames of the network's size, each with its own height and width."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[override]
+        with open(self._paths[index], "rb") as file:
+            decoded = decode(file.read(), self._options)
+        assert decoded.image is not None, self._paths[index]
+        return decoded.image, np.array([decoded.height_px, decoded.width_px])
+
+
+def torch_loop(*, frames: str, model: str, out: str, batch_size: int, threads: int, precision: str) -> dict[str, Any]:
+    """A DataLoader with a worker a core, the network in `precision` and channels_last, inference mode."""
+    net, size = _predictor(model, threads, precision)
     paths = list_frames(frames)
-    size = bundle.model_config.image_size
     file, done = MaskFile(out), 0
     with torch.inference_mode():
         for image_BHWC in DataLoader(_Frames(paths, size), batch_size=batch_size, num_workers=threads):
             masks_BHW = net(image_BHWC).argmax(1).to(torch.uint8).numpy()
             file.add(paths[done : done + len(masks_BHW)], masks_BHW)
             done += len(masks_BHW)
+    file.close()
+    return {}
+
+
+def torch_native(*, frames: str, model: str, out: str, batch_size: int, threads: int, precision: str) -> dict[str, Any]:
+    """The same, with masks of the frames' own size: logits by `interpolate`, the largest, PNG by Pillow."""
+    net, size = _predictor(model, threads, precision)
+    paths = list_frames(frames)
+    file, done = MaskFile(out, encode=mask_png), 0
+    with torch.inference_mode():
+        for image_BHWC, size_B2 in DataLoader(_SizedFrames(paths, size), batch_size=batch_size, num_workers=threads):
+            logits_BKhw = net(image_BHWC)
+            masks = [
+                functional.interpolate(logits_BKhw[i : i + 1], size=tuple(size.tolist()), mode="bilinear")
+                .argmax(1)[0]
+                .to(torch.uint8)
+                .numpy()
+                for i, size in enumerate(size_B2)
+            ]
+            file.add(paths[done : done + len(masks)], masks)
+            done += len(masks)
     file.close()
     return {}
 

@@ -301,7 +301,7 @@ class Trial:
     def redone(self) -> tuple[int, int]:
         """Returns how often a chunk's part was written, and how often a frame was opened, after the chunk was done.
 
-        Up to the summary: the preview, which comes after it, looks at a dozen frames.
+        Up to the summary: the preview, which comes after it, looks at some frames.
         """
         key_of = self._chunks_of_frames()
         done: set[str] = set()

@@ -89,6 +89,7 @@ def connect() -> None:
                 cuda_cache = {name: os.environ[name] for name in CUDA_CACHE if name in os.environ}
                 variables = {**WORKER_ENVIRONMENT, **cuda_cache, **storage_variables}
                 ray.init(runtime_env={"env_vars": variables}, **arguments)
+                lifeline.end_with_cluster()
         except (OSError, RuntimeError) as error:
             cause = " ".join(str(error).split())
             raise ValueError(f"RAY_ADDRESS is {address}; no cluster lets us in there: {cause}") from error

@@ -1,12 +1,27 @@
 """A bundle as a file or folder that runs without unet_ray: Keras, TensorFlow SavedModel, ONNX.
 
 Each takes `image_BHWC` (B any number of frames; uint8 RGB, 0 to 255, resized to the network's size as `model.json` says
-under `preprocessing`) and gives `logits_BHWK`, float32; the mask is their argmax over the last axis.
+under `preprocessing`) and gives `logits_BHWK`, float32; the mask is their argmax over the last axis, at a frame's own
+size that of the logits interpolated bilinearly.
+
+An ONNX file says so itself, in `metadata_props`, each value as JSON:
+
+| key | value |
+|---|---|
+| `class_names` | a list, by class id |
+| `class_colors` | a list of `[red, green, blue]`, by class id |
+| `image_size` | `[height, width]` of the input, px |
+| `resize`, `fit` | how frames become images of that size (`preprocessing`) |
+| `mean`, `std`, `channels` | what the network does itself first: `(x - mean) / std`, in this order of colours |
+| `input`, `output` | what it takes and gives, in words |
+| `temperature` | what logits are divided by before a softmax, null where they are not calibrated |
+| `model_digest` | the digest in model.json, as in `run.json` of labels |
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,7 +29,7 @@ from pathlib import Path
 import keras
 
 from unet_ray import storage
-from unet_ray.model.bundle import read_bundle
+from unet_ray.model.bundle import Bundle, read_bundle
 
 # The format and the end of the file's name that it asks for; a SavedModel is a folder.
 FORMATS = {"keras": ".keras", "savedmodel": "", "onnx": ".onnx"}
@@ -47,6 +62,8 @@ def export_model(model: str, out: str, export_format: str, *, allow_network: str
     with tempfile.TemporaryDirectory(prefix="unet_ray-export-") as scratch:
         local = Path(scratch) / ("model" + FORMATS[export_format])
         _write_local(network, local, export_format)
+        if export_format == "onnx":
+            _add_metadata(local, bundle)
         files = sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else [local]
         # A SavedModel is what has a saved_model.pb: that file last, so that a part of one is none.
         for path in sorted(files, key=lambda path: path.name == "saved_model.pb"):
@@ -80,6 +97,26 @@ def _write_local(network: keras.Model, path: Path, export_format: str) -> None:
             warnings.filterwarnings("ignore", message="In the future `np.object`", category=FutureWarning)
             _add_erfc_to_tf2onnx()
             network.export(path, format="onnx", verbose=False)
+
+
+def _add_metadata(path: Path, bundle: Bundle) -> None:
+    """Writes into an ONNX file what a user of it has to know; see this module's docstring."""
+    import onnx  # of the extra `onnx`
+
+    config, classes = bundle.model_config, bundle.class_set.classes
+    model = onnx.load(path)
+    metadata = {
+        "class_names": [item.name for item in classes],
+        "class_colors": [list(item.color) for item in classes],
+        "image_size": list(config.image_size),
+        **config.preprocessing.to_dict(),
+        "input": "uint8 [N, height, width, 3], RGB, 0 to 255; the network normalises it",
+        "output": "float32 [N, height, width, classes], logits",
+        "temperature": bundle.temperature,
+        "model_digest": bundle.digest,
+    }
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata.items()})
+    onnx.save(model, path)
 
 
 def _add_erfc_to_tf2onnx() -> None:

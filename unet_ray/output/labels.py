@@ -149,13 +149,20 @@ def opened(uri: str, **options: Any) -> Iterator[pq.ParquetFile]:
     Raises:
         JobFailed: it is damaged, also where that shows within the block; what Arrow says names no file.
     """
+    with (
+        naming(uri),
+        storage.open_read(uri) as source,
+        pq.ParquetFile(source, page_checksum_verification=True, **options) as file,
+    ):
+        require_columns(file.schema_arrow, FRAME_COLUMNS)
+        yield file
+
+
+@contextlib.contextmanager
+def naming(uri: str) -> Iterator[None]:
+    """Makes JobFailed, with its name, of what Arrow says of a published file that is damaged or gone."""
     try:
-        with (
-            storage.open_read(uri) as source,
-            pq.ParquetFile(source, page_checksum_verification=True, **options) as file,
-        ):
-            require_columns(file.schema_arrow, FRAME_COLUMNS)
-            yield file
+        yield
     except (storage.StorageError, PermissionError):
         raise
     except UNREADABLE as error:

@@ -47,7 +47,7 @@ def check_data_set(config: CheckConfig, on_phase: Callable[[str], None] = lambda
         ValueError: folders in which there is nothing to check, a class set that is none.
         StorageError: the store did not answer.
     """
-    images, masks = storage.resolve(config.images), storage.resolve(config.masks)
+    images, masks = map(storage.resolve, config.folders())
     class_set = load_class_set(config.classes)
     on_phase(f"listing {shown_path(images)} and {shown_path(masks)}")
     listing = find_pairs(

@@ -126,10 +126,12 @@ class FileFrames:
     names: tuple[str, ...]
     pairs: tuple[ImagePair, ...]
     plan: IngestPlan
+    keep: bool = False
+    """Whether a reader keeps what it has read: of a few frames that are asked for again and again."""
 
     def open(self) -> FileReader:
         """See `FrameSource`."""
-        return FileReader(self.pairs, self.plan)
+        return (KeepingReader if self.keep else FileReader)(self.pairs, self.plan)
 
 
 class FileReader:
@@ -149,6 +151,32 @@ class FileReader:
 
     def _load(self, index: int, content: PairContent | None = None) -> tuple[np.ndarray, np.ndarray]:
         return load_pair(self._pairs[index], self._plan.class_set, self._plan.mask_format, content)
+
+
+class KeepingReader(FileReader):
+    """Pairs by index, each read from storage once."""
+
+    def __init__(self, pairs: Sequence[ImagePair], plan: IngestPlan):
+        super().__init__(pairs, plan)
+        self._read: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._full_masks: dict[int, np.ndarray] = {}
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `FrameReader`."""
+        if index not in self._read:
+            self._read[index] = super().read(index)
+        return self._read[index]
+
+    def full_mask(self, index: int) -> np.ndarray:
+        """See `FrameReader`."""
+        if index not in self._full_masks:
+            self.read(index)
+        return self._full_masks[index]
+
+    def _load(self, index: int, content: PairContent | None = None) -> tuple[np.ndarray, np.ndarray]:
+        image_HWC, mask_HW = super()._load(index, content)
+        self._full_masks[index] = mask_HW
+        return image_HWC, mask_HW
 
 
 View = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]

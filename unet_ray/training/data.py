@@ -42,7 +42,7 @@ class TrainingData:
 def find_data(config: TrainConfig) -> TrainingData:
     """Finds classes, pairs, split and mask format; everything that can be refused before Ray starts."""
     class_set = load_class_set(config.classes)
-    pairs = complete_pairs(config, config.images, config.masks)
+    pairs = complete_pairs(config, *config.folders())
     if config.val_images is not None and config.val_masks is not None:
         val_pairs = complete_pairs(config, config.val_images, config.val_masks)
         how = f"{count(len(val_pairs), 'other frame')} of {config.val_images} validate"
@@ -75,7 +75,7 @@ def size_of_frames(config: TrainConfig) -> tuple[int, int]:
     Raises:
         ValueError: none of these frames is an image.
     """
-    pairs = complete_pairs(config, config.images, config.masks)
+    pairs = complete_pairs(config, *config.folders())
     chosen = np.linspace(0, len(pairs) - 1, min(_FRAMES_LOOKED_AT, len(pairs))).astype(int)
     sizes: Counter[tuple[int, int]] = Counter()
     for content in read_many([(pairs[index].image_uri, 0, None) for index in chosen]):

@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model.require_buildable()
     require_labelling_options(model, slides=False, tta=config.tta, precision=config.precision)
     class_set = model.class_set
-    pairs = complete_pairs(config, storage.resolve(config.images), storage.resolve(config.masks))
+    pairs = complete_pairs(config, *map(storage.resolve, config.folders()))
     mask_format = find_mask_format(config.mask_format, pairs, class_set)
     connect()
     require_seen_by_all({"--images": [pairs[0].image_uri], "--masks": [pairs[0].mask_uri]}, None)

@@ -59,6 +59,16 @@ class EpochDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What the network of an epoch that is done predicts on the frames of `samples.png`; of some epochs."""
+
+    epoch: int
+    """From 1."""
+    masks: Mapping[int, np.ndarray]
+    """Uint8 [H, W], by place among these frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Warned:
     """Something that the user should know; the training goes on."""
 
@@ -92,4 +102,4 @@ class Finished:
     """Predicted masks, uint8 [H, W], by place among the frames of `samples.png`."""
 
 
-Event = PhaseBegun | Started | Restored | StepDone | EpochDone | Warned | Stuck | Failed | Finished
+Event = PhaseBegun | Started | Restored | StepDone | EpochDone | Sampled | Warned | Stuck | Failed | Finished

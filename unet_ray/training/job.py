@@ -1,7 +1,7 @@
 """Pairs to a trained model: checks everything first, then Ray Data, then Ray Train's workers, then the bundle.
 
 RUN/config.yaml     the resolved configuration          RUN/run.json      what the run is: data, classes, versions
-RUN/checkpoints/    see `checkpoints`                   RUN/tensorboard/  event files
+RUN/checkpoints/    see `checkpoints`                   RUN/tensorboard/  event files, pictures in samples/
 RUN/history.csv     a row an epoch                      RUN/curves.png, samples.png, confusion.png
 RUN/model/          the best by validation mean IoU     RUN/metrics.json  written last: the run is finished
 """
@@ -37,6 +37,7 @@ from unet_ray.training.initial import InitialWeights, read_network
 from unet_ray.training.launcher import run_workers, start_launcher
 from unet_ray.training.mlflow_record import MlflowRecord
 from unet_ray.training.results import write_results
+from unet_ray.training.sample_log import SampleLog
 from unet_ray.training.task import WorkerTask
 
 START_TIMEOUT_S = 600.0
@@ -97,7 +98,8 @@ def train(config: TrainConfig) -> TrainResult:
 
     run_folder.begin(config, about)
     record = MlflowRecord(config) if config.mlflow else None
-    monitor = run_workers(config, task, launcher, record)
+    samples = SampleLog(config.out, data.samples, data.class_set, data.mask_format)
+    monitor = run_workers(config, task, launcher, record, samples)
     assert monitor.finished, "the workers ended without a last word"
     say("writing the model and its pictures")
     metrics = write_results(config, data, network, monitor.finished)
@@ -170,7 +172,9 @@ def _prepare(
         image_pixels_K=(present_NK * trained.pixels_NK.sum(axis=1, keepdims=True)).sum(axis=0),
         train=trained.frames,
         validation=validation.frames,
-        samples=FileFrames(names=tuple(pair.pair_id for pair in data.samples), pairs=data.samples, plan=whole_plan),
+        samples=FileFrames(
+            names=tuple(pair.pair_id for pair in data.samples), pairs=data.samples, plan=whole_plan, keep=True
+        ),
         device=device,
         cpus=cpus,
         start_timeout_s=max(START_TIMEOUT_S, config.collective_timeout_s),

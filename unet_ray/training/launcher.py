@@ -30,6 +30,7 @@ from unet_ray.model.devices import OutOfDeviceMemory, UnusableGpu
 from unet_ray.training.events import Event, Failed, Finished, Stuck
 from unet_ray.training.mlflow_record import MlflowRecord
 from unet_ray.training.monitor import Monitor
+from unet_ray.training.sample_log import SampleLog
 from unet_ray.training.task import Group, WorkerTask
 
 
@@ -200,9 +201,11 @@ def _no_start(what: str) -> TryAgain:
     return TryAgain(f"{what}; perhaps other jobs hold the cluster's CPUs or GPUs; the same command goes on")
 
 
-def run_workers(config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRecord | None) -> Monitor:
+def run_workers(
+    config: TrainConfig, task: WorkerTask, launcher: Any, record: MlflowRecord | None, samples: SampleLog | None = None
+) -> Monitor:
     """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
-    monitor = Monitor(config.out, config.epochs, record)
+    monitor = Monitor(config.out, config.epochs, record, samples)
     say("starting the workers; each loads TensorFlow")
     fitting = launcher.fit.remote(task, launcher, RESIZE_INTERVAL_S)
     fewest, _ = config.worker_range()

@@ -2,15 +2,14 @@
 
 `history.csv` and the TensorBoard event file are written whole after every epoch, from the checkpoints' own history:
 they are right after a restart, and work at any URI. An event file only ever grows at its end, as TensorBoard expects.
+Pictures have files of their own, see `sample_log`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 from unet_ray import progress, storage
 from unet_ray.cluster.gauges import Gauges
 from unet_ray.messages import say
+from unet_ray.pairs.pairs import PairProblem
+from unet_ray.training.event_files import scalar_file
 from unet_ray.training.events import (
     EpochDone,
     Event,
@@ -25,12 +26,14 @@ from unet_ray.training.events import (
     Finished,
     PhaseBegun,
     Restored,
+    Sampled,
     Started,
     StepDone,
     Stuck,
     Warned,
 )
 from unet_ray.training.mlflow_record import MlflowRecord
+from unet_ray.training.sample_log import SampleLog
 
 GAUGES = {
     "epoch": ("epoch", "Epochs done"),
@@ -40,6 +43,9 @@ GAUGES = {
     "images_per_s": ("images_per_second", "Training speed of the last epoch, of all workers together"),
 }
 """What the cluster's Prometheus gets of an epoch's row, as `ray_unet_ray_train_…`."""
+
+
+EVENT_FILE = "events.out.tfevents.0000000000.unet_ray"
 
 
 class Monitor:
@@ -53,11 +59,11 @@ class Monitor:
         finished: what the workers said at the end of it all.
     """
 
-    def __init__(self, run: str, n_epochs: int, record: MlflowRecord | None = None):
+    def __init__(self, run: str, n_epochs: int, record: MlflowRecord | None = None, samples: SampleLog | None = None):
         self.history: list[dict[str, Any]] = []
         self.error: Exception | None = None
         self.finished: Finished | None = None
-        self._run, self._n_epochs, self._record = run, n_epochs, record
+        self._run, self._n_epochs, self._record, self._samples = run, n_epochs, record, samples
         self.n_workers = 0
         self._terminal = sys.stdout.isatty()
         self._pace = Pace(n_epochs)
@@ -85,6 +91,8 @@ class Monitor:
                 self._show_step(event)
             case EpochDone():
                 self._add_row(event.row)
+            case Sampled():
+                self._add_samples(event)
             case Failed():
                 self.error = event.error
             case Finished():
@@ -98,6 +106,15 @@ class Monitor:
         write_history(self._run, self.history)
         if self._record:
             self._record.log_epochs(self.history)
+
+    def _add_samples(self, event: Sampled) -> None:
+        if self._samples is None or len(self.history) < event.epoch:
+            return
+        try:
+            self._samples.write(event.epoch, self.history[event.epoch - 1]["wall_time_s"], event.masks)
+        except (PairProblem, storage.StorageError) as error:  # of a picture; the training goes on
+            self._samples = None
+            self._say(f"warning: TensorBoard gets no further samples: {error}")
 
     def _start_line(self, policy: str, n_workers: int) -> str:
         if self.n_workers == 0:
@@ -199,8 +216,7 @@ def epoch_line(row: dict[str, Any], n_epochs: int, left_s: float | None = None) 
 def write_history(run: str, history: Sequence[dict[str, Any]]) -> None:
     """Writes `history.csv` and the TensorBoard event file of all epochs so far."""
     storage.write_whole(storage.join(run, "history.csv"), history_csv(history))
-    name, data = event_file(history)
-    storage.write_whole(storage.join(run, "tensorboard", name), data)
+    storage.write_whole(storage.join(run, "tensorboard", EVENT_FILE), scalar_file(history))
 
 
 def history_csv(history: Sequence[dict[str, Any]]) -> bytes:
@@ -210,18 +226,3 @@ def history_csv(history: Sequence[dict[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue().encode()
-
-
-def event_file(history: Sequence[dict[str, Any]]) -> tuple[str, bytes]:
-    """Returns name and content of the TensorBoard event file, one scalar a number, at the epochs' own times."""
-    from tensorboardX import SummaryWriter  # 0.3 s that a command without training need not pay
-
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:
-            for row in history:
-                for key, value in row.items():
-                    if value is not None and key not in ("epoch", "wall_time_s"):
-                        writer.add_scalar(key, value, row["epoch"], walltime=row["wall_time_s"])
-        (file,) = os.listdir(folder)
-        with open(os.path.join(folder, file), "rb") as events:
-            return "events.out.tfevents.0000000000.unet_ray", events.read()

@@ -38,6 +38,7 @@ from unet_ray.training.events import (
     Finished,
     PhaseBegun,
     Restored,
+    Sampled,
     Started,
     StepDone,
     Stuck,
@@ -45,6 +46,7 @@ from unet_ray.training.events import (
 )
 from unet_ray.training.initial import set_initial_weights
 from unet_ray.training.optimizer import make_optimizer, make_schedule
+from unet_ray.training.sample_log import is_shown
 from unet_ray.training.task import Group, WorkerTask, frame_threads
 
 PROGRESS_INTERVAL_S = 0.25
@@ -129,6 +131,7 @@ class Worker:
             n_threads=self.threads,
             on_batch=self.watchdog.beat,
         )
+        self.sample_evaluator = evaluator.Evaluator(self.predict, task.samples.open(), self.micro, self.model_config)
         self._tell(Started(policy=policy, n_workers=self.n_workers))
 
     def _make_optimizer(self) -> keras.Optimizer:
@@ -148,6 +151,9 @@ class Worker:
             metrics, tensors = self._validate()
             state = self._advance(state, row | metrics, tensors)
             self._tell(EpochDone(row=state.history[-1]))
+            if self.rank == 0 and (is_shown(state.epoch, self.config.epochs) or self._is_done(state)):
+                self._tell(Sampled(epoch=state.epoch, masks=self._predict_samples()))
+                self.watchdog.beat()
         best = self._restore_best(state)
         calibration = None
         if self.task.validation.names:
@@ -333,9 +339,10 @@ class Worker:
 
     def _finish(self, best_epoch: int, calibration: Calibration | None) -> None:
         """Tells the driver what the best network predicts on the frames to show, in the masks' own sizes."""
-        sample_evaluator = evaluator.Evaluator(self.predict, self.task.samples.open(), self.micro, self.model_config)
-        samples = sample_evaluator.predict_masks(range(len(self.task.samples.names)))
-        self._tell(Finished(best_epoch=best_epoch, calibration=calibration, samples=samples))
+        self._tell(Finished(best_epoch=best_epoch, calibration=calibration, samples=self._predict_samples()))
+
+    def _predict_samples(self) -> dict[int, np.ndarray]:
+        return self.sample_evaluator.predict_masks(range(len(self.task.samples.names)))
 
 
 def _is_better(value: float | None, best: float | None) -> bool:
