@@ -119,7 +119,10 @@ def test_the_palette_has_not_changed():
         ("class: [sky, road]", "class class has ['sky', 'road'], allowed are an id or a colour of three numbers"),
         ("ignore: [0]", "class set: classes is missing"),
         ("{classes: [sky], colors: []}", "class set: unknown key 'colors', allowed are classes, name, ignore"),
-        ("classes: [{nam: sky}]", "class set: classes[0]: unknown key 'nam', allowed are name, color, values"),
+        (
+            "classes: [{nam: sky}]",
+            "class set: classes[0]: unknown key 'nam', perhaps you meant name; allowed are name, color, values",
+        ),
         ("classes: [{color: [1, 2, 3]}]", "class set: classes[0]: name is missing"),
         ("classes: [sky]\nignore: 255", "class set: ignore is 255, allowed is a list"),
         ("classes: [{name: sky, values: 3}]", "class set: classes[0]: values is 3, allowed is a list"),

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, dataclass_transform, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, dataclass_transform, get_type_hints
 
 AnyPath = str | os.PathLike[str]
 """A local path or a URI."""
@@ -105,15 +105,6 @@ def forms(config_type: Any) -> dict[str, Form]:
     hints = get_type_hints(config_type, include_extras=True)
     metadata = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     return {name: form for name, texts in metadata.items() for form in texts if isinstance(form, Form)}
-
-
-def list_options(config_type: type[Any]) -> set[str]:
-    """Returns the fields that hold several values, with None as another or without."""
-    return {name for name, hint in get_type_hints(config_type).items() if "..." in str(hint) and _is_tuple(hint)}
-
-
-def _is_tuple(hint: Any) -> bool:
-    return get_origin(hint) is tuple or any(get_origin(part) is tuple for part in getattr(hint, "__args__", ()))
 
 
 def keep_forms(config: Any) -> None:
