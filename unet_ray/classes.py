@@ -322,9 +322,8 @@ def _check_keys(mapping: Any, where: str, *, required: tuple[str, ...], optional
     for key in mapping:
         if key not in required + optional:
             meant = perhaps(closest(str(key), required + optional))
-            raise ClassSetFormError(
-                f"{where}: unknown key {key!r}, {meant}allowed are {', '.join(required + optional)}"
-            )
+            allowed = ", ".join(required + optional)
+            raise ClassSetFormError(f"{where}: unknown key {key!r}, {meant}allowed are {allowed}")
     for key in required:
         if key not in mapping:
             raise ClassSetFormError(f"{where}: {key} is missing")

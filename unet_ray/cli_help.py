@@ -22,7 +22,7 @@ GROUPS = {
     "data": (
         *("images", "masks", "classes", "frames", "labels", "val_images", "val_masks", "val_fraction", "mask_format"),
         *("image_suffix", "mask_suffix", "path_pattern", "include_hidden", "guard_frames", "split_manifest"),
-        *("image_column", "where", "allow_uri", "max_frame_megapixels", "frame_timeout_s", "sequence", "sources"),
+        *("image_column", "allow_uri", "max_frame_megapixels", "frame_timeout_s", "sequence", "where", "sources"),
         *("inputs", "outputs"),
     ),
     "model": (
@@ -37,17 +37,8 @@ GROUPS = {
     ),
     "augmentation": ("augment", "flip", "scale", "brightness", "contrast", "saturation"),
     "output": (
-        *(
-            "out",
-            "format",
-            "with_frames",
-            "mask_size",
-            "mask_encoding",
-            "overwrite",
-            "retry_rejected",
-            "max_rejected",
-            "add_root",
-        ),
+        *("out", "format", "with_frames", "mask_size", "mask_encoding", "overwrite", "retry_rejected"),
+        *("max_rejected", "add_root"),
         *("keep_gone", "chunk_frames", "shard_rows", "checkpoint_every_epochs", "mlflow"),
     ),
     "cluster": (
@@ -106,7 +97,7 @@ EXAMPLES = {
     "verify": ("unet-ray verify labels", "unet-ray verify s3://bucket/labels --sources"),
     "export-masks": (
         "unet-ray export-masks labels --out masks",
-        "unet-ray export-masks labels --out cvat.zip --format cvat --with-frames --where 'pixels_pedestrian > 0'",
+        "unet-ray export-masks labels --out cvat.zip --format cvat --where 'confidence < 0.8'",
     ),
 }
 """Two command lines for each command."""

@@ -66,7 +66,9 @@ def driver_killed(stage: Stage) -> Trial:
     trial = Trial(stage, "driver_killed")
     events = trial.watch()
     for number in range(stage.size.n_kills):
-        before, moment = len(events.seen), trial.random.randint(1, 2 * len(frames_of(trial.archive)))
+        # The first ones come soon, so that there is work left for the last.
+        latest = 2 * len(frames_of(trial.archive)) // (stage.size.n_kills - number)
+        before, moment = len(events.seen), trial.random.randint(1, latest)
         with trial.started() as job:
             if wait_until(partial(events.are_more_than, before + moment), job):
                 started = faults.descendants(job.pid)
