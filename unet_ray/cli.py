@@ -143,7 +143,7 @@ def _import_model(config: ImportModelConfig) -> int:
 def _export_masks(config: ExportMasksConfig) -> int:
     from unet_ray.output.exports.formats import export_masks
 
-    say(*export_masks(config).as_text(config.out))
+    say(*export_masks(config).as_text(config.out), f"Look at: {config.out}")
     return 0
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, dataclass_transform, get_type_hints
 
 AnyPath = str | os.PathLike[str]
 """A local path or a URI."""
@@ -105,12 +105,6 @@ def forms(config_type: Any) -> dict[str, Form]:
     hints = get_type_hints(config_type, include_extras=True)
     metadata = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     return {name: item for name, items in metadata.items() for item in items if isinstance(item, Form)}
-
-
-def list_options(config_type: type[Any]) -> set[str]:
-    """Returns the fields that hold several values, with None as another or without."""
-    hints = get_type_hints(config_type).items()
-    return {name for name, hint in hints if any(get_args(part)[1:] == (...,) for part in (hint, *get_args(hint)))}
 
 
 def keep_forms(config: Any) -> None:

@@ -159,7 +159,8 @@ def test_the_cluster_of_ray_address_is_joined(local):
     )
     n_cpus = int(ray.cluster_resources()["CPU"])
     cpus = f"{n_cpus} CPU{'s' * (n_cpus != 1)}"
-    expected = f"Ray {ray.__version__} at {address}, nodes: 1: {cpus}, 0 GPUs\n"
+    joined = f"Ray {ray.__version__} at {address}, nodes: 1: {cpus}, 0 GPUs"
+    expected = f"joining the Ray cluster at {address}\n{joined}\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -408,9 +409,9 @@ def test_a_column_of_a_parquet_file_gives_the_rows_of_its_frames(
 
 
 def test_bad_frames_are_rows_and_their_neighbours_are_labelled(
-    cluster, labelled: Path, model: str, tmp_path: Path, capsys
+    cluster, labelled: Path, model: str, archive: Path, tmp_path: Path, capsys
 ) -> None:
-    archive = write_archive(tmp_path / "log", {"a": 7, "bb": 11})
+    archive = Path(shutil.copytree(archive, tmp_path / "log"))
     reasons = break_frames(archive)
     options = {"max_frame_megapixels": 0.02}
     with pytest.raises(JobFailed, match="--max-rejected 0.1 of 18") as refused:

@@ -77,7 +77,7 @@ def test_the_formats_of_the_options_are_those_of_the_table():
 def test_labelformat_reads_frames_and_masks_of_voc(archive, tmp_path, capsys):
     out = tmp_path / "voc"
     assert export(archive, out, "--format", "voc", "--with-frames") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"8 masks written to {out}; 1 rejected frame has none"
+    assert capsys.readouterr().out.splitlines()[-2] == f"8 masks written to {out}; 1 rejected frame has none"
     classes = {int(k): name for k, name in json.loads((out / "class_id_to_name.json").read_text()).items()}
     assert classes == NAMES
     read = PascalVOCSemanticSegmentationInput.from_dirs(out / "JPEGImages", out / "SegmentationClass", classes)
@@ -213,7 +213,7 @@ def test_frames_that_are_not_as_labelled_are_left_out_with_their_masks(name, own
     (log / "a/0.png").write_bytes(data)
     os.utime(log / "a/0.png", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert export(own_archive, out, "--format", name, "--with-frames") == 0
-    lines = capsys.readouterr().out.splitlines()[-2:]
+    lines = capsys.readouterr().out.splitlines()[-3:-1]
     assert lines == [
         f"2 frames are not as labelled and left out with the mask: a/0.png: {log}/a/0.png holds other bytes than those "
         f"that were labelled, a/1.PNG: {log}/a/1.PNG is gone since it was listed",

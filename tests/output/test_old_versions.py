@@ -38,7 +38,7 @@ def test_it_is_verified_and_its_masks_are_exported(root, tmp_path, capsys):
     assert pq.read_schema(tmp_path / "out/frames/part-00000.parquet").names == list(COLUMNS_4)
     assert cli.main(["export-masks", out, "--out", str(tmp_path / "masks")]) == 0
     assert capsys.readouterr().out.endswith(
-        "12 masks written to " + str(tmp_path / "masks") + "; 1 rejected frame has none\n"
+        f"12 masks written to {tmp_path}/masks; 1 rejected frame has none\nLook at: {tmp_path}/masks\n"
     )
     rows = [row for chunk in plans.read_plan(out).chunks for row in label(chunk, reject=("b/4.png",)).to_pylist()]
     for row in (row for row in rows if row["status"] == "ok"):

@@ -18,7 +18,7 @@ TRAINING = (
     *("listing ", "19 pairs; ", "masks: ", "device: "),
     *("reading 14 pairs to train on", "14 of 14 pairs (100%), "),
     *("reading 5 pairs to validate with", "5 of 5 pairs (100%), ", "2 workers x 1 CPU; ", "leak rate: "),
-    *("starting the workers; each loads TensorFlow", "compiling the network, on 2 workers", "precision: "),
+    *("starting the workers", "loading TensorFlow, in 2 workers", "compiling the network", "precision: "),
     *("epoch  1/12  ", "epoch 12/12  ", "calibrating the confidence on 5 validation frames"),
     *("writing the model and its pictures", "mean IoU ", "temperature ", "model: "),
 )

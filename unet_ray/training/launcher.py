@@ -27,7 +27,7 @@ from unet_ray.config import TrainConfig
 from unet_ray.errors import JobFailed, TryAgain, UnusableNetwork
 from unet_ray.messages import count, reason_of, say
 from unet_ray.model.devices import OutOfDeviceMemory, UnusableGpu
-from unet_ray.training.events import Event, Failed, Finished, Stuck
+from unet_ray.training.events import Event, Failed, Finished, PhaseBegun, Stuck
 from unet_ray.training.mlflow_record import MlflowRecord
 from unet_ray.training.monitor import Monitor
 from unet_ray.training.sample_log import SampleLog
@@ -74,6 +74,8 @@ def _work(loop_config: dict[str, Any]) -> None:
         line = f"worker {rank} has not loaded TensorFlow for {task.start_timeout_s:.0f} s and ends itself"
         _tell(mailbox, Stuck(line=f"{line}; it was in {position}"))
 
+    if rank == 0:
+        _tell(mailbox, PhaseBegun(line=f"loading TensorFlow, in {count(context.get_world_size(), 'worker')}"))
     # Here: the driver, the launcher and Ray Train's controller need no TensorFlow (2.6 s).
     with Watchdog(task.start_timeout_s, give_up).watching():
         from unet_ray.training.worker import Worker
@@ -206,7 +208,7 @@ def run_workers(
 ) -> Monitor:
     """Runs Ray Train's workers to the end, and shows what they say meanwhile."""
     monitor = Monitor(config.out, config.epochs, record, samples)
-    say("starting the workers; each loads TensorFlow")
+    say("starting the workers")
     fitting = launcher.fit.remote(task, launcher, RESIZE_INTERVAL_S)
     fewest, _ = config.worker_range()
     room = Room(

@@ -94,7 +94,7 @@ class Worker:
         """Meets the other workers, and builds what all of them have: the frames, the network, its step."""
         task, config = self.task, self.config
         _require_shared_storage(config.out)
-        self._tell(PhaseBegun(line=f"compiling the network, on {count(self.n_workers, 'worker')}"))
+        self._tell(PhaseBegun(line="compiling the network"))
         configure_tensorflow(task.device, task.cpus, op_threads=task.cpus)
         strategy = steps.start_strategy(self.n_workers, task.device)
         self.add_up = steps.WorkerSum(strategy)
