@@ -127,6 +127,8 @@ def test_a_network_made_elsewhere_labels_and_is_measured(cluster, data, tmp_path
     statistics = pq.read_table(labels / "class_statistics.parquet")
     assert any(value is not None for value in statistics["confidence"].to_pylist()) == (ending == "logits")
     assert verify(str(labels)) == [] and (labels / "preview.png").is_file()
+    page = (labels / "report.html").read_text()
+    assert ("This network gives class ids alone" in page) == (ending == "ids")
     require_same(predict_and_compare(tmp_path / "model", data / "frames", labels))
     results = evaluate(EvaluateConfig(**options, images=str(data / "frames"), masks=str(data / "masks")))
     assert results["val/loss"] is None and 0 <= results["val/mean_iou"] <= 1
