@@ -42,7 +42,7 @@ no folders may import each other; `training` and `labelling` never do."""
 
 MAY_KNOW = {
     "fsspec": ("storage.",),
-    "matplotlib": ("charts", "picture_grid"),
+    "matplotlib": ("charts", "picture_grid", "reports.curves"),
     "ray": (
         *(
             "cluster.",
@@ -185,6 +185,7 @@ def test_no_parquet_file_is_read_as_a_data_set():
         *("model.onnx_file", "model.onnx_network", "model.onnx_trial"),
         *("model.bundle", "pairs.pairs", "output.exports.formats", "output.ledger", "output.masks", "output.opened"),
         *("output.rows", "labelling.predictor"),
+        *("reports.label_page", "reports.report"),
     ],
 )
 def test_light_modules_load_neither_tensorflow_nor_ray(module):

@@ -21,6 +21,7 @@ WORDS = {
     "export-model": ["--model", "m", "--out", "o"],
     "import-model": ["--onnx", "n", "--classes", "camvid", "--out", "o"],
     "export-masks": ["labels", "--out", "o"],
+    "report": ["labels"],
 }
 """What each command needs."""
 

@@ -118,6 +118,7 @@ OPTIONS = {
     for command in cli.COMMANDS.values()
     for field in dataclasses.fields(command.config_type)
 }
+OPTIONS |= {name.replace("--", "--no-", 1): not default for name, default in OPTIONS.items() if type(default) is bool}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -219,8 +220,8 @@ def test_the_files_of_an_output_that_are_drawn_are_there(labels):
     (drawn,) = (tree for tree in blocks("", "unet_ray/README.md") if "run.json" in tree)
     named = {line.split()[0].partition("/")[2].partition("/")[0] for line in drawn.splitlines()}
     there = {path.name for path in labels.iterdir()}
-    # The job itself writes the preview; `_work` is gone.
-    assert named - {"preview.png", "_work"} == there - {"preview.png"}
+    # The job itself writes the preview and the page; `_work` is gone.
+    assert named - {"preview.png", "report.html", "_work"} == there
 
 
 @pytest.mark.parametrize("block", blocks("python"))

@@ -6,13 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unet_ray.commands import check, evaluate, export_masks, export_model, import_model, segment, train, verify
+    from unet_ray.commands import (
+        check,
+        evaluate,
+        export_masks,
+        export_model,
+        import_model,
+        report,
+        segment,
+        train,
+        verify,
+    )
     from unet_ray.config import (
         CheckConfig,
         EvaluateConfig,
         ExportMasksConfig,
         ExportModelConfig,
         ImportModelConfig,
+        ReportConfig,
         SegmentConfig,
         TrainConfig,
         VerifyConfig,
@@ -34,6 +45,7 @@ __all__ = [
     "Labels",
     "Model",
     "Prediction",
+    "ReportConfig",
     "SegmentConfig",
     "TrainConfig",
     "VerifyConfig",
@@ -44,6 +56,7 @@ __all__ = [
     "import_model",
     "load",
     "open_labels",
+    "report",
     "save_model",
     "segment",
     "train",

@@ -30,6 +30,7 @@ from unet_ray.config import (
     ExportMasksConfig,
     ExportModelConfig,
     ImportModelConfig,
+    ReportConfig,
     SegmentConfig,
     StorageConfig,
     TrainConfig,
@@ -147,6 +148,13 @@ def _export_masks(config: ExportMasksConfig) -> int:
     return 0
 
 
+def _report(config: ReportConfig) -> int:
+    from unet_ray.reports.report import write_report
+
+    say(f"Look at: {write_report(config)}")
+    return 0
+
+
 def _doctor(config: DoctorConfig) -> int:
     from unet_ray.cluster.doctor import examine
     from unet_ray.cluster.findings import report_text
@@ -178,6 +186,7 @@ COMMANDS = {
     "segment": Command(SegmentConfig, _segment),
     "verify": Command(VerifyConfig, _verify),
     "export-masks": Command(ExportMasksConfig, _export_masks),
+    "report": Command(ReportConfig, _report),
 }
 
 

@@ -20,10 +20,10 @@ _INDENT = 30
 
 GROUPS = {
     "data": (
-        *("images", "masks", "classes", "frames", "labels", "val_images", "val_masks", "val_fraction", "mask_format"),
-        *("image_suffix", "mask_suffix", "path_pattern", "include_hidden", "guard_frames", "split_manifest"),
-        *("image_column", "allow_uri", "max_frame_megapixels", "frame_timeout_s", "sequence", "where", "sources"),
-        *("inputs", "outputs"),
+        *("folder", "images", "masks", "classes", "frames", "labels", "val_images", "val_masks", "val_fraction"),
+        *("mask_format", "image_suffix", "mask_suffix", "path_pattern", "include_hidden", "guard_frames"),
+        *("split_manifest", "image_column", "allow_uri", "max_frame_megapixels", "frame_timeout_s", "sequence"),
+        *("where", "sources", "inputs", "outputs"),
     ),
     "model": (
         *("model", "onnx", "network", "image_size", "resize", "fit", "n_filters", "depth", "dropout", "norm"),
@@ -38,7 +38,7 @@ GROUPS = {
     "augmentation": ("augment", "flip", "scale", "brightness", "contrast", "saturation"),
     "output": (
         *("out", "format", "with_frames", "mask_size", "mask_encoding", "overwrite", "retry_rejected"),
-        *("max_rejected", "add_root"),
+        *("max_rejected", "add_root", "gallery"),
         *("keep_gone", "chunk_frames", "shard_rows", "checkpoint_every_epochs", "mlflow"),
     ),
     "cluster": (
@@ -95,6 +95,7 @@ EXAMPLES = {
         "unet-ray segment --model s3://bucket/runs/first --frames drive07.tar drive08.tar --out s3://bucket/labels",
     ),
     "verify": ("unet-ray verify labels", "unet-ray verify s3://bucket/labels --sources"),
+    "report": ("unet-ray report labels", "unet-ray report runs/first --out first.html"),
     "export-masks": (
         "unet-ray export-masks labels --out masks",
         "unet-ray export-masks labels --out cvat.zip --format cvat --where 'confidence < 0.8'",

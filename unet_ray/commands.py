@@ -15,6 +15,7 @@ from unet_ray.config import (
     ExportMasksConfig,
     ExportModelConfig,
     ImportModelConfig,
+    ReportConfig,
     SegmentConfig,
     TrainConfig,
     VerifyConfig,
@@ -146,6 +147,21 @@ def export_masks(config: ExportMasksConfig) -> Exported:
 
     config.configure_storage()
     return run(config)
+
+
+@takes_options(ReportConfig)
+def report(config: ReportConfig) -> str:
+    """Writes the page of a finished output or of a training run anew, and returns its URI.
+
+    Raises:
+        ValueError: the folder holds neither, or nothing that is finished.
+        JobFailed: a file of it is damaged.
+        StorageError: the store did not answer.
+    """
+    from unet_ray.reports.report import write_report
+
+    config.configure_storage()
+    return write_report(config)
 
 
 @takes_options(ExportModelConfig)

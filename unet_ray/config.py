@@ -714,6 +714,35 @@ class ExportMasksConfig(StorageConfig):
         )
 
 
+@configuration
+class ReportConfig(StorageConfig):
+    """Writes the page report.html of an output of `segment`, or of a training run, anew."""
+
+    folder: Positional[Uri] = dataclasses.field(kw_only=False)
+    """URI of the output's folder, or of the run's."""
+    out: OptionalUri = NOT_GIVEN
+    """URI of the page, a file that ends in .html; by default report.html in that folder."""
+    gallery: int = 6
+    """Frames in each gallery of an output, 1 to 24."""
+    sequence: Texts = EMPTY
+    """Drives of an output to show over time; by default outliers, and others spread over all."""
+    sources: bool = True
+    """Read frames and the model where the output says that they lie; without, masks are shown alone, and no file is
+    opened that an output from a stranger may name."""
+
+    def uris(self) -> tuple[str | None, ...]:
+        """See `StorageConfig`."""
+        return (self.folder, self.out)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.gallery <= 24, f"--gallery is {self.gallery}; it must be 1 to 24")
+        require(
+            self.out is None or storage.resolve(self.out).endswith(".html"),
+            f"--out is {self.out}; it is one file, give a name that ends in .html",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Draws a driving log, trains on it with two workers, and labels a drive that training never saw."""

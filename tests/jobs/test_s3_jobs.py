@@ -182,6 +182,7 @@ def test_a_labelling_costs_a_request_a_frame_four_a_chunk_and_a_number_that_does
     assert (code, whole) == (0, f"{store.bucket}/labels: whole: every file and row agrees with its record")
     assert following == f"Next: unet-ray export-masks {store.bucket}/labels --out …"
     assert storage.read_bytes(f"{store.bucket}/labels/preview.png")[1:4] == b"PNG"
+    assert b"listed = <b>" in storage.read_bytes(f"{store.bucket}/labels/report.html")
 
 
 def test_a_tar_is_read_by_range_and_gives_the_same_masks(labelled):

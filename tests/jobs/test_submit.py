@@ -257,7 +257,8 @@ def test_only_the_code_has_travelled(trained, nodes):
     """Into the folder that Ray unpacks at each node, and in which the job runs."""
     (arrived,) = (nodes.ray_folder / "session_latest").glob("runtime_resources/working_dir_files/_ray_pkg_*/")
     files = {str(file.relative_to(arrived)) for file in arrived.rglob("*") if file.is_file()}
-    kinds = ("jobs/*.py", "unet_ray/**/*.py", "unet_ray/recipes/*.yaml", "unet_ray/class_sets/*.yaml")
+    kinds = ["jobs/*.py", "unet_ray/**/*.py", "unet_ray/recipes/*.yaml", "unet_ray/class_sets/*.yaml"]
+    kinds += ["unet_ray/reports/*.html", "unet_ray/reports/*.css"]
     code = {"cluster.yaml", *(str(file.relative_to(ROOT)) for kind in kinds for file in ROOT.glob(kind))}
     assert {name for name in files if not name.endswith(".pyc")} == code
 

@@ -139,7 +139,7 @@ def digests(out: Path) -> dict[str, str]:
     return {
         str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out.rglob("*"))
-        if file.is_file() and file.name not in ("summary.json", "config.yaml", "preview.png")
+        if file.is_file() and file.name not in ("summary.json", "config.yaml", "preview.png", "report.html")
     }
 
 

@@ -369,9 +369,10 @@ def test_an_output_of_a_version_without_that_digest_is_whole(root, tmp_path):
     assert published(out) == before
 
 
-def test_a_preview_is_none_of_what_is_proved(root, tmp_path):
+@pytest.mark.parametrize("name", ["preview.png", "report.html"])
+def test_a_preview_and_a_page_are_none_of_what_is_proved(name, root, tmp_path):
     out = tmp_path / "out"
     run(root, str(out))
     for data in (b"", b"no picture"):
-        (out / "preview.png").write_bytes(data)
+        (out / name).write_bytes(data)
         assert verify.verify(str(out)) == []

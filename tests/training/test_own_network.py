@@ -131,6 +131,8 @@ def test_a_network_made_elsewhere_labels_and_is_measured(cluster, data, tmp_path
     (answer,) = predict_and_compare([question])
     require_same(answer)
     assert answer["confident"] == confident
+    page = (labels / "report.html").read_text()
+    assert ("This network gives class ids alone" in page) == (ending == "ids")
     results = evaluate(EvaluateConfig(**options, images=str(data / "frames"), masks=str(data / "masks")))
     assert results["val/loss"] is None and 0 <= results["val/mean_iou"] <= 1
 

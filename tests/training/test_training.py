@@ -117,8 +117,8 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
     assert result.metrics["val/mean_iou"] > 0.5
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("checkpoints", "config.yaml", "confusion.png", "curves.png", "history.csv", "metrics.json", "model"),
-        *("run.json", "samples.png", "tensorboard"),
+        *("checkpoints", "config.yaml", "confusion.csv", "confusion.png", "curves.png", "history.csv"),
+        *("metrics.json", "model", "report.html", "run.json", "samples.png", "tensorboard"),
     }
     assert json.loads((run / "metrics.json").read_text()) == result.metrics
     assert read_bundle(config.out).temperature == result.metrics["temperature"]
@@ -127,7 +127,8 @@ def test_two_workers_learn_and_leave_everything(undisturbed):
     assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
     assert float(rows[3]["val/iou/road"]) == result.history[3]["val/iou/road"]
     assert [row["step"] for row in result.history] == [4 * (epoch + 1) for epoch in range(12)]  # 14 frames by 4
-    assert json.loads((run / "run.json").read_text())["train_frames"] == 14
+    about = json.loads((run / "run.json").read_text())
+    assert about["train_frames"] == 14 and 0 <= about["leak_rate"] <= 1
     assert yaml.safe_load((run / "config.yaml").read_text())["batch_size"] == 4
 
 
@@ -280,7 +281,8 @@ def test_evaluate_finds_what_training_found(undisturbed, data, tmp_path, capsys)
         key = f"val/expected_calibration_error/{when}"
         assert results[key] == pytest.approx(result.metrics[key], abs=1e-4)
     assert all(-1 <= results[f"val/error_correlation/{kind}"] <= 1 for kind in ("pearson", "spearman"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "samples.png", "confusion.png"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"metrics.json", "samples.png", "confusion.csv", "confusion.png"}
     output = capsys.readouterr().out
     pictures = ", ".join(str(tmp_path / "out" / name) for name in ("metrics.json", "samples.png", "confusion.png"))
     following = f"Next: unet-ray segment --model {config.out} --frames … --out …"

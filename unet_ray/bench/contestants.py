@@ -132,8 +132,8 @@ def decode(*, frames: str, size: tuple[int, int], threads: int, resize: Resize =
     from unet_ray.bench.peers import list_frames
 
     paths = list_frames(frames)
-    of_tf = {"tf_per_s": _decode_tf(paths, size, threads)} if resize == "nearest" else {}
-    return {"ours_per_s": _decode_ours(paths, (size[0], size[1]), threads, resize), **of_tf}
+    rates = {"ours_per_s": _decode_ours(paths, (size[0], size[1]), threads, resize)}
+    return rates | ({"tf_per_s": _decode_tf(paths, size, threads)} if resize == "nearest" else {})
 
 
 def _decode_ours(paths: list[str], size: tuple[int, int], threads: int, resize: Resize) -> float:

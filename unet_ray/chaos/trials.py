@@ -1,7 +1,8 @@
 """A labelling job under a fault: an archive and a model of its own, jobs as processes, and what they left compared.
 
 The yardstick is the output of an undisturbed run over the same archive: equal bytes in every file but those that tell
-of a run (`config.yaml`, `preview.png`, the figures in `summary.json`), or equal rows where the archive lies elsewhere.
+of a run (`config.yaml`, `preview.png`, `report.html`, the figures in `summary.json`), or equal rows where the archive
+lies elsewhere.
 """
 
 from __future__ import annotations
@@ -429,7 +430,7 @@ def contents(out: Path, *, with_work: bool = False) -> dict[str, bytes]:
         path = str(file.relative_to(out))
         if not file.is_file() or file.name.startswith(storage.TEMPORARY_PREFIX):
             continue
-        if path in ("config.yaml", "preview.png") or (path.startswith("_work/") and not with_work):
+        if path in ("config.yaml", "preview.png", "report.html") or (path.startswith("_work/") and not with_work):
             continue
         files[path] = file.read_bytes()
     if not with_work and "summary.json" in files:

@@ -62,8 +62,8 @@ def run_demo(config: DemoConfig) -> None:
     summary = metrics.summarize(confusion, classes.names)
     print(f"mean IoU {summary['mean_iou']:.2f} of these masks, against the drives' own, at {HEIGHT_PX}x{WIDTH_PX}")
     print("\nLook at:")
-    for picture in ("run/curves.png", "run/samples.png", "run/confusion.png", "labels/preview.png"):
-        print(f"  {config.out}/{picture}")
+    for name in ("run/report.html", "labels/report.html", "run/samples.png", "labels/preview.png"):
+        print(f"  {config.out}/{name}")
     print("Next, with data of your own: unet-ray check --images … --masks … --classes …")
     print(f"Done in {time.monotonic() - started:.0f} s.")
 

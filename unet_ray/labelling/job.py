@@ -37,7 +37,7 @@ from unet_ray.labelling.planning import (
     say_ignored,
     say_other_machines,
 )
-from unet_ray.labelling.result import SegmentResult, result_of, say_result, show_preview
+from unet_ray.labelling.result import SegmentResult, result_of, say_result, show_preview, show_report
 from unet_ray.messages import count, first_few, say, shown_path
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.devices import has_bfloat16
@@ -124,6 +124,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     result = result_of(whole.plan, whole.summary, whole.frames_per_s)
     say_result(result, whole.plan)
     show_preview(whole.plan, listing, whole.is_news)
+    show_report(whole.plan, listing, whole.is_news)
     return result
 
 
@@ -289,6 +290,7 @@ def _finished(config: SegmentConfig, bundle: Bundle, tiling: Tiling | None, list
     result = result_of(plan, publish.publish(plan, max_rejected=config.max_rejected), frames_per_s=0.0)
     say_result(result, plan)
     show_preview(plan, listing, is_news=False)
+    show_report(plan, listing, is_news=False)
     return result
 
 

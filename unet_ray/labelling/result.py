@@ -1,4 +1,4 @@
-"""The result of a labelling: its counts, its last line and its preview."""
+"""The result of a labelling: its counts, its last line, its preview and its page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from unet_ray import storage
 from unet_ray.frames import Listing
 from unet_ray.images import ImageRefused, decode_frame
-from unet_ray.messages import count, say
+from unet_ray.messages import count, reason_of, say, shown_path
 from unet_ray.output import ledger, rejected_csv
 from unet_ray.output.labels import damaged, read_columns
 from unet_ray.output.plans import Plan
@@ -66,6 +66,28 @@ def show_preview(plan: Plan, listing: Listing, is_news: bool) -> None:
         uri = write_preview(plan, listing)
     if uri:
         say(f"preview: {uri}")
+
+
+def show_report(plan: Plan, listing: Listing, is_news: bool) -> None:
+    """Writes the output's page, as `show_preview` draws its preview; what goes wrong with it is a line and no more."""
+    uri = storage.join(plan.out, "report.html")
+    try:
+        if is_news or not _is_page(uri):
+            from unet_ray.reports.label_page import write_label_page
+
+            write_label_page(plan, uri, listing=listing)
+    except Exception as error:  # noqa: BLE001  # the labels are published, and whole without it
+        again = f"`unet-ray report {shown_path(plan.out)}` tries again"
+        say(f"warning: report.html was not written: {type(error).__name__}: {reason_of(error)}; {again}")
+        return
+    say(f"report: {uri}")
+
+
+def _is_page(uri: str) -> bool:
+    try:
+        return storage.read_bytes(uri).rstrip().endswith(b"</html>")
+    except FileNotFoundError:
+        return False
 
 
 def _is_picture(uri: str) -> bool:

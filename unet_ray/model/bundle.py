@@ -192,6 +192,34 @@ def read_bundle(uri: str, *, allow_network: str | None = None) -> Bundle:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a model folder says of itself, without its weights."""
+
+    uri: str
+    """Folder that holds model.json."""
+    document: dict[str, Any]
+    """`model.json`, see `model_json`; its digest is checked, the network that it describes is not."""
+    metrics: dict[str, Any]
+    """`metrics.json`."""
+
+
+def read_description(uri: str) -> Description:
+    """Read `model.json` and `metrics.json` of a model folder, and nothing of its weights.
+
+    Args:
+        uri: as `read_bundle` takes it.
+
+    Raises:
+        ValueError: as `read_bundle`.
+        unet_ray.storage.StorageError: trouble with storage.
+    """
+    folder = _find_folder(storage.resolve(uri))
+    document = _read_document(folder)
+    data = _read_payload(folder, METRICS_FILE, document["files"][METRICS_FILE])
+    return Description(uri=folder, document=document, metrics=_parse_json(folder, METRICS_FILE, data))
+
+
 def _find_folder(uri: str) -> str:
     for folder in (uri, storage.join(uri, "model")):
         if storage.exists(storage.join(folder, MODEL_FILE)):

@@ -8,6 +8,8 @@ Everingham et al. 2010, https://doi.org/10.1007/s11263-009-0275-4.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -95,6 +97,28 @@ def summarize(confusion_KK: np.ndarray, class_names: Sequence[str]) -> dict[str,
         for name, value in zip(class_names, values_K, strict=True):
             summary[f"{score}/{name}"] = None if np.isnan(value) else float(value)
     return summary
+
+
+# --- as a file ---
+
+
+def confusion_csv(confusion_KK: np.ndarray, class_names: Sequence[str]) -> bytes:
+    """Write a confusion matrix as CSV: a row for each true class, a column for each predicted one, both with names."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true", *class_names])
+    writer.writerows([name, *row] for name, row in zip(class_names, confusion_KK.tolist(), strict=True))
+    return text.getvalue().encode()
+
+
+def read_confusion_csv(data: bytes) -> tuple[np.ndarray, list[str]]:
+    """Read what `confusion_csv` wrote: int64 `[K, K]` and the names of the classes. Raises ValueError for another."""
+    header, *rows = list(csv.reader(io.StringIO(data.decode())))
+    confusion_KK = np.array([row[1:] for row in rows], np.int64)
+    n_classes = len(header) - 1
+    if confusion_KK.shape != (n_classes, n_classes) or (confusion_KK < 0).any() or not n_classes:
+        raise ValueError(f"it holds {confusion_KK.shape} numbers for {n_classes} classes")
+    return confusion_KK, header[1:]
 
 
 # --- boundaries ---

@@ -41,12 +41,13 @@ from unet_ray.storage.sealed import are_counts, is_count, json_bytes, sealed, un
 
 _OURS = re.compile(
     r"frames/part-\d+\.parquet|manifest/(g\d+-.*\.parquet|_g\d+\.json)|_work/.*"
-    r"|summary\.json|class_statistics\.parquet|preview\.png|rejected\.csv"
+    r"|summary\.json|class_statistics\.parquet|preview\.png|report\.html|rejected\.csv"
 )
 """What --overwrite deletes; a user's own file beside it stays."""
 
 _NAMES = (
-    *("run.json", "config.yaml", "summary.json", "class_statistics.parquet", "preview.png", "rejected.csv"),
+    *("run.json", "config.yaml", "summary.json", "class_statistics.parquet"),
+    *("preview.png", "report.html", "rejected.csv"),
     *("manifest", "frames", "_work"),
 )
 """Files and folders of an output; none of them may be a link, nor what lies in them."""

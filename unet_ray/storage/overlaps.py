@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from unet_ray import storage
 
 OUTPUT_NAMES = (
-    *("run.json", "config.yaml", "summary.json", "class_statistics.parquet", "preview.png", "rejected.csv"),
+    *("run.json", "config.yaml", "summary.json", "class_statistics.parquet"),
+    *("preview.png", "report.html", "rejected.csv"),
     *("frames", "frames/part-00000.parquet"),
     *("manifest", "manifest/g0-0.parquet", "manifest/_g0.json"),
     "_work",

@@ -2,7 +2,8 @@
 
 RUN/config.yaml     the resolved configuration          RUN/run.json      what the run is: data, classes, versions
 RUN/checkpoints/    see `checkpoints`                   RUN/tensorboard/  event files, pictures in samples/
-RUN/history.csv     a row an epoch                      RUN/curves.png, samples.png, confusion.png
+RUN/history.csv     a row an epoch                      RUN/curves.png, samples.png, confusion.png, confusion.csv
+RUN/report.html     all of it as a page
 RUN/model/          the best by validation mean IoU     RUN/metrics.json  written last: the run is finished
 """
 
@@ -24,7 +25,7 @@ from unet_ray.cluster.resources import (
 )
 from unet_ray.cluster.shared_paths import require_seen_by_all
 from unet_ray.config import TrainConfig
-from unet_ray.messages import count, say
+from unet_ray.messages import count, reason_of, say, shown_path
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.network_check import check_network
 from unet_ray.pairs.splits import leak_rate, leak_warning
@@ -94,9 +95,9 @@ def train(config: TrainConfig) -> TrainResult:
     if initial is not None:
         say(initial.as_text())
         task = dataclasses.replace(task, initial_weights=initial.weights, drawn=initial.drawn)
-    _say_plan(config, data, cpus, device, hashes)
+    leak = _say_plan(config, data, cpus, device, hashes)
 
-    run_folder.begin(config, about)
+    run_folder.begin(config, about | {"leak_rate": leak})
     record = MlflowRecord(config) if config.mlflow else None
     samples = SampleLog(config.out, data.samples, data.class_set, data.mask_format)
     monitor = run_workers(config, task, launcher, record, samples)
@@ -105,8 +106,20 @@ def train(config: TrainConfig) -> TrainResult:
     metrics = write_results(config, data, network, monitor.finished)
     if record:
         record.finish()
-    say(f"model: {storage.join(config.out, 'model')}")
+    _show(config.out)
     return _result(config.out, metrics)
+
+
+def _show(run: str) -> None:
+    """Says where the model is, and writes the run's page; what goes wrong with that is a line and no more."""
+    say(f"model: {storage.join(run, 'model')}")
+    try:
+        from unet_ray.reports.run_page import write_run_page  # loads matplotlib, which a worker need not
+
+        say(f"report: {write_run_page(run, storage.join(run, 'report.html'))}")
+    except Exception as error:  # noqa: BLE001  # the model is written, and whole without it
+        again = f"`unet-ray report {shown_path(run)}` tries again"
+        say(f"warning: report.html was not written: {type(error).__name__}: {reason_of(error)}; {again}")
 
 
 def _describe(config: TrainConfig) -> tuple[TrainingData, ModelConfig, InitialWeights | None, dict[str, Any]]:
@@ -182,7 +195,8 @@ def _prepare(
     return task, trained.hashes | validation.hashes
 
 
-def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, hashes: dict[str, int]) -> None:
+def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, hashes: dict[str, int]) -> float | None:
+    """Says what is about to be done, and returns the leak rate; None where no frame validates."""
     n_train, n_validation = len(data.split.train), len(data.split.validation)
     steps, last = -(-n_train // config.batch_size), n_train % config.batch_size
     each = f"{cpus} CPU{'s' * (cpus != 1)}{' and a GPU' if device == 'gpu' else ''}"
@@ -192,11 +206,13 @@ def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, h
         f"{config.batch_size}{short} x {count(config.epochs, 'epoch')} = {count(steps * config.epochs, 'step')}; "
         f"{count(n_validation, 'frame')} for validation"
     )
-    if n_validation:
-        rate = leak_rate(data.split, guard_frames=config.guard_frames, hashes=hashes)
-        say(f"leak rate: {rate:.1%} of the validation frames have a neighbour in time or a near-duplicate in training")
-        if warning := leak_warning(rate):
-            say(f"warning: {warning}")
+    if not n_validation:
+        return None
+    rate = leak_rate(data.split, guard_frames=config.guard_frames, hashes=hashes)
+    say(f"leak rate: {rate:.1%} of the validation frames have a neighbour in time or a near-duplicate in training")
+    if warning := leak_warning(rate):
+        say(f"warning: {warning}")
+    return rate
 
 
 def _workers(fewest: int, most: int) -> str:

@@ -93,12 +93,14 @@ def draw_results(
     samples: Mapping[int, np.ndarray],
     confusion_KK: np.ndarray | None,
 ) -> None:
-    """Draws samples (true and predicted masks of some frames) and the confusion matrix, where frames validated."""
+    """Draws samples (true and predicted masks of some frames) and, where frames validated, the confusion matrix."""
     from unet_ray import pictures
 
     if confusion_KK is not None:
         picture = pictures.draw_confusion(confusion_KK, class_set.names)
         storage.write_whole(storage.join(out, "confusion.png"), picture)
+        numbers = metrics.confusion_csv(confusion_KK, class_set.names)
+        storage.write_whole(storage.join(out, "confusion.csv"), numbers)
     if samples:
         loaded = [load_pair(pairs[index], class_set, mask_format) for index in samples]
         captions = [pairs[index].pair_id for index in samples]

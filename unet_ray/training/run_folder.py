@@ -21,7 +21,10 @@ from unet_ray.training.mlflow_record import MLFLOW_FILE
 
 CONFIG_FILE, ABOUT_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.json"
 
-_FILES = (METRICS_FILE, ABOUT_FILE, MLFLOW_FILE, "history.csv", "curves.png", "samples.png", "confusion.png")
+_FILES = (
+    *(METRICS_FILE, ABOUT_FILE, MLFLOW_FILE, "history.csv", "curves.png", "samples.png"),
+    *("confusion.png", "confusion.csv", "report.html"),
+)
 _FOLDERS = (checkpoints.FOLDER, "model", "tensorboard")
 
 _SAME_MATHEMATICS = ("workers", "cpus_per_worker", "device", "accumulate")
