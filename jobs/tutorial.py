@@ -53,13 +53,13 @@ prediction
 # %% All frames of the new drives: the same masks, by as many processes as there are cores or nodes.
 unet_ray.segment(model=OUT / "run", frames=NEW / "CameraRGB", out=OUT / "labels")
 
-# %% Where does the model doubt? A condition makes a view, of which a notebook shows a few frames.
+# %% Where is traffic close? A condition makes a view, of which a notebook shows a few frames.
 labels = unet_ray.open_labels(OUT / "labels")
-doubtful = labels.where("expected_error_share > 0.2")
-print(f"{len(doubtful)} of {len(labels)} frames: more than a fifth of the pixels is probably wrong")
-doubtful
+close = labels.where("pixels_vehicle > 0.15 * mask_height_px * mask_width_px")
+print(f"{len(close)} of {len(labels)} frames: vehicles fill more than 15% of the picture")
+close
 
-# %% And the question: where is traffic close, and how much of what the camera sees is then road?
+# %% And the question: what does the camera see on each drive?
 frames = labels.frames  # an Arrow table without masks, which DuckDB reads where it is
 answer = duckdb.connect().sql("""
     SELECT sequence AS drive, count(*) AS frames,

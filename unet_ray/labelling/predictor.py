@@ -3,8 +3,7 @@
 Shapes: `H` height px, `W` width px, `C` colour (red, green, blue); `h`, `w` the network's input.
 
 >>> model = unet_ray.load("runs/first")
->>> model.predict("drives/drive07/000001.png").class_pixels["road"]
-2118157
+>>> model.predict("drives/drive07/000001.png").overlay().save("look.png")
 """
 
 from __future__ import annotations
@@ -162,6 +161,10 @@ def load(
     allow_network: str | None = None,
 ) -> Model:
     """Loads a trained model into this process; the options are those of `segment`, and no Ray is started.
+
+    Of a U-Net of 32 filters at 96x128 with 23 classes, loading and the first frame take 5.5 s of processor time, 4.2 of
+    them TensorFlow's start and the network; a later frame takes 0.07 s, and one of a new range of sizes 0.4 s once (2
+    cores with AVX512-BF16, bfloat16, frames of 240x320 and 480x640, beside other work, 2026-11-30).
 
     The options of a store come from the environment. TensorFlow gets one thread for each operation and labels several
     frames at once instead, for the whole process: another number of threads would be other last bits than `segment`'s.
