@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import inspect
 import io
 import json
 import os
@@ -229,27 +231,34 @@ def test_every_python_block_is_python(block):
     ast.parse(block)
 
 
-def test_the_configurations_in_python_are_taken():
-    (block,) = (block for block in blocks("python", "README.md") if "TrainConfig" in block)
-    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
-    configs = {
-        call.func.id: eval(ast.unparse(call), {call.func.id: getattr(unet_ray, call.func.id)})
-        for call in calls
-        if call.func.id.endswith("Config")
-    }
-    assert configs.keys() == {"TrainConfig", "SegmentConfig"}
-    assert set(re.findall(r"\w+", block.splitlines()[0])) - {"from", "unet_ray", "import"} == {
-        *configs.keys(),
-        *(call.func.id for call in calls),
-    }
+PYTHON = next(block for block in blocks("python", "README.md") if "import unet_ray" in block)
 
 
-def test_the_lines_that_read_a_mask_read_it(labels):
-    (block,) = (block for block in blocks("python") if "pq.read_table" in block)
+def test_the_calls_in_python_have_options_that_there_are():
+    calls = [node for node in ast.walk(ast.parse(PYTHON)) if isinstance(node, ast.Call)]
+    ours = {name: call for call in calls if re.fullmatch(r"unet_ray(\.\w+)+", name := ast.unparse(call.func))}
+    assert ours.keys() >= {f"unet_ray.{name}" for name in ("train", "segment", "load", "open_labels")}
+    for name, call in ours.items():
+        function = functools.reduce(getattr, name.split(".")[1:], unet_ray)
+        names = {keyword.arg: keyword.value for keyword in call.keywords}
+        if name != "unet_ray.train":
+            inspect.signature(function).bind(*call.args, **names)
+    recipe = ours["unet_ray.TrainConfig.from_recipe"]
+    assert eval(ast.unparse(recipe)) == cli.parse("train", shlex.split(next(c for c in COMMANDS if " train " in c))[2:])
+
+
+def test_the_lines_that_read_labels_read_them(labels, capsys):
+    """Those from `open_labels` on."""
     names: dict = {}
-    exec(block, names)
-    assert np.array_equal(names["mask"], small_output.mask_of(names["row"]["frame_id"]))
-    assert names["mask"].dtype == np.uint8
+    exec("import unet_ray\n" + PYTHON[PYTHON.index("labels = ") :], names)
+    rows = [row for row in names["table"].to_pylist() if row["pixels_pedestrian"] and row["confidence"] < 0.6]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"{row['frame_id']} {small_output.mask_of(row['frame_id']).shape}" for row in rows] and rows
+    named = set(re.findall(r"(?<=labels\.)\w+", PYTHON)) | {"__getitem__"}
+    assert all(hasattr(unet_ray.Labels, name) for name in named)
+    assert all(hasattr(unet_ray.LabelledFrame, name) for name in re.findall(r"(?<=frame\.)\w+", PYTHON))
+    fields = {field.name for field in dataclasses.fields(unet_ray.Prediction)}
+    assert set(re.findall(r"[n,] ?\.(\w+)(?=,|$)", PYTHON, re.MULTILINE)) <= fields and ".class_pixels" in PYTHON
 
 
 def test_the_lines_for_hugging_face_datasets_give_every_mask_as_an_image(labels, tmp_path):
