@@ -15,6 +15,7 @@ from PIL import Image
 from unet_ray.charts import draw_confusion, draw_curves
 from unet_ray.classes import IGNORED_ID, ClassSet, Color
 from unet_ray.images import count_values, resize_nearest
+from unet_ray.overlays import overlay
 from unet_ray.picture_grid import DPI, MARGIN_IN, Grid, Line, draw_grid
 
 __all__ = ["Box", "draw_confusion", "draw_curves", "draw_preview", "draw_samples", "overlay"]
@@ -94,13 +95,6 @@ def draw_preview(
     if reasons:
         lines = {2 * index: [Line(reason, False), *lines[2 * index]] for index, reason in enumerate(reasons)}
     return draw_grid(grid, cells, lines, _present(masks, class_set, with_ignored=False))
-
-
-def overlay(frame: np.ndarray, mask: np.ndarray, class_set: ClassSet) -> np.ndarray:
-    """A frame, uint8 [H, W, C], with a mask of any size laid over it; ignored pixels show the frame alone."""
-    mask_HW = resize_nearest(mask, *frame.shape[:2])
-    mixed = (frame * 0.45 + class_set.colorize(mask_HW) * 0.55).round().astype(np.uint8)
-    return np.where((mask_HW == IGNORED_ID)[..., None], frame, mixed)
 
 
 def _marked(picture: np.ndarray, mark: Box | None) -> np.ndarray:

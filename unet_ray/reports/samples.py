@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from unet_ray import images, storage
+from unet_ray import images, overlays, storage
 from unet_ray.archives.reading import read_frames
-from unet_ray.classes import IGNORED_ID, ClassSet
+from unet_ray.classes import ClassSet
 from unet_ray.frames import Listing
 from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import labels, manifest, masks, origins
@@ -164,7 +164,7 @@ def _sample(
     else:
         small_HWC = _reduced(frame_HWC, height_px, width_px)
         frame = _jpeg(small_HWC, limit)
-        overlay = _jpeg(_overlaid(small_HWC, images.resize_nearest(mask_HW, height_px, width_px), class_set), limit)
+        overlay = _jpeg(overlays.overlay(small_HWC, mask_HW, class_set), limit)
     return Sample(
         row=row,
         frame_id=label["frame_id"],
@@ -186,11 +186,6 @@ def _fitted(shape: tuple[int, ...]) -> tuple[int, int]:
 def _reduced(frame_HWC: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     filtering = Image.Resampling.BOX if height_px < frame_HWC.shape[0] else Image.Resampling.BILINEAR
     return np.asarray(Image.fromarray(frame_HWC).resize((width_px, height_px), filtering))
-
-
-def _overlaid(frame_HWC: np.ndarray, mask_HW: np.ndarray, class_set: ClassSet) -> np.ndarray:
-    overlay_HWC = (frame_HWC * 0.45 + class_set.colorize(mask_HW) * 0.55).round().astype(np.uint8)
-    return np.where((mask_HW == IGNORED_ID)[..., None], frame_HWC, overlay_HWC)
 
 
 def _jpeg(image_HWC: np.ndarray, limit: int) -> str:
