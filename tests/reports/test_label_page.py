@@ -60,7 +60,7 @@ def rows_of(folder: Path, query: str) -> list[tuple]:
 
 def test_the_command_says_where_the_page_is_and_the_output_is_whole_with_it(folder, page, capsys):
     assert cli.main(["report", str(folder / "labels")]) == 0
-    assert capsys.readouterr() == (f"report: {folder}/labels/report.html\n", "")
+    assert capsys.readouterr() == (f"Look at: {folder}/labels/report.html\n", "")
     assert verify.verify(str(folder / "labels")) == []
 
 
