@@ -17,13 +17,15 @@ from unet_ray import PACKAGE
 ORDER = (
     # the words
     (
-        *("charts", "class_files", "classes", "containers", "digests", "errors", "frames", "images", "mask_png"),
-        *("messages", "overlays", "palette", "picture_grid", "pictures", "preprocessing", "progress", "resampling"),
+        *("class_files", "classes", "containers", "digests", "errors", "frames", "messages", "palette", "progress"),
         *("stops", "streams", "suggestions"),
     ),
+    ("pixels",),
+    ("drawing",),
     ("storage",),
     ("model",),
-    ("config", "config_files", "config_types", "keywords"),
+    ("options",),
+    ("config",),
     ("saved_models",),
     ("cluster",),
     ("archives",),
@@ -32,7 +34,7 @@ ORDER = (
     ("reports",),
     ("training", "labelling"),
     ("demo",),
-    ("cli", "cli_help", "cli_options", "cli_values", "commands", "__init__"),
+    ("cli", "commands", "__init__"),
     ("chaos",),
     ("bench",),
     ("jobs",),
@@ -42,7 +44,7 @@ no folders may import each other; `training` and `labelling` never do."""
 
 MAY_KNOW = {
     "fsspec": ("storage.",),
-    "matplotlib": ("charts", "picture_grid", "reports.curves"),
+    "matplotlib": ("drawing.charts", "drawing.picture_grid", "reports.curves"),
     "ray": (
         *(
             "cluster.",
@@ -180,7 +182,8 @@ def test_no_parquet_file_is_read_as_a_data_set():
 @pytest.mark.parametrize(
     "module",
     [
-        *("classes", "config", "frames", "images", "overlays", "preprocessing", "cli", "commands"),
+        *("classes", "config", "frames", "cli", "commands"),
+        *("pixels.images", "pixels.preprocessing", "drawing.overlays"),
         *("storage", "storage.filesystems", "archives", "archives.reading", "cluster.processes"),
         *("model.onnx_file", "model.onnx_network", "model.onnx_trial"),
         *("model.bundle", "pairs.pairs", "output.exports.formats", "output.ledger", "output.masks", "output.opened"),

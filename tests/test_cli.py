@@ -8,8 +8,8 @@ import pytest
 
 import unet_ray
 from unet_ray import cli
-from unet_ray import config_files as options
 from unet_ray.config import TrainConfig
+from unet_ray.options import config_files as options
 
 TRAIN = ["--images", "i", "--masks", "m", "--classes", "camvid", "--out", "o"]
 

@@ -14,12 +14,12 @@ from small_onnx import small_network
 from small_training import write_data
 
 import unet_ray
-from unet_ray import images
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.errors import JobFailed
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import write_bundle
 from unet_ray.model.model_json import MODEL_FILE
+from unet_ray.pixels import images
 
 CONFIG = UnetConfig(image_height_px=12, image_width_px=16, n_classes=2, n_filters=4, depth=2)
 

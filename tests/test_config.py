@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import yaml
 
-from unet_ray import PACKAGE, cli, config, config_files
+from unet_ray import PACKAGE, cli, config
 from unet_ray.classes import PRESETS
 from unet_ray.config import SegmentConfig, TrainConfig
 from unet_ray.model.architecture import ENCODER_PREFIX, IMAGENET_PREPROCESSING, ConvnextConfig, UnetConfig
+from unet_ray.options import config_files
 
 TRAIN = {"images": "i", "masks": "m", "classes": "camvid", "out": "o"}
 SEGMENT = {"model": "m", "frames": ("f",), "out": "o"}

@@ -24,13 +24,14 @@ import pytest
 import small_output
 
 import unet_ray
-from unet_ray import cli, errors, images
+from unet_ray import cli, errors
 from unet_ray.archives.listing import list_archives
 from unet_ray.bench import contests
 from unet_ray.labelling import work as labelling
 from unet_ray.output import columns
 from unet_ray.output import rows as results
 from unet_ray.pairs.pairs import find_pairs, require_complete
+from unet_ray.pixels import images
 from unet_ray.training import monitor
 
 ROOT = Path(__file__).parent.parent

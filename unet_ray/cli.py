@@ -20,8 +20,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import unet_ray
 from unet_ray import stops, storage, streams
-from unet_ray.cli_help import help_text
-from unet_ray.cli_options import Command, Words, configuration, recipe_line, recipe_of, sort_words
 from unet_ray.config import (
     CheckConfig,
     DemoConfig,
@@ -39,6 +37,8 @@ from unet_ray.config import (
 )
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
 from unet_ray.messages import printable, say
+from unet_ray.options.cli_help import help_text
+from unet_ray.options.cli_options import Command, Words, configuration, recipe_line, recipe_of, sort_words
 from unet_ray.stops import STOPPED
 from unet_ray.suggestions import COMMAND_SYNONYMS, closest
 

@@ -21,7 +21,7 @@ from unet_ray.config import (
     VerifyConfig,
     load_class_set,
 )
-from unet_ray.keywords import takes_options
+from unet_ray.options.keywords import takes_options
 
 if TYPE_CHECKING:
     from unet_ray.labelling.result import SegmentResult

@@ -14,8 +14,18 @@ from typing import Annotated, Any, Literal, cast
 from unet_ray import storage
 from unet_ray.class_files import class_set_of
 from unet_ray.classes import PRESETS, ClassSet
-from unet_ray.config_files import MAPPING_TEXT, Positional, read_content, read_mapping
-from unet_ray.config_types import (
+from unet_ray.errors import require
+from unet_ray.model.architecture import (
+    ENCODER_PREFIX,
+    FUNCTION,
+    KINDS,
+    ConvnextOptions,
+    ModelConfig,
+    PythonConfig,
+    UnetOptions,
+)
+from unet_ray.options.config_files import MAPPING_TEXT, Positional, read_content, read_mapping
+from unet_ray.options.config_types import (
     EMPTY,
     NOT_GIVEN,
     OptionalTexts,
@@ -26,18 +36,8 @@ from unet_ray.config_types import (
     configuration,
     keep_forms,
 )
-from unet_ray.errors import require
-from unet_ray.keywords import C, P, recipe_options, show_signature
-from unet_ray.model.architecture import (
-    ENCODER_PREFIX,
-    FUNCTION,
-    KINDS,
-    ConvnextOptions,
-    ModelConfig,
-    PythonConfig,
-    UnetOptions,
-)
-from unet_ray.preprocessing import Channels, Fit, Preprocessing, Resize
+from unet_ray.options.keywords import C, P, recipe_options, show_signature
+from unet_ray.pixels.preprocessing import Channels, Fit, Preprocessing, Resize
 from unet_ray.storage import filesystems, overlaps, templates
 from unet_ray.suggestions import closest, perhaps
 

@@ -17,7 +17,7 @@ from unet_ray.messages import reason_of
 from unet_ray.model.architecture import KerasConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
 from unet_ray.model.model_json import MODEL_FILE
-from unet_ray.preprocessing import Preprocessing, normalized
+from unet_ray.pixels.preprocessing import Preprocessing, normalized
 
 if TYPE_CHECKING:
     import keras

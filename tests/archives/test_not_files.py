@@ -15,9 +15,9 @@ from unet_ray import cli, storage
 from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import FrameGone, read_frames
 from unet_ray.config import CheckConfig
-from unet_ray.config_files import read_yaml
 from unet_ray.labelling.planning import say_ignored
 from unet_ray.model.bundle import read_bundle
+from unet_ray.options.config_files import read_yaml
 from unet_ray.pairs.checks import check_data_set
 from unet_ray.pairs.pairs import find_pairs, require_complete
 

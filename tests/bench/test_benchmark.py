@@ -23,9 +23,9 @@ from unet_ray.bench.native_peers import mask_png
 from unet_ray.bench.training_contests import camvid_mean_iou
 from unet_ray.bench.training_peers import digest_of
 from unet_ray.classes import PRESETS
-from unet_ray.images import decode_mask
 from unet_ray.labelling.decoding import DecodeOptions, decode
 from unet_ray.model.bundle import read_bundle, write_bundle
+from unet_ray.pixels.images import decode_mask
 
 JOB = Path(__file__).parents[2] / "jobs" / "benchmark.py"
 TINY = arena.SIZES["tiny"]

@@ -21,8 +21,8 @@ import yaml
 from network_namespaces import Network
 from ray_nodes import RayNodes
 
-from unet_ray import images
 from unet_ray.chaos import faults, scenarios, trials
+from unet_ray.pixels import images
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "jobs" / "chaos.py"

@@ -24,7 +24,7 @@ from PIL import Image
 from small_training import CLASSES as PAIR_CLASSES
 from small_training import write_data
 
-from unet_ray import cli, images
+from unet_ray import cli
 from unet_ray.chaos import faults
 from unet_ray.chaos.trials import wait_until
 from unet_ray.classes import ClassSet, SegmentationClass
@@ -38,6 +38,7 @@ from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import write_bundle
 from unet_ray.model.weights import weight_shapes
 from unet_ray.output import plans, verify
+from unet_ray.pixels import images
 from unet_ray.progress import Progress
 
 pytestmark = pytest.mark.timeout(300)

@@ -12,7 +12,7 @@ from unet_ray.classes import PRESETS
 from unet_ray.config import DemoConfig
 from unet_ray.demo import run as demo
 from unet_ray.demo import synthetic
-from unet_ray.mask_png import encode_mask_png
+from unet_ray.pixels.mask_png import encode_mask_png
 
 
 def test_a_folder_that_is_no_demos_is_refused_and_left_alone(tmp_path):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from unet_ray import PACKAGE, images
+from unet_ray import PACKAGE
+from unet_ray.pixels import images
 
 PROGRAM = PACKAGE.parent / "jobs" / "tutorial.py"
 

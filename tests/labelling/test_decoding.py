@@ -12,17 +12,17 @@ import pytest
 import xxhash
 from PIL import Image
 
-from unet_ray import images
 from unet_ray.digests import content_digest
 from unet_ray.labelling import decoding
 from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions
+from unet_ray.pixels import images
 
 OPTIONS = DecodeOptions(network_size=(6, 10), max_pixels=10_000, timeout_s=20)
 
 # Python runs this in every process it starts: a stand-in for a decoder with a fault.
 FAULTS = """
 import os, signal, time
-from unet_ray import images
+from unet_ray.pixels import images
 read = images.decode_reduced_frame
 def faulty(data, *arguments, **limits):
     with open(os.environ["LOG"], "a") as log:

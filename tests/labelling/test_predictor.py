@@ -14,7 +14,6 @@ from predicting import predict_and_compare, require_same
 from small_onnx import small_network
 
 import unet_ray
-from unet_ray import images
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.labelling import predictor
 from unet_ray.labelling.decoding import DecodeOptions, decode
@@ -23,7 +22,8 @@ from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import Bundle, write_bundle
 from unet_ray.model.importing import import_onnx
 from unet_ray.model.label_options import LabelOptions
-from unet_ray.preprocessing import Preprocessing
+from unet_ray.pixels import images
+from unet_ray.pixels.preprocessing import Preprocessing
 
 CLASSES = ClassSet(
     name="two",

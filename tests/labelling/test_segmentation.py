@@ -28,7 +28,7 @@ from phases import assert_in_order
 from PIL import Image
 from predicting import predict_and_compare, require_same
 
-from unet_ray import cli, images
+from unet_ray import cli
 from unet_ray.archives.listing import list_archives
 from unet_ray.chaos import faults
 from unet_ray.chaos.trials import beside_rejected, wait_until
@@ -47,6 +47,7 @@ from unet_ray.labelling.stages import ChunkOutcome
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import read_bundle, write_bundle
 from unet_ray.output import ledger, manifest, plans, verify
+from unet_ray.pixels import images
 from unet_ray.progress import Progress
 
 pytestmark = pytest.mark.timeout(300)
@@ -61,7 +62,7 @@ SIZES = ((48, 66), (33, 52), (24, 32))
 # Python runs this in every process that Ray starts: a stand-in for a decoder that falls over some frames.
 FAULT = """
 import os, signal, time
-from unet_ray import images
+from unet_ray.pixels import images
 def faulty(read):
     def read_faultily(data, *arguments, **limits):
         if data.startswith(b"segfault"):

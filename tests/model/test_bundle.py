@@ -27,7 +27,7 @@ from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labeler import Labeler
 from unet_ray.model.unet import build_unet
 from unet_ray.model.weights import named_weights
-from unet_ray.preprocessing import Preprocessing, network_input
+from unet_ray.pixels.preprocessing import Preprocessing, network_input
 from unet_ray.storage import files as storage_files
 
 TINY = UnetConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.3)

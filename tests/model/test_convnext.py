@@ -14,7 +14,7 @@ from unet_ray.model.convnext import build_encoder, template
 from unet_ray.model.export import export_model
 from unet_ray.model.networks import build_network
 from unet_ray.model.weights import classes_layer, named_variables, named_weights, weight_shapes
-from unet_ray.preprocessing import normalized
+from unet_ray.pixels.preprocessing import normalized
 from unet_ray.training.exactness import require_trainable_exactly
 from unet_ray.training.optimizer import make_optimizer
 from unet_ray.training.variables import NetworkVariables

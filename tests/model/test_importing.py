@@ -18,14 +18,14 @@ from small_onnx import N_CLASSES, scores_of, small_network
 
 from unet_ray import cli
 from unet_ray.classes import ClassSet
-from unet_ray.images import resize_nearest
 from unet_ray.model.bundle import Bundle, read_bundle
 from unet_ray.model.importing import import_onnx
 from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labeler import Labeler
 from unet_ray.model.onnx_labels import require_labelling_options
 from unet_ray.model.tiling import choose_tiling
-from unet_ray.preprocessing import Preprocessing, network_input
+from unet_ray.pixels.images import resize_nearest
+from unet_ray.pixels.preprocessing import Preprocessing, network_input
 from unet_ray.training.calibrator import Calibrator
 from unet_ray.training.evaluator import Evaluator
 from unet_ray.training.onnx_predictor import OnnxPredictor

@@ -25,7 +25,7 @@ from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labeler import Labeler
 from unet_ray.model.tiling import Tiling
 from unet_ray.model.weights import weight_shapes
-from unet_ray.preprocessing import Preprocessing, normalized
+from unet_ray.pixels.preprocessing import Preprocessing, normalized
 
 CLASSES = {
     "name": "three",

@@ -26,7 +26,7 @@ from unet_ray.model.labels import Labels, label_frames
 from unet_ray.model.tiling import Tiling, choose_tiling
 from unet_ray.model.unet import build_unet
 from unet_ray.model.weights import named_weights
-from unet_ray.preprocessing import Preprocessing
+from unet_ray.pixels.preprocessing import Preprocessing
 
 K = 5
 SLOW = pytest.mark.slow

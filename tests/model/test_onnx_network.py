@@ -22,7 +22,7 @@ from unet_ray.model.devices import UnusableGpu
 from unet_ray.model.onnx_file import find_facts, read_onnx
 from unet_ray.model.onnx_network import OnnxNetwork
 from unet_ray.model.onnx_trial import made_frames, try_network
-from unet_ray.preprocessing import Preprocessing, normalized
+from unet_ray.pixels.preprocessing import Preprocessing, normalized
 
 SIZE = (24, 32)
 FRAMES = np.random.default_rng(1).integers(0, 256, (5, *SIZE, 3), dtype=np.uint8)

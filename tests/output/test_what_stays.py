@@ -15,10 +15,10 @@ from labelled import label, make_plan, run, write_archive
 from unet_ray import storage
 from unet_ray.archives.listing import list_archives
 from unet_ray.archives.roots import find_roots
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import ledger, manifest, origins, plans, publish, salvage, verify
 from unet_ray.output.chunks import Chunk
 from unet_ray.output.records import commit
+from unet_ray.pixels.mask_png import encode_mask_png
 
 
 @pytest.fixture

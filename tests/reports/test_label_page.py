@@ -22,9 +22,9 @@ from PIL import Image
 from unet_ray import cli, storage
 from unet_ray.archives.listing import list_archives
 from unet_ray.config import SegmentConfig
-from unet_ray.config_files import to_yaml
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import write_bundle
+from unet_ray.options.config_files import to_yaml
 from unet_ray.output import plans, publish, verify
 from unet_ray.output.records import commit
 from unet_ray.reports import pages

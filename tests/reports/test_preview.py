@@ -13,8 +13,8 @@ from labelled import DRIVES, make_plan, run, write_archive
 from PIL import Image
 
 from unet_ray.archives.listing import list_archives
+from unet_ray.drawing.pictures import draw_preview
 from unet_ray.labelling.result import show_preview
-from unet_ray.pictures import draw_preview
 from unet_ray.reports import preview
 from unet_ray.reports.interest import Choice
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from html_page import HtmlPage
 
-from unet_ray import cli, pictures
+from unet_ray import cli
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.config import TrainConfig
-from unet_ray.config_files import to_yaml
+from unet_ray.drawing import pictures
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import write_bundle
 from unet_ray.model.metrics import confusion_csv, read_confusion_csv, summarize
+from unet_ray.options.config_files import to_yaml
 from unet_ray.reports.curves import draw_curves
 from unet_ray.training.monitor import history_csv
 

@@ -10,8 +10,8 @@ from bad_weather import Proxy, Weather
 from s3_server import KEY_ID, SECRET, make_bucket, reach, run_server
 
 from unet_ray import cli, errors, storage
-from unet_ray import config_files as options
 from unet_ray.config import SegmentConfig, VerifyConfig
+from unet_ray.options import config_files as options
 from unet_ray.storage import filesystems
 
 URIS = ("s3://bucket/log", "/data/log", None)

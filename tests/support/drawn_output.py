@@ -27,12 +27,12 @@ from unet_ray.archives.listing import list_archives
 from unet_ray.classes import PRESETS
 from unet_ray.demo import synthetic
 from unet_ray.frames import Listing
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import plans, publish, rejected_csv
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Cutting
 from unet_ray.output.columns import fields
 from unet_ray.output.ledger import shard_name
+from unet_ray.pixels.mask_png import encode_mask_png
 from unet_ray.storage.sealed import sealed
 
 CLASSES = PRESETS["carla23"]

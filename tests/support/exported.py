@@ -17,11 +17,11 @@ from unet_ray.archives.listing import list_archives
 from unet_ray.archives.reading import read_frames
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.digests import content_digest
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import ledger, manifest, plans, publish
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk, Cutting
 from unet_ray.output.records import commit
+from unet_ray.pixels.mask_png import encode_mask_png
 
 CLASS_SET = ClassSet(
     name="three",

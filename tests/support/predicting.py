@@ -16,7 +16,7 @@ from PIL import Image
 
 import unet_ray
 from unet_ray import PACKAGE
-from unet_ray.mask_png import encode_mask_png
+from unet_ray.pixels.mask_png import encode_mask_png
 
 PROGRAM = """
 import json, sys, time, warnings

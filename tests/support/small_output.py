@@ -17,11 +17,11 @@ import pyarrow as pa
 from unet_ray import storage
 from unet_ray.classes import ClassSet, SegmentationClass
 from unet_ray.frames import MANIFEST_SCHEMA, Listing
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import ledger, manifest, plans, publish, rejected, salvage
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk, Cutting
 from unet_ray.output.records import commit
+from unet_ray.pixels.mask_png import encode_mask_png
 from unet_ray.storage import files as storage_files
 from unet_ray.storage import local_files
 

@@ -6,8 +6,8 @@ from small_training import make_config
 
 from unet_ray.classes import IGNORED_ID, PRESETS
 from unet_ray.config import AugmentConfig
-from unet_ray.images import resize_nearest
-from unet_ray.preprocessing import Preprocessing, network_input, network_mask
+from unet_ray.pixels.images import resize_nearest
+from unet_ray.pixels.preprocessing import Preprocessing, network_input, network_mask
 from unet_ray.training.augmentation import augment
 from unet_ray.training.task import Group, WorkerTask
 from unet_ray.training.worker import Worker

@@ -13,14 +13,14 @@ import ray
 import tensorflow as tf
 from PIL import Image
 
-from unet_ray import images
 from unet_ray.chaos import faults
 from unet_ray.classes import IGNORED_ID, ClassSet, SegmentationClass
 from unet_ray.errors import JobFailed
 from unet_ray.labelling import decoding
 from unet_ray.labelling.decoding import DecodeOptions
 from unet_ray.pairs.pairs import find_pairs
-from unet_ray.preprocessing import Preprocessing, network_input
+from unet_ray.pixels import images
+from unet_ray.pixels.preprocessing import Preprocessing, network_input
 from unet_ray.training import batches, blocks
 from unet_ray.training.batches import IngestPlan
 

@@ -12,8 +12,8 @@ from small_training import make_config, write_data
 
 from unet_ray import cli
 from unet_ray.config import TrainConfig
-from unet_ray.config_files import to_yaml
 from unet_ray.model.calibration import Calibration
+from unet_ray.options.config_files import to_yaml
 from unet_ray.training.data import bounded_size, size_of_frames
 from unet_ray.training.results import calibration_lines
 from unet_ray.training.run_folder import CONFIG_FILE, finished, resolved

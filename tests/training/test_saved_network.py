@@ -21,7 +21,7 @@ from unet_ray.model.architecture import KerasConfig
 from unet_ray.model.bundle import read_bundle
 from unet_ray.model.networks import build_network
 from unet_ray.output.verify import verify
-from unet_ray.preprocessing import Preprocessing
+from unet_ray.pixels.preprocessing import Preprocessing
 from unet_ray.training import job as training
 from unet_ray.training.evaluation import evaluate
 from unet_ray.training.initial import read_network, set_initial_weights

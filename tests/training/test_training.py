@@ -26,15 +26,16 @@ from PIL import Image
 from ray.util.placement_group import placement_group
 from small_training import CLASSES, HeldFrames, final_weights, held_up, last_state, make_config, write_data
 
-from unet_ray import cli, config_files
+from unet_ray import cli
 from unet_ray.chaos import faults
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
 from unet_ray.errors import JobFailed, TryAgain
-from unet_ray.images import resize_nearest
 from unet_ray.model.bundle import read_bundle
 from unet_ray.model.metrics import confusion_matrix
 from unet_ray.model.unet import build_unet
+from unet_ray.options import config_files
 from unet_ray.pairs.pairs import ImagePair
+from unet_ray.pixels.images import resize_nearest
 from unet_ray.training import batches, checkpoints, run_folder
 from unet_ray.training import data as training_data
 from unet_ray.training import job as training

@@ -19,9 +19,9 @@ from commands import run_to_end
 from gates import CHECKPOINTS, Gates
 from small_training import HeldFrames, assert_same_end, held_up, make_config, wait_for_epoch, write_data
 
-from unet_ray import config_files
 from unet_ray.chaos import faults
 from unet_ray.config import TrainConfig
+from unet_ray.options import config_files
 from unet_ray.training import blocks, checkpoints
 from unet_ray.training import job as training
 from unet_ray.training.job import train

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray.output.chunks import Cutting
-from unet_ray.preprocessing import Preprocessing, Resize
+from unet_ray.pixels.preprocessing import Preprocessing, Resize
 
 _TIMELINE_S = 30.0
 
@@ -179,7 +179,7 @@ def decode_pairs(*, images: str, masks: str, size: tuple[int, int], threads: int
 
 
 def _decode_part_of_pairs(part: tuple[list[tuple[str, str]], tuple[int, int]]) -> None:
-    from unet_ray.images import decode_frame, decode_mask, resize_nearest
+    from unet_ray.pixels.images import decode_frame, decode_mask, resize_nearest
 
     pairs, size = part
     for image, mask in pairs:

@@ -199,7 +199,7 @@ class _Resize:
         self._size = size
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        from unet_ray.images import resize_nearest
+        from unet_ray.pixels.images import resize_nearest
 
         return {"image": resize_nearest(row["image"], *self._size), "path": row["path"]}
 

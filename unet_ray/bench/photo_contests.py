@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from unet_ray import images
 from unet_ray.bench import peers
 from unet_ray.bench.arena import Arena, Contest, Contestant, precision_of
 from unet_ray.bench.benchmark import Measurement, Round, Row, Skipped, bound
 from unet_ray.bench.labelling_contests import EQUAL_PIXELS, labels_of, network, ours
-from unet_ray.preprocessing import Resize
+from unet_ray.pixels import images
+from unet_ray.pixels.preprocessing import Resize
 
 NATIVE = ("--mask-size", "native", "--mask-encoding", "png")
 COMPARED_MASKS = 20

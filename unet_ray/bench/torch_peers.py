@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from unet_ray.bench.native_peers import mask_png
 from unet_ray.bench.peers import MaskFile, list_frames
 from unet_ray.bench.training_peers import WARM_UP_STEPS, digest_of, some_pairs
-from unet_ray.images import decode_mask, resize_nearest
 from unet_ray.labelling.decoding import DecodeOptions, decode
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.bundle import Bundle, read_bundle
+from unet_ray.pixels.images import decode_mask, resize_nearest
 
 _PADDED = "same"
 

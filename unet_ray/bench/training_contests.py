@@ -14,7 +14,7 @@ import yaml
 from unet_ray.bench.arena import Arena, Contest, Contestant, precision_of
 from unet_ray.bench.benchmark import Measurement, Round, Row, Skipped
 from unet_ray.classes import PRESETS
-from unet_ray.config_files import read_yaml
+from unet_ray.options.config_files import read_yaml
 
 EQUAL_LOSS = 0.02
 """Largest relative difference of the losses of one batch, bfloat16 against float32."""

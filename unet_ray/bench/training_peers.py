@@ -31,8 +31,8 @@ def some_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns frames, uint8 [N, H, W, 3], and encoded masks, uint8 [N, H, W], of the network's size."""
     from unet_ray.classes import PRESETS
-    from unet_ray.images import resize_nearest
     from unet_ray.pairs.pairs import find_pairs, load_pair
+    from unet_ray.pixels.images import resize_nearest
 
     pairs = find_pairs(images, masks).pairs
     loaded = [load_pair(pairs[index % len(pairs)], PRESETS[class_set_name], "channel-max") for index in range(n_pairs)]

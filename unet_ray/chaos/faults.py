@@ -163,7 +163,7 @@ KILLER_DECODER = '''
 """A decoder with faults, for `unet_ray.chaos.faults`."""
 import ctypes, os, signal, time
 try:
-    from unet_ray import images
+    from unet_ray.pixels import images
 except ImportError:
     images = None
 def faulty(read):

@@ -13,13 +13,14 @@ from multiprocessing import get_context
 import numpy as np
 import pyarrow.dataset as ds
 
-from unet_ray import images, storage
+from unet_ray import storage
 from unet_ray.classes import PRESETS, ClassSet
 from unet_ray.config import DemoConfig, SegmentConfig, TrainConfig
 from unet_ray.demo import synthetic
 from unet_ray.messages import count
 from unet_ray.model import metrics
 from unet_ray.output.tables import read_parquet
+from unet_ray.pixels import images
 
 HEIGHT_PX, WIDTH_PX = 240, 320
 TRAINING_DRIVES, TRAINING_FRAMES = 12, 24

@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from unet_ray import images
 from unet_ray.digests import content_digest
-from unet_ray.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, decode_input
+from unet_ray.pixels import images
+from unet_ray.pixels.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, decode_input
 
 ATTEMPTS = 3
 """Times that a frame may end a process in which no other frame was decoded, before it is rejected."""

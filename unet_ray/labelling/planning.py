@@ -16,13 +16,13 @@ from unet_ray.archives.members import HIDDEN, LINK, NOT_A_FILE
 from unet_ray.archives.reading import read_frames
 from unet_ray.cluster.resources import gpu_kinds
 from unet_ray.config import SegmentConfig
-from unet_ray.config_files import to_yaml
 from unet_ray.errors import JobFailed
 from unet_ray.frames import HIDDEN_RULE, IMAGE_EXTENSIONS, Listing
 from unet_ray.labelling.decoding import count_pixels
 from unet_ray.messages import count, first_few, say, shown_path
 from unet_ray.model.bundle import Bundle
 from unet_ray.model.tiling import Tiling
+from unet_ray.options.config_files import to_yaml
 from unet_ray.output import plans, rejected, salvage
 from unet_ray.output.chunks import Cutting
 from unet_ray.output.plans import Lineage, Plan

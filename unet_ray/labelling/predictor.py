@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from PIL import Image
 
-from unet_ray import images, overlays, storage
+from unet_ray import storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import Device, Precision, SegmentConfig
-from unet_ray.config_types import AnyPath
+from unet_ray.drawing import overlays
 from unet_ray.errors import require
 from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions, decode
 from unet_ray.messages import shown_path
@@ -31,7 +31,9 @@ from unet_ray.model.label_options import LabelOptions, default_batch_size
 from unet_ray.model.onnx_labels import require_labelling_options
 from unet_ray.model.tiling import choose_tiling
 from unet_ray.model.xla_check import xla_problem
-from unet_ray.preprocessing import network_input
+from unet_ray.options.config_types import AnyPath
+from unet_ray.pixels import images
+from unet_ray.pixels.preprocessing import network_input
 
 if TYPE_CHECKING:
     from unet_ray.model.labeler import Labeler

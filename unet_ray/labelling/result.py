@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from unet_ray import storage
 from unet_ray.frames import Listing
-from unet_ray.images import ImageRefused, decode_frame
 from unet_ray.messages import count, reason_of, say, shown_path
 from unet_ray.output import ledger, rejected_csv
 from unet_ray.output.labels import damaged, read_columns
 from unet_ray.output.plans import Plan
+from unet_ray.pixels.images import ImageRefused, decode_frame
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,6 @@ from unet_ray.archives.reading import FrameGone, read_frames
 from unet_ray.classes import ClassSet
 from unet_ray.labelling import decoding
 from unet_ray.labelling.decoding import DecodedFrame, DecodeOptions
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.model.devices import UnusableGpu
 from unet_ray.output import rows as results
 from unet_ray.output.chunks import Chunk
@@ -48,6 +47,7 @@ from unet_ray.output.columns import MEASURED, Figure
 from unet_ray.output.manifest import read_rows
 from unet_ray.output.origins import relocate
 from unet_ray.output.records import commit
+from unet_ray.pixels.mask_png import encode_mask_png
 from unet_ray.storage import StorageError, is_local
 
 if TYPE_CHECKING:

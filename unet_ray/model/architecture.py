@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 from unet_ray.errors import require
 from unet_ray.model.keras_graph import check_graph, with_outputs
 from unet_ray.model.onnx_facts import OnnxFacts
-from unet_ray.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
+from unet_ray.pixels.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 
 ENCODER_PREFIX = "convnext_tiny_"
 """With which the names of all weights of a ConvNeXt encoder begin."""

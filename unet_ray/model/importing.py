@@ -10,7 +10,6 @@ import numpy as np
 
 from unet_ray import storage
 from unet_ray.classes import ClassSet
-from unet_ray.images import ImageRefused, decode_frame
 from unet_ray.messages import count
 from unet_ray.model.architecture import OnnxConfig
 from unet_ray.model.bundle import write_onnx_bundle
@@ -18,7 +17,8 @@ from unet_ray.model.model_json import MODEL_FILE
 from unet_ray.model.onnx_facts import Size
 from unet_ray.model.onnx_file import find_facts, read_onnx
 from unet_ray.model.onnx_trial import N_FRAMES, try_network
-from unet_ray.preprocessing import Preprocessing, network_input
+from unet_ray.pixels.images import ImageRefused, decode_frame
+from unet_ray.pixels.preprocessing import Preprocessing, network_input
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 from unet_ray.messages import reason_of
 from unet_ray.model.architecture import KerasConfig
 from unet_ray.model.keras_graph import LAYERS, MAX_TENSOR_VALUES, OPERATIONS, home_of, last_kernel
-from unet_ray.preprocessing import Preprocessing
+from unet_ray.pixels.preprocessing import Preprocessing
 
 _FLOAT32 = ("Normalization", "Rescaling")
 """Layers in float32 under every policy: 1/255 in bfloat16 is off by 0.4%."""

@@ -27,7 +27,7 @@ from unet_ray.model.gpu_labels import GpuLabeler
 from unet_ray.model.label_options import LabelOptions
 from unet_ray.model.labels import Labels, concatenate, label_frames, label_ids, predicted_logits
 from unet_ray.model.onnx_labels import OnnxLogits
-from unet_ray.preprocessing import frame_box
+from unet_ray.pixels.preprocessing import frame_box
 
 
 class Labeler:

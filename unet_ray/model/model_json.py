@@ -31,7 +31,7 @@ import numpy as np
 from unet_ray import storage
 from unet_ray.classes import ClassSet
 from unet_ray.model.architecture import ModelConfig, OnnxConfig, UnetConfig, config_of
-from unet_ray.preprocessing import Preprocessing
+from unet_ray.pixels.preprocessing import Preprocessing
 
 FORMAT_VERSION = 2
 FORMAT_1_PREPROCESSING = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unet_ray.messages import say
 from unet_ray.model.architecture import KerasConfig, ModelConfig, PythonConfig, config_of
 from unet_ray.model.child_process import answer_parent, ask_child
-from unet_ray.preprocessing import Preprocessing
+from unet_ray.pixels.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     import keras

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_ray import images
+from unet_ray.pixels import images
 
 MASK_COLUMNS = ("mask", "mask_encoding", "mask_height_px", "mask_width_px")
 """What `mask_of` looks at."""

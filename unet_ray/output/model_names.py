@@ -8,9 +8,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from unet_ray import storage
-from unet_ray.config_files import read_yaml
 from unet_ray.messages import shown_path
 from unet_ray.model.model_json import MODEL_FILE
+from unet_ray.options.config_files import read_yaml
 from unet_ray.output.run_facts import CONFIG
 
 

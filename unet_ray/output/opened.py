@@ -26,17 +26,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from unet_ray import images, overlays, storage
+from unet_ray import storage
 from unet_ray.archives.reading import FrameGone, read_frames
 from unet_ray.classes import ClassSet
-from unet_ray.config_types import AnyPath
 from unet_ray.digests import content_digest
+from unet_ray.drawing import overlays
 from unet_ray.messages import count, shown_path
+from unet_ray.options.config_types import AnyPath
 from unet_ray.output import expressions, labels, ledger, manifest, plans, publish
 from unet_ray.output import rows as results
 from unet_ray.output.masks import MASK_COLUMNS, mask_of
 from unet_ray.output.plans import Plan
 from unet_ray.output.tables import read_parquet
+from unet_ray.pixels import images
 
 _MASKS_AT_ONCE = 64
 _BUFFER_BYTES = 2**23  # of a column while its masks are read, as in `masks`

@@ -25,8 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_ray import images, storage
-from unet_ray.mask_png import encode_mask_png
+from unet_ray import storage
 from unet_ray.messages import count
 from unet_ray.output import ledger, manifest
 from unet_ray.output.ledger import shard_name
@@ -35,6 +34,8 @@ from unet_ray.output.plans import Plan
 from unet_ray.output.records import committed_keys, content_name, kept_uri, list_work
 from unet_ray.output.rows import DIGESTS_KEY, column_digests, frames_schema, unproved_columns
 from unet_ray.output.tables import UNREADABLE, parquet_bytes
+from unet_ray.pixels import images
+from unet_ray.pixels.mask_png import encode_mask_png
 
 _BYTES_APART = 8
 """Bytes in which a footer's lineage may differ from ours and be damaged, not another: a digest differs in about 60."""

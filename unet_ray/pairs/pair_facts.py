@@ -12,7 +12,6 @@ import numpy as np
 
 from unet_ray import storage
 from unet_ray.classes import IGNORED_ID, ClassSet, Color, RawValue, UnknownValuesError
-from unet_ray.images import ImageHeader, ImageRefused, count_values, decode_frame, decode_mask, read_header
 from unet_ray.messages import count
 from unet_ray.pairs.check_report import size_text
 from unet_ray.pairs.pairs import (
@@ -24,6 +23,7 @@ from unet_ray.pairs.pairs import (
     mask_ids,
     spread,
 )
+from unet_ray.pixels.images import ImageHeader, ImageRefused, count_values, decode_frame, decode_mask, read_header
 
 _REFUSALS = {
     "not_an_image": "are no image",

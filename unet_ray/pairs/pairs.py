@@ -21,9 +21,9 @@ import numpy as np
 from unet_ray import storage
 from unet_ray.classes import ClassSet, UnknownValuesError
 from unet_ray.frames import IMAGE_EXTENSIONS, is_hidden, natural_key, parse_path
-from unet_ray.images import ImageRefused, decode_frame, decode_mask
 from unet_ray.messages import count, first_few
 from unet_ray.pairs.names import NameRule, partners
+from unet_ray.pixels.images import ImageRefused, decode_frame, decode_mask
 
 MASK_FORMATS = ("channel-max", "ids", "colors")
 """How a mask's pixels mean a class: the maximum over the channels, one channel's id, or the class set's colours."""

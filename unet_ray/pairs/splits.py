@@ -18,10 +18,10 @@ import numpy as np
 
 from unet_ray import storage
 from unet_ray.frames import natural_key
-from unet_ray.images import resize_nearest
 from unet_ray.messages import count, first_few
 from unet_ray.pairs.names import partners
 from unet_ray.pairs.pairs import ImagePair
+from unet_ray.pixels.images import resize_nearest
 
 NEAR_DUPLICATE_BITS = 3
 """Two frames are near-duplicates where at most so many of the 64 bits of their `difference_hash` differ.

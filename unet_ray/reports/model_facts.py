@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from unet_ray import storage
-from unet_ray.config_files import read_mapping
 from unet_ray.model.bundle import read_description
+from unet_ray.options.config_files import read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unet_ray import images, pictures, storage
+from unet_ray import storage
 from unet_ray.archives.reading import read_frames
 from unet_ray.classes import ClassSet
+from unet_ray.drawing import pictures
 from unet_ray.frames import Listing
 from unet_ray.output import labels, ledger, manifest, masks, origins
 from unet_ray.output.plans import Plan
+from unet_ray.pixels import images
 from unet_ray.reports.interest import Choice, choose_frames, read_interest
 
 N_FRAMES = 8

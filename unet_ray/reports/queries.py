@@ -10,7 +10,7 @@ from typing import Any
 
 from unet_ray import storage
 from unet_ray.config import SegmentConfig
-from unet_ray.config_files import read_mapping
+from unet_ray.options.config_files import read_mapping
 from unet_ray.reports.statistics import Drive
 
 _OF_ONE_RUN = ("overwrite", "retry_rejected", "add_root", "keep_gone")

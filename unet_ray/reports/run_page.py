@@ -24,11 +24,11 @@ import unet_ray
 from unet_ray import storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import TrainConfig
-from unet_ray.config_files import read_mapping
 from unet_ray.errors import JobFailed
 from unet_ray.messages import count
 from unet_ray.model.bundle import read_description
 from unet_ray.model.metrics import read_confusion_csv
+from unet_ray.options.config_files import read_mapping
 from unet_ray.pairs.splits import leak_warning
 from unet_ray.reports import pages, queries
 from unet_ray.reports.class_rows import css_color

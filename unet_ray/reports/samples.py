@@ -15,13 +15,15 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from unet_ray import images, overlays, storage
+from unet_ray import storage
 from unet_ray.archives.reading import read_frames
 from unet_ray.classes import ClassSet
+from unet_ray.drawing import overlays
 from unet_ray.frames import Listing
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.output import labels, manifest, masks, origins
 from unet_ray.output.plans import Plan
+from unet_ray.pixels import images
+from unet_ray.pixels.mask_png import encode_mask_png
 
 BOX_PX = (270, 360)
 """Height and width that a picture fits into."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_ray.config_files import read_mapping
+from unet_ray.options.config_files import read_mapping
 from unet_ray.output.plans import Plan
 from unet_ray.reports import queries
 from unet_ray.reports.class_rows import ClassRow

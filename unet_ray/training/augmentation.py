@@ -11,8 +11,15 @@ import numpy as np
 
 from unet_ray.classes import IGNORED_ID
 from unet_ray.config import AugmentConfig
-from unet_ray.images import resize_nearest
-from unet_ray.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, frame_box, network_input, padded, padding_color
+from unet_ray.pixels.images import resize_nearest
+from unet_ray.pixels.preprocessing import (
+    DEFAULT_PREPROCESSING,
+    Preprocessing,
+    frame_box,
+    network_input,
+    padded,
+    padding_color,
+)
 
 
 def augment(

@@ -16,7 +16,13 @@ import ray.data
 
 from unet_ray.classes import IGNORED_ID, ClassSet
 from unet_ray.pairs.pairs import ImagePair, PairContent, load_pair, read_pairs
-from unet_ray.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, decode_input, network_input, network_mask
+from unet_ray.pixels.preprocessing import (
+    DEFAULT_PREPROCESSING,
+    Preprocessing,
+    decode_input,
+    network_input,
+    network_mask,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,10 @@ import ray.data
 from unet_ray.cluster.connection import limited
 from unet_ray.cluster.tasks import data_context
 from unet_ray.errors import JobFailed
-from unet_ray.images import ImageRefused, count_values, frame_size
 from unet_ray.messages import count, say
 from unet_ray.pairs.pairs import ImagePair, PairContent, PairProblem, load_pair, read_pairs
 from unet_ray.pairs.splits import difference_hash
+from unet_ray.pixels.images import ImageRefused, count_values, frame_size
 from unet_ray.progress import Progress
 from unet_ray.storage import read_many
 from unet_ray.training.batches import BlockFrames, FileFrames, FrameSource, IngestPlan, at_size

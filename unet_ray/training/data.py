@@ -12,12 +12,12 @@ import numpy as np
 
 from unet_ray.classes import ClassSet
 from unet_ray.config import EvaluateConfig, TrainConfig, load_class_set
-from unet_ray.config_files import read_yaml
 from unet_ray.frames import HIDDEN_RULE
-from unet_ray.images import ImageRefused, frame_size
 from unet_ray.messages import count, first_few, say, shown_path
+from unet_ray.options.config_files import read_yaml
 from unet_ray.pairs.pairs import ImagePair, detect_mask_format, find_pairs, require_complete
 from unet_ray.pairs.splits import Split, split_pairs
+from unet_ray.pixels.images import ImageRefused, frame_size
 from unet_ray.storage import read_many
 from unet_ray.training import evaluator
 

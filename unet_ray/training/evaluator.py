@@ -14,7 +14,7 @@ import numpy as np
 
 from unet_ray.model.architecture import ModelConfig
 from unet_ray.model.metrics import boundary_counts, confusion_matrix, summarize
-from unet_ray.preprocessing import frame_box
+from unet_ray.pixels.preprocessing import frame_box
 from unet_ray.training.batches import FrameReader, gather, one_ahead
 
 N_SAMPLES = 6

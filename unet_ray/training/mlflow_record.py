@@ -15,8 +15,8 @@ from typing import Any
 
 from unet_ray import storage
 from unet_ray.config import TrainConfig
-from unet_ray.config_files import to_plain
 from unet_ray.messages import say
+from unet_ray.options.config_files import to_plain
 
 MLFLOW_FILE = "mlflow.json"
 """In a run's folder: the id of its MLflow run."""

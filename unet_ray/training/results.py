@@ -80,7 +80,7 @@ def calibration_lines(fitted: Calibration | None, *, validates: bool) -> list[st
 
 
 def _draw_curves(run: str, history: Sequence[Mapping[str, Any]]) -> None:
-    from unet_ray import pictures  # matplotlib takes a second, which a worker need not spend
+    from unet_ray.drawing import pictures  # matplotlib takes a second, which a worker need not spend
 
     storage.write_whole(storage.join(run, "curves.png"), pictures.draw_curves(history))
 
@@ -94,7 +94,7 @@ def draw_results(
     confusion_KK: np.ndarray | None,
 ) -> None:
     """Draws samples (true and predicted masks of some frames) and, where frames validated, the confusion matrix."""
-    from unet_ray import pictures
+    from unet_ray.drawing import pictures
 
     if confusion_KK is not None:
         picture = pictures.draw_confusion(confusion_KK, class_set.names)

@@ -13,7 +13,7 @@ import yaml
 from unet_ray import storage
 from unet_ray.classes import ClassSet
 from unet_ray.config import TrainConfig, mapping_of
-from unet_ray.config_files import to_plain, to_yaml
+from unet_ray.options.config_files import to_plain, to_yaml
 from unet_ray.pairs.splits import Split
 from unet_ray.training import checkpoints
 from unet_ray.training.initial import InitialWeights

@@ -14,8 +14,8 @@ from PIL import Image
 
 from unet_ray import storage
 from unet_ray.classes import ClassSet
-from unet_ray.images import resize_nearest
 from unet_ray.pairs.pairs import ImagePair, load_pair
+from unet_ray.pixels.images import resize_nearest
 from unet_ray.training.event_files import image_file
 
 MOST_PICTURES = 10
@@ -49,7 +49,7 @@ class SampleLog:
             PairProblem: a sample can no longer be read.
             StorageError: storage did not answer.
         """
-        from unet_ray import pictures  # matplotlib takes a second, which the start of a training need not spend
+        from unet_ray.drawing import pictures  # matplotlib takes a second, which the start of a training need not spend
 
         pairs = [self._load(index) for index in masks]
         frames, true_masks = [frame for frame, _ in pairs], [mask for _, mask in pairs]

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from unet_ray import images
 from unet_ray.classes import ClassSet
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.output.exports.frames import Written
 from unet_ray.output.exports.selection import Selection
 from unet_ray.output.exports.targets import Target
 from unet_ray.output.masks import MASK_COLUMNS, mask_of
+from unet_ray.pixels import images
+from unet_ray.pixels.mask_png import encode_mask_png
 from unet_ray.progress import Progress
 
 FRAME_SIZE = ("height_px", "width_px")

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from unet_ray.classes import ClassSet
-from unet_ray.mask_png import encode_grey_png
 from unet_ray.output.exports.export import Export, Format, frame_mask
 from unet_ray.output.exports.json_items import json_items
 from unet_ray.output.exports.names import bare_name, listed_path
 from unet_ray.output.exports.targets import Target
+from unet_ray.pixels.mask_png import encode_grey_png
 
 _FIELD = "predictions"
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from unet_ray import images
 from unet_ray.archives.reading import FrameGone, read_frames
 from unet_ray.digests import content_digest
 from unet_ray.output.exports.names import own_extension
 from unet_ray.output.exports.selection import Selection
 from unet_ray.output.exports.targets import Target
+from unet_ray.pixels import images
 from unet_ray.progress import Progress
 
 _BYTES_AT_ONCE, _FILES_AT_ONCE = 2**26, 64

@@ -5,11 +5,11 @@ With frames the masks lie in `masks/` and the frames in `frames/`, which is what
 
 from __future__ import annotations
 
-from unet_ray.mask_png import encode_mask_png
 from unet_ray.output.exports.export import Export, Format
 from unet_ray.output.exports.names import frame_path, mask_path
 from unet_ray.output.exports.targets import Target
 from unet_ray.output.masks import mask_of
+from unet_ray.pixels.mask_png import encode_mask_png
 
 
 def _mask_path(frame_id: str, with_frames: bool) -> str:

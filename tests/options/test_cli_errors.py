@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from unet_ray import cli
-from unet_ray.cli_values import NEVER, Option
-from unet_ray.config_files import Mark
+from unet_ray.options.cli_values import NEVER, Option
+from unet_ray.options.config_files import Mark
 from unet_ray.suggestions import COMMAND_SYNONYMS
 
 WORDS = {

@@ -10,9 +10,9 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
-from unet_ray import config_files
-from unet_ray.cli_options import Command
-from unet_ray.cli_values import NEVER, Option, value_text
+from unet_ray.options import config_files
+from unet_ray.options.cli_options import Command
+from unet_ray.options.cli_values import NEVER, Option, value_text
 
 _MOST_COLUMNS = 100
 _INDENT = 30

@@ -20,8 +20,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
 
-from unet_ray.config_files import read_recipe
-from unet_ray.config_types import forms
+from unet_ray.options.config_files import read_recipe
+from unet_ray.options.config_types import forms
 
 P = ParamSpec("P")
 C = TypeVar("C")

@@ -54,9 +54,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from unet_ray import images
 from unet_ray.classes import IGNORED_ID
-from unet_ray.resampling import resample
+from unet_ray.pixels import images
+from unet_ray.pixels.resampling import resample
 
 Resize = Literal["nearest", "bilinear", "bilinear-antialias", "area", "area-dct"]
 Fit = Literal["stretch", "pad"]

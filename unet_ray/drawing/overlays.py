@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from unet_ray.classes import IGNORED_ID, ClassSet, Color
-from unet_ray.images import resize_nearest
+from unet_ray.pixels.images import resize_nearest
 
 MASK_SHARE = 0.55
 """Of a class's colour in a pixel; the rest is the frame's."""

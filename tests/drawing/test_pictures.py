@@ -14,7 +14,7 @@ from PIL import Image
 from unet_ray import PACKAGE
 from unet_ray.class_files import class_set_of
 from unet_ray.classes import IGNORED_ID, PRESETS, ClassSet
-from unet_ray.pictures import draw_confusion, draw_curves, draw_preview, draw_samples, overlay
+from unet_ray.drawing.pictures import draw_confusion, draw_curves, draw_preview, draw_samples, overlay
 
 CAMVID, CARLA = PRESETS["camvid"], PRESETS["carla23"]
 
@@ -262,5 +262,5 @@ def test_readmes_pictures_have_the_classes_own_colours(name: str, least: int) ->
 
 
 def test_no_pyplot() -> None:
-    code = "import sys, unet_ray.pictures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, unet_ray.drawing.pictures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0

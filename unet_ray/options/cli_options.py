@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from unet_ray import config_files
-from unet_ray.cli_values import NEVER, Option, options_of
 from unet_ray.messages import first_few
+from unet_ray.options import config_files
+from unet_ray.options.cli_values import NEVER, Option, options_of
 from unet_ray.suggestions import NEEDLESS, option_meant, perhaps
 
 HELP = ("-h", "--help")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from unet_ray.images import (
+from unet_ray.pixels.images import (
     ImageHeader,
     ImageRefused,
     count_values,
@@ -264,8 +264,8 @@ def kinds():
 
 def by_pillow_alone(monkeypatch, data):
     with monkeypatch.context() as patch:
-        patch.setattr("unet_ray.images.decode_image_png_u8", None)
-        patch.setattr("unet_ray.images._jpeg_pixels", lambda data: None)
+        patch.setattr("unet_ray.pixels.images.decode_image_png_u8", None)
+        patch.setattr("unet_ray.pixels.images._jpeg_pixels", lambda data: None)
         return frame_or_reason(data)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
-from unet_ray.config_files import Mark
+from unet_ray.options.config_files import Mark
 from unet_ray.suggestions import closest, perhaps
 
 NEVER = dataclasses.MISSING

@@ -10,9 +10,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from unet_ray import images
 from unet_ray.classes import IGNORED_ID
-from unet_ray.preprocessing import (
+from unet_ray.pixels import images
+from unet_ray.pixels.preprocessing import (
     Preprocessing,
     dct_divisor,
     decode_input,
@@ -22,7 +22,7 @@ from unet_ray.preprocessing import (
     normalized,
     padding_color,
 )
-from unet_ray.resampling import resample
+from unet_ray.pixels.resampling import resample
 
 RESIZES = ("nearest", "bilinear", "bilinear-antialias", "area", "area-dct")
 DCT = Preprocessing(resize="area-dct")

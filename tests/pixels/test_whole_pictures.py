@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_ray.images import ImageRefused, decode_frame, decode_mask, read_header
+from unet_ray.pixels.images import ImageRefused, decode_frame, decode_mask, read_header
 
 HEIGHT, WIDTH = 61, 83
 RGB = np.asarray(

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import unet_ray
-from unet_ray import cli, config, config_types
+from unet_ray import cli, config
 from unet_ray.config import ExportMasksConfig, ImportModelConfig, SegmentConfig, TrainConfig, VerifyConfig
-from unet_ray.keywords import takes_options
+from unet_ray.options import config_types
+from unet_ray.options.keywords import takes_options
 
 PAIRS = {"images": "i", "masks": "m", "classes": "camvid", "out": "o"}
 COMMANDS = ("check", "evaluate", "export_masks", "export_model", "import_model", "segment", "train", "verify")

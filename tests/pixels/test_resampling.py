@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_ray.resampling import resample
+from unet_ray.pixels.resampling import resample
 
 FILTERS = ("bilinear", "bilinear-antialias", "area")
 HALF = Fraction(1, 2)

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from unet_ray.classes import IGNORED_ID, PRESETS
-from unet_ray.images import decode_frame, decode_mask, read_header
-from unet_ray.mask_png import encode_mask_png
+from unet_ray.pixels.images import decode_frame, decode_mask, read_header
+from unet_ray.pixels.mask_png import encode_mask_png
 
 HEIGHT, WIDTH = 33, 49
 

@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from unet_ray.classes import Color
-from unet_ray.picture_grid import DPI, MARGIN_IN, QUIET, STYLE, hex_of, png_of, short_name
+from unet_ray.drawing.picture_grid import DPI, MARGIN_IN, QUIET, STYLE, hex_of, png_of, short_name
 
 _TRAINING, _VALIDATION, _BEST = (154, 165, 177), (31, 95, 168), (209, 73, 91)
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from unet_ray.charts import draw_confusion, draw_curves
 from unet_ray.classes import IGNORED_ID, ClassSet, Color
-from unet_ray.images import count_values, resize_nearest
-from unet_ray.overlays import overlay
-from unet_ray.picture_grid import DPI, MARGIN_IN, Grid, Line, draw_grid
+from unet_ray.drawing.charts import draw_confusion, draw_curves
+from unet_ray.drawing.overlays import overlay
+from unet_ray.drawing.picture_grid import DPI, MARGIN_IN, Grid, Line, draw_grid
+from unet_ray.pixels.images import count_values, resize_nearest
 
 __all__ = ["Box", "draw_confusion", "draw_curves", "draw_preview", "draw_samples", "overlay"]
 

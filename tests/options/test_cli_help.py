@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
-from unet_ray import cli, cli_help, config
-from unet_ray.cli_values import NEVER
+from unet_ray import cli, config
+from unet_ray.options import cli_help
+from unet_ray.options.cli_values import NEVER
 
 OPTIONS = [(name, option) for name, command in cli.COMMANDS.items() for option in command.options.values()]
 
@@ -86,7 +87,7 @@ def test_the_two_examples_are_understood_and_shown_as_a_shell_takes_them(name, c
     text = "\n".join(lines[lines.index("examples:") + 1 : -2]).replace("\\\n", " ")
     assert [shlex.split(line) for line in text.splitlines()] == [shlex.split(example) for example in examples]
     monkeypatch.setattr(
-        "unet_ray.config_files.read_yaml", lambda file: {"images": "i", "masks": "m", "classes": "kitti"}
+        "unet_ray.options.config_files.read_yaml", lambda file: {"images": "i", "masks": "m", "classes": "kitti"}
     )
     for example in examples:
         program, command, *arguments = shlex.split(example)
