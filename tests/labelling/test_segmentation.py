@@ -240,7 +240,7 @@ def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     assert f"masks and statistics: {labelled}/frames" in output
     assert cli.main(["segment", "--config", str(labelled / "config.yaml")]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"Look at: {labelled}/preview.png",
+        f"Look at: {labelled}/report.html, {labelled}/preview.png",
         f"Next: unet-ray verify {labelled}",
     ]
 
