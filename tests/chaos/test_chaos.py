@@ -83,7 +83,7 @@ def test_each_broken_or_odd_file_is_what_it_says(stage):
 def test_a_job_lives_through(
     name: str, n_kills: int, stage: trials.Stage, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At first a driver is killed alone, then with all of its processes."""
+    """At first a driver is killed with all of its processes, then alone."""
     if name.startswith("disk_full"):
         request.getfixturevalue("can_mount")
     monkeypatch.setattr(stage, "size", dataclasses.replace(stage.size, n_kills=n_kills))
