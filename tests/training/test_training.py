@@ -316,7 +316,8 @@ def test_a_finished_run_is_left_as_it_is(undisturbed, capsys):
     train(dataclasses.replace(config, max_failures=9, collective_timeout_s=5))  # changes nothing in the result
     capsys.readouterr()
     assert cli.main(["train", "--config", f"{config.out}/config.yaml"]) == 0
-    pictures = ", ".join(f"{config.out}/{name}.png" for name in ("curves", "samples", "confusion"))
+    names = ("report.html", "curves.png", "samples.png", "confusion.png")
+    pictures = ", ".join(f"{config.out}/{name}" for name in names)
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"Look at: {pictures}",
         f"Next: unet-ray segment --model {config.out} --frames … --out …",
