@@ -327,8 +327,8 @@ def test_a_tar_gives_the_rows_of_its_folder_in_other_chunks_and_several_waves(
 @pytest.mark.parametrize(
     "options",
     [
-        {"mask_size": "model", "mask_encoding": "raw", "precision": "bfloat16"},
-        {"mask_size": "model", "tta": "flip"},
+        pytest.param({"mask_size": "model", "mask_encoding": "raw", "precision": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"mask_size": "model", "tta": "flip"}, marks=pytest.mark.slow),
         {"inference": "slide", "window": (16, 24), "stride": (12, 20)},
     ],
 )

@@ -354,6 +354,7 @@ def test_a_finished_run_says_that_its_data_have_changed(undisturbed, tmp_path, c
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_finished_run_grows_with_other_workers(undisturbed, tmp_path, capsys):
     config, result = undisturbed
@@ -627,6 +628,7 @@ def cross_entropy(model, pairs: Sequence[ImagePair], weights: Sequence[float]) -
     return total / of
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_class_weights_from_a_file_weigh_the_loss(data, cluster, tmp_path):
     """All frames are in one batch: the only step's loss is that of the untrained network."""
