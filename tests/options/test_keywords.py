@@ -18,7 +18,7 @@ from unet_ray.options import config_types
 from unet_ray.options.keywords import takes_options
 
 PAIRS = {"images": "i", "masks": "m", "classes": "camvid", "out": "o"}
-COMMANDS = ("check", "evaluate", "export_masks", "export_model", "import_model", "segment", "train", "verify")
+COMMANDS = ("check", "evaluate", "export_masks", "export_model", "import_model", "report", "segment", "train", "verify")
 
 
 def test_dir_names_what_there_is_and_nothing_else():

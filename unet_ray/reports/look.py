@@ -49,6 +49,8 @@ class Gallery:
     frames: Sequence[GalleryFrame]
     query: Sequence[str]
     """SQL that shows more of them."""
+    command: str
+    """That does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Look:
 
     galleries: Sequence[Gallery]
     command: str
-    """That shows more frames; empty where these are the most."""
+    """That shows more frames in each; empty where these are the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class _Choice:
     frames: Sequence[Chosen]
     values: Sequence[str]
     query: Sequence[str]
+    condition: str = ""
+    """What more of these frames have in common, as `export-masks --where` takes it."""
 
 
 def look(
@@ -103,12 +107,14 @@ def look(
     limit = _PICTURE_BYTES // max(1, 2 * len(rows))
     samples = read_samples(rows, facts.group_rows, sources, class_set, picture_bytes=limit)
     return Look(
-        galleries=[_gallery(choice, samples, class_set, rare) for choice in choices],
+        galleries=[_gallery(out, choice, samples, class_set, rare) for choice in choices],
         command=queries.more_frames(out, MOST_FRAMES) if n_frames < MOST_FRAMES else "",
     )
 
 
-def _gallery(choice: _Choice, samples: dict[int, Sample], class_set: ClassSet, rare: Sequence[int]) -> Gallery:
+def _gallery(
+    out: str, choice: _Choice, samples: dict[int, Sample], class_set: ClassSet, rare: Sequence[int]
+) -> Gallery:
     frames = [
         GalleryFrame(
             sample=samples[frame.row],
@@ -117,12 +123,14 @@ def _gallery(choice: _Choice, samples: dict[int, Sample], class_set: ClassSet, r
         )
         for frame, value in zip(choice.frames, choice.values, strict=True)
     ]
-    return Gallery(title=choice.title, text=choice.text, frames=frames, query=choice.query)
+    command = queries.masks_where(out, choice.condition) if choice.condition else ""
+    return Gallery(title=choice.title, text=choice.text, frames=frames, query=choice.query, command=command)
 
 
 def _expected_error(out: str, facts: FrameFacts, n_frames: int) -> Iterator[_Choice]:
     rows = galleries.largest(facts.expected_error_N, facts.drive_N, n_frames)
     if rows:
+        smallest = float(facts.expected_error_N[rows[-1]])
         yield _Choice(
             title="Largest expected error",
             text="Frames whose pixels the network is least sure of: the first to check, and to label by hand.",
@@ -131,6 +139,9 @@ def _expected_error(out: str, facts: FrameFacts, n_frames: int) -> Iterator[_Cho
             query=queries.largest(out, ["expected_error_share", "low_margin_share"])
             if facts.has_expected_error
             else queries.least_confident(out),
+            condition=queries.at_least("expected_error_share", smallest)
+            if facts.has_expected_error
+            else queries.at_most("confidence", 1 - smallest),
         )
 
 
@@ -143,6 +154,7 @@ def _changed(out: str, facts: FrameFacts, n_frames: int) -> Iterator[_Choice]:
             frames=[Chosen(row=row) for row in rows],
             values=[f"changed {percent(float(facts.changed_N[row]))}" for row in rows],
             query=queries.largest(out, ["changed_share"]),
+            condition=queries.at_least("changed_share", float(facts.changed_N[rows[-1]])),
         )
 
 
@@ -150,6 +162,10 @@ def _rare(out: str, class_set: ClassSet, facts: FrameFacts, rare: Sequence[int],
     frames = galleries.with_rare_classes(facts, n_frames)
     if frames:
         names = [class_set.names[k] for k in rare]
+        fewest = {
+            names[of]: min(float(facts.rare_NR[frame.row, of]) for frame in frames if frame.rare == of)
+            for of in dict.fromkeys(frame.rare or 0 for frame in frames)
+        }
         yield _Choice(
             title="Rarest classes",
             text="Of each class with few pixels, the frames that have most of it: " + ", ".join(names) + ".",
@@ -158,6 +174,7 @@ def _rare(out: str, class_set: ClassSet, facts: FrameFacts, rare: Sequence[int],
                 f"{names[frame.rare or 0]} {facts.rare_NR[frame.row, frame.rare or 0]:,.0f} px" for frame in frames
             ],
             query=queries.largest(out, [f"pixels_{names[0]}"]),
+            condition=" or ".join(f"pixels_{name} >= {number:.0f}" for name, number in fewest.items()),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,21 @@ def _words(option: str, value: Any) -> list[str]:
 def strips(folder: str, drive: Drive) -> str:
     """Returns the command that shows a drive over time."""
     return command("report", folder, "--sequence", drive.sequence)
+
+
+def at_least(column: str, value: float) -> str:
+    """Returns a condition that a value fits, and all above it."""
+    return f"{column} >= {math.floor(value * 1000) / 1000:g}"
+
+
+def at_most(column: str, value: float) -> str:
+    """Returns a condition that a value fits, and all below it."""
+    return f"{column} <= {math.ceil(value * 1000) / 1000:g}"
+
+
+def masks_where(out: str, condition: str) -> str:
+    """Returns the command that writes the masks of all frames that fit a condition."""
+    return command("export-masks", out, "--out", "masks", "--where", condition)
 
 
 def more_frames(folder: str, n_frames: int) -> str:
