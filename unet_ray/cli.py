@@ -33,7 +33,6 @@ from unet_ray.config import (
     StorageConfig,
     TrainConfig,
     VerifyConfig,
-    load_class_set,
 )
 from unet_ray.errors import EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, JobFailed, TryAgain
 from unet_ray.messages import printable, say
@@ -91,25 +90,18 @@ def _check(config: CheckConfig) -> int:
 
 
 def _verify(config: VerifyConfig) -> int:
-    from unet_ray.output import plans, sources, verify
+    from unet_ray import commands
 
-    out = storage.resolve(config.out)
-    if config.sources:
-        sources.require_digests(plans.read_plan(out))
-    problems = verify.verify(out)
-    for line in problems or verify.kept_labels(out):
-        say(line)
-    say(f"{config.out}: {'whole: every file and row agrees with its record' if not problems else 'damaged'}")
-    gone: Sequence[str] = ()
-    if config.sources:
-        again = sources.read_sources(plans.read_plan(out))
-        say(*again.problems, again.as_text())
-        gone = again.problems
-    if problems:
+    verification = commands.verify(config)
+    verdict = "damaged" if verification.problems else "whole: every file and row agrees with its record"
+    say(*(verification.problems or verification.kept_labels), f"{config.out}: {verdict}")
+    if verification.sources:
+        say(*verification.sources.problems, verification.sources.as_text())
+    if verification.problems:
         say("Next: the command that made these labels labels what is damaged again")
-    elif not gone:
+    elif verification.is_whole:
         say(f"Next: unet-ray export-masks {shlex.quote(config.out)} --out …")
-    return EXIT_FAILED if problems or gone else 0
+    return 0 if verification.is_whole else EXIT_FAILED
 
 
 def _export_model(config: ExportModelConfig) -> int:
@@ -122,20 +114,9 @@ def _export_model(config: ExportModelConfig) -> int:
 
 
 def _import_model(config: ImportModelConfig) -> int:
-    from unet_ray.model.importing import import_onnx
+    from unet_ray import commands
 
-    config.configure_storage()
-    imported = import_onnx(
-        config.onnx,
-        config.out,
-        load_class_set(config.classes),
-        config.preprocessing(),
-        image_size=config.image_size,
-        layout=config.layout,
-        output=config.output,
-        kind=config.kind,
-        frames=config.frames,
-    )
+    imported = commands.import_model(config)
     say(*imported.lines, f"model: {imported.model}")
     say(f"Next: unet-ray segment --model {shlex.quote(imported.model)} --frames … --out …")
     return 0

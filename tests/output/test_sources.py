@@ -44,13 +44,13 @@ def test_two_files_that_were_swapped_under_one_time_are_named_by_the_command(roo
     whole = f"{out}: whole: every file and row agrees with its record"
     lines = capsys.readouterr().out.splitlines()
     following = f"Next: unet-ray export-masks {out} --out …"
-    assert lines == [whole, lines[1], "sources: 13 of 13 labelled frames hold what was labelled", following]
-    assert lines[1].startswith("13 of 13 frames (100%), ")
+    assert lines == [lines[0], whole, "sources: 13 of 13 labelled frames hold what was labelled", following]
+    assert lines[0].startswith("13 of 13 frames (100%), ")
     swap(root, "b/1.png", "b/2.png")
     plan = make_plan(root, out)
     assert (plan.n_new, plan.origin.n_changed, plan.origin.n_gone) == (0, 0, 0) and verify.verify(out) == []
     assert cli.main(["verify", out, "--sources"]) == 1
-    first, _, *lines = capsys.readouterr().out.splitlines()
+    _, first, *lines = capsys.readouterr().out.splitlines()
     assert first == whole and lines == [
         f"b/1.png: {root}/b/1.png holds other bytes than those that were labelled",
         f"b/2.png: {root}/b/2.png holds other bytes than those that were labelled",
