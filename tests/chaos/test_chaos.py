@@ -34,8 +34,8 @@ SHOWN_ELSEWHERE = {
     "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
     "work_damaged": "the same, for parts and records",
 }
-SHOWN_FIRST = ("processes_killed",)
-"""Beside a killed driver the smallest that shows what a kill does; the others are marked slow."""
+SHOWN_FIRST = {"processes_killed": (), "node_lost": pytest.mark.slow, "disk_full_publishing": pytest.mark.slow}
+"""Beside a killed driver the smallest that show what a kill, a loss and a full disk do; the others run once a week."""
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_each_broken_or_odd_file_is_what_it_says(stage):
     ("name", "n_kills"),
     [
         ("driver_killed", 1),
-        pytest.param("driver_killed", 2, marks=pytest.mark.slow),
+        pytest.param("driver_killed", 2, marks=pytest.mark.weekly),
         *(
-            pytest.param(name, 1, marks=() if name in SHOWN_FIRST else pytest.mark.slow)
+            pytest.param(name, 1, marks=SHOWN_FIRST.get(name, pytest.mark.weekly))
             for name in scenarios.SCENARIOS
             if name not in {"driver_killed", *SHOWN_ELSEWHERE}
         ),

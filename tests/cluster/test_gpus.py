@@ -260,8 +260,9 @@ def test_what_is_labelled_on_gpus_is_what_cpus_label_and_they_say_that_they_go_o
     assert verify.verify(str(tmp_path / "gpu")) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", ["2", "1:2"])
+@pytest.mark.parametrize(
+    "workers", [pytest.param("2", marks=pytest.mark.slow), pytest.param("1:2", marks=pytest.mark.weekly)]
+)
 def test_a_training_and_an_evaluation_reserve_gpus(
     looks: Looks, command, loss_on_cpu: float, workers: str, tmp_path: Path, capfd
 ) -> None:
@@ -292,7 +293,7 @@ def test_a_training_that_wants_more_gpus_than_there_are_says_so(looks: Looks, co
     [
         *(("segment", 0), ("train", 0)),
         *(
-            pytest.param(job, n_looks, marks=pytest.mark.slow)
+            pytest.param(job, n_looks, marks=pytest.mark.slow if n_looks == 0 else pytest.mark.weekly)
             for job, n_looks in (("segment", 3), ("train", 3), ("evaluate", 0), ("evaluate", 1))
         ),
     ],
@@ -416,7 +417,7 @@ def test_what_is_measured_on_a_gpu_is_what_a_cpu_measures(looks: Looks, command,
     assert results["gpu"] == pytest.approx(results["cpu"], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_actors_share_gpus_and_leave_none_idle(looks: Looks, command, capfd) -> None:
     """Four with half a GPU and less than a CPU each, on two GPUs and four CPUs; of a range, too."""
     looks.see(ALWAYS, together=4)
@@ -443,7 +444,7 @@ def test_where_xla_aborts_the_job_goes_on_without_it_and_says_so(looks: Looks, c
     assert looks.of_actors() in (["0"], ["1"])
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_node_that_came_after_the_job_began_and_on_which_xla_aborts_ends_the_job(
     looks: Looks, command, monkeypatch, capfd
 ) -> None:

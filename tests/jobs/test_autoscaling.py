@@ -22,8 +22,6 @@ from unet_ray.chaos.trials import wait_until
 from unet_ray.demo import synthetic
 from unet_ray.output import verify
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 RAYLET = f"{Path(ray.__file__).parent}/core/src/ray/raylet/raylet"
 N_FRAMES, N_DRIVES = 64, 16
@@ -88,6 +86,7 @@ def job(nodes: RayNodes, log_file: Path, name: str, *options: str) -> Iterator[s
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_labelling_told_nothing_but_paths_asks_for_gpus_uses_them_and_lets_them_go(nodes, gates, log, tmp_path):
     model, out, log_file = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"
@@ -124,6 +123,7 @@ print([bundle for demand in asked for bundle in demand.bundles_by_count])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_auto_is_the_cpu_where_no_gpu_can_ever_come_and_the_request_is_withdrawn():
     with RayNodes(autoscaling={"cpu": TYPES["cpu"]}) as nodes:
@@ -133,6 +133,7 @@ def test_auto_is_the_cpu_where_no_gpu_can_ever_come_and_the_request_is_withdrawn
         assert n_workers(nodes) == 0
 
 
+@pytest.mark.weekly
 @pytest.mark.timeout(1200)
 def test_training_waits_for_its_nodes_and_lets_them_go(nodes, log, tmp_path):
     log_file = tmp_path / "said"

@@ -246,7 +246,7 @@ def test_no_secret_is_left_anywhere(labelled):
         assert KEY_ID.encode() not in content, name
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_labels_made_in_bad_weather_have_the_same_bytes_at_half_as_many_requests_more(labelled):
     store, fair = labelled
     ray.shutdown()  # its workers have the impatient options

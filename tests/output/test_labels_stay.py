@@ -164,7 +164,7 @@ def test_an_output_belongs_to_one_archive(stage, archive, tmp_path, capsys, monk
     assert cli.main(["verify", str(out)]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_archive_that_is_moved_back_has_the_same_frames(stage, archive, tmp_path, capsys):
     a, moved, only_a = archive / "drive0", tmp_path / "elsewhere", tmp_path / "only_a"
     a.rename(moved)

@@ -75,7 +75,7 @@ def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, t
     assert output.count(f"Ray {ray.__version__} at ") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_workers_that_have_lost_their_node_go_on_when_another_comes_in_time(cluster, data, tmp_path, capsys):
     cluster, nodes = cluster

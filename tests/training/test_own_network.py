@@ -63,7 +63,7 @@ def two(cluster, data, tmp_path_factory) -> TrainConfig:
     return config
 
 
-@pytest.mark.slow  # beside `test_batch_norm`
+@pytest.mark.weekly  # beside `test_batch_norm`
 @pytest.mark.timeout(900)
 def test_two_workers_learn_what_one_does(two, data, tmp_path):
     one = make_config(data, tmp_path / "one", workers=1, epochs=2, **OWN)

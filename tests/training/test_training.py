@@ -401,7 +401,7 @@ def test_a_run_starts_from_the_weights_of_another(undisturbed, data, cluster, tm
         np.testing.assert_allclose(final_weights(again.run)[name], tensor, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(300)
 def test_a_run_for_other_classes_starts_from_all_but_the_last_layer(undisturbed, data, cluster, tmp_path, capsys):
     config, _ = undisturbed
@@ -545,7 +545,7 @@ def test_a_bad_mask_is_one_line_and_leaves_nothing(data, cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(300)
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_job_too(data, cluster, tmp_path):
     config = make_config(data, tmp_path / "run", workers=1, learning_rate=1e39, batch_size=100)
@@ -664,7 +664,7 @@ def own_mb(pid: int) -> float:
     return int(line.split()[1]) / 1000
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(300)
 def test_memory_of_driver_and_workers_stays_flat_over_fifty_epochs(data, cluster, tmp_path):
     (tmp_path / "driver").write_text(str(os.getpid()))

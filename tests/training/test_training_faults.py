@@ -108,7 +108,7 @@ class StruckEverywhere(Struck):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("frames", [Struck, pytest.param(StruckEverywhere, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frames", [Struck, pytest.param(StruckEverywhere, marks=pytest.mark.weekly)])
 def test_workers_that_die_or_stop_anywhere_change_nothing(undisturbed, data, tmp_path, capsys, monkeypatch, frames):
     """Here the frames are streamed from their files, there they were blocks in the object store.
 
@@ -159,7 +159,7 @@ def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_pat
     assert_same_end(tmp_path / "run", undisturbed.out, 12)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_a_worker_that_is_stuck_alone_ends_itself(data, cluster, tmp_path, capsys):
     with held_up(StuckOnce, tmp_path / "stuck"):
@@ -194,7 +194,7 @@ def impatient_cluster(monkeypatch):
     ray.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_a_worker_that_is_stopped_alone_is_given_up(impatient_cluster, data, tmp_path, capsys):
     """No other worker waits for it, and what watches over it is stopped, too: Ray's own check is left."""
@@ -277,7 +277,7 @@ def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(un
     assert_same_end(run, undisturbed.out, 12)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(8 * STUCK_S)
 def test_a_driver_killed_alone_goes_on_while_its_workers_still_write(undisturbed, data, tmp_path):
     """They live until Ray misses the driver, 3 s on 2 busy cores (2026-11-24), and finished an epoch meanwhile."""
