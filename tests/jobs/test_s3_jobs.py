@@ -122,9 +122,10 @@ TRAIN = (*DATA, "--classes", "S3/data/classes.yaml", *NETWORK, *TIMES)
 SEGMENT = ("--model", "S3/run", "--chunk-frames", "4", "--batch-size", "4", "--precision", "float32", "--device", "cpu")
 
 
-def read_tree(uri: str, *, without: tuple[str, ...] = ("summary.json", "config.yaml", "report.html")) -> dict[str, bytes]:
-    """Every file of an output but those that name this run."""
-    return {file.path: storage.read_bytes(file.uri) for file in storage.list_files(uri) if file.path not in without}
+def read_tree(uri: str) -> dict[str, bytes]:
+    """Every file of an output but those that name this run, or their own folder."""
+    named = ("summary.json", "config.yaml", "report.html")
+    return {file.path: storage.read_bytes(file.uri) for file in storage.list_files(uri) if file.path not in named}
 
 
 @pytest.fixture(scope="module")
