@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -172,22 +173,22 @@ def test_a_parquet_file_of_a_hundred_million_empty_rows(tmp_path: Path) -> None:
     assert counts == {} and why.startswith("its rows come to more than 384 MB; ")
 
 
-CATALOGUES: dict[str, tuple[pa.DataType, object, int]] = {
-    "unpacks": (pa.string(), "a" * 300 * MB, 1),
-    "says one text again": (pa.string(), "a" * MB, 3000),
-    "says one text again in a list": (pa.list_(pa.string()), ["a" * MB], 3000),
-    "says one text again in a map": (pa.map_(pa.string(), pa.string()), [("a" * MB, "b")], 3000),
-    "says one text again in a struct": (pa.struct([("it", pa.string())]), {"it": "a" * MB}, 3000),
-    "says one block again": (pa.binary(MB), bytes(MB), 3000),
-    "has a long list": (pa.list_(pa.int64()), [0] * 40_000_000, 1),
-    "has a long list of nothing": (pa.list_(pa.null()), [None] * 100_000_000, 1),
+CATALOGUES: dict[str, tuple[pa.DataType, Callable[[], object], int]] = {
+    "unpacks": (pa.string(), lambda: "a" * 300 * MB, 1),
+    "says one text again": (pa.string(), lambda: "a" * MB, 3000),
+    "says one text again in a list": (pa.list_(pa.string()), lambda: ["a" * MB], 3000),
+    "says one text again in a map": (pa.map_(pa.string(), pa.string()), lambda: [("a" * MB, "b")], 3000),
+    "says one text again in a struct": (pa.struct([("it", pa.string())]), lambda: {"it": "a" * MB}, 3000),
+    "says one block again": (pa.binary(MB), lambda: bytes(MB), 3000),
+    "has a long list": (pa.list_(pa.int64()), lambda: [0] * 40_000_000, 1),
+    "has a long list of nothing": (pa.list_(pa.null()), lambda: [None] * 100_000_000, 1),
 }
 
 
 @pytest.mark.parametrize("kind", CATALOGUES)
 def test_a_catalogue_that_fills_the_memory(kind: str, tmp_path: Path) -> None:
-    column_type, value, rows = CATALOGUES[kind]
-    column = pa.array([value], column_type)
+    column_type, make, rows = CATALOGUES[kind]
+    column = pa.array([make()], column_type)
     table = pa.table({"uri": ["1.png"], "weather": column})
     with pq.ParquetWriter(
         tmp_path / "c.parquet", table.schema, compression="zstd", dictionary_pagesize_limit=2**30
