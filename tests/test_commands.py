@@ -6,11 +6,9 @@ from pathlib import Path
 
 import labelled
 import numpy as np
-import onnx
 import pytest
 import small_output
 from PIL import Image
-from small_onnx import small_network
 from small_training import write_data
 
 import unet_ray
@@ -66,6 +64,9 @@ def test_check_returns_the_report(tmp_path):
 
 
 def test_a_model_is_imported_and_exported(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from small_onnx import small_network
+
     write_data(tmp_path)
     onnx.save(small_network(), tmp_path / "net.onnx")
     imported = unet_ray.import_model(

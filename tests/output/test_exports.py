@@ -9,7 +9,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import exported
 import numpy as np
@@ -17,8 +17,6 @@ import pytest
 import s3_server
 import small_output
 from exported import CLASS_SET, FRAMES, PEDESTRIANS, bare, frame_bytes, frame_name, mask_of
-from labelformat.formats.coco import COCOObjectDetectionInput
-from labelformat.formats.semantic_segmentation.pascalvoc import PascalVOCSemanticSegmentationInput
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -74,13 +72,19 @@ def test_the_formats_of_the_options_are_those_of_the_table():
 # --- Pascal VOC ---
 
 
+def voc_reader() -> Any:
+    """labelformat's; it is not among what the oldest versions are tried with."""
+    module = pytest.importorskip("labelformat.formats.semantic_segmentation.pascalvoc")
+    return module.PascalVOCSemanticSegmentationInput
+
+
 def test_labelformat_reads_frames_and_masks_of_voc(archive, tmp_path, capsys):
     out = tmp_path / "voc"
     assert export(archive, out, "--format", "voc", "--with-frames") == 0
     assert capsys.readouterr().out.splitlines()[-2] == f"8 masks written to {out}; 1 rejected frame has none"
     classes = {int(k): name for k, name in json.loads((out / "class_id_to_name.json").read_text()).items()}
     assert classes == NAMES
-    read = PascalVOCSemanticSegmentationInput.from_dirs(out / "JPEGImages", out / "SegmentationClass", classes)
+    read = voc_reader().from_dirs(out / "JPEGImages", out / "SegmentationClass", classes)
     assert sorted(image.filename for image in read.get_images()) == sorted(map(frame_name, FRAMES))
     ids = {frame_name(frame_id): frame_id for frame_id in FRAMES}
     for label in read.get_labels():
@@ -134,7 +138,9 @@ def test_coco_with_frames_names_files_that_are_there(archive, tmp_path):
         for region in coco.loadAnns(coco.getAnnIds(image["id"])):
             expected = mask_of(image["frame_id"]) == region["category_id"] - 1
             assert np.array_equal(coco.annToMask(region).astype(bool), expected)
-    read = COCOObjectDetectionInput(input_file=out)  # of masks it reads only polygons and uncompressed crowds
+    read = pytest.importorskip("labelformat.formats.coco").COCOObjectDetectionInput(
+        input_file=out
+    )  # of masks it reads only polygons and uncompressed crowds
     assert [category.name for category in read.get_categories()] == list(CLASS_SET.names)
     for label in read.get_labels():
         assert (tmp_path / "x_frames" / label.image.filename).is_file()
@@ -362,7 +368,7 @@ def test_an_export_of_other_frames_is_not_mixed_with_this_one(name, archive, tmp
 def read_by_labelformat(out: Path) -> int | None:
     """Number of frames that a reader by folders finds, None where it finds one without its mask."""
     try:
-        read = PascalVOCSemanticSegmentationInput.from_dirs(out / "JPEGImages", out / "SegmentationClass", NAMES)
+        read = voc_reader().from_dirs(out / "JPEGImages", out / "SegmentationClass", NAMES)
     except ValueError as error:
         assert str(error).startswith("Missing mask PNG")
         return None
