@@ -180,7 +180,7 @@ def test_a_store_that_is_dark_for_a_while_is_waited_for(bucket, proxy, monkeypat
 
 def test_beyond_the_budget_the_trouble_is_said_in_one_line(bucket, proxy, monkeypatch):
     write_log(bucket, 1)
-    monkeypatch.setenv(filesystems.RETRY_VARIABLE, "6")  # botocore's own pauses are up to 1 and 2 s
+    monkeypatch.setenv(filesystems.RETRY_VARIABLE, "12")  # botocore's own pauses are up to 1 and 2 s
     proxy.reset_counts(Weather(slow_down=1.0))
     with pytest.raises(storage.StorageError) as caught:
         storage.read_bytes(f"{bucket}/log/0000.png")
