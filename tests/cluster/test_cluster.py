@@ -229,7 +229,8 @@ def test_the_doctor_looks_at_a_machine_on_which_no_ray_is(monkeypatch, tmp_path,
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     ray.shutdown()
     assert cli.main(["doctor", "--inputs", str(tmp_path / "none")]) == 1
-    node, ray_line, *lines, last, following = capsys.readouterr().out.splitlines()
+    joining, node, ray_line, *lines, last, following = capsys.readouterr().out.splitlines()
+    assert joining == "joining the Ray cluster at 127.0.0.1:1"
     assert following == "Next: mend what fails, as its line says, and give the same command again"
     assert node == "this machine, without Ray:" and last == "will not work on: this machine, without Ray"
     assert ray_line.startswith("FAIL  Ray             RAY_ADDRESS is 127.0.0.1:1; no cluster lets us in there: ")

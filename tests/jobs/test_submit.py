@@ -1,4 +1,4 @@
-"""The `ray job submit` lines of jobs/README.md, word for word, on a real head, three nodes with a token and an S3."""
+"""The `ray job submit` lines of jobs/README.md, word for word, on a real head, two nodes with a token and an S3."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import fsspec
 import pytest
 from fsspec import AbstractFileSystem
 from gates import CHECKPOINTS, STAGES, Gates
+from ray._private.runtime_env.packaging import create_package
 from ray_nodes import RayNodes
 from s3_server import KEY_ID, SECRET, make_bucket, reach, run_server
 from test_readme import blocks
@@ -29,8 +31,6 @@ from test_readme import blocks
 from unet_ray.chaos.trials import wait_until
 from unet_ray.demo import synthetic
 from unet_ray.output import verify
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PLANTED = (
@@ -88,6 +88,13 @@ def nodes(bucket: AbstractFileSystem, gates: Gates) -> Iterator[RayNodes]:
         yield nodes
 
 
+def code() -> set[str]:
+    """What a submission is to take."""
+    kinds = ("jobs/*.py", "unet_ray/**/*.py", "unet_ray/recipes/*.yaml", "unet_ray/class_sets/*.yaml")
+    pages = ("unet_ray/reports/*.html", "unet_ray/reports/*.css")
+    return {"cluster.yaml", *(str(file.relative_to(ROOT)) for kind in (*kinds, *pages) for file in ROOT.glob(kind))}
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this repository with all that one has in it."""
@@ -100,6 +107,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_bytes(b"not code")
     return checkout
+
+
+def test_the_code_is_what_ray_packs(checkout: Path, tmp_path: Path) -> None:
+    create_package(str(checkout), tmp_path / "package.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        assert {name for name in package.namelist() if not name.endswith("/")} == code()
 
 
 @dataclass
@@ -205,6 +218,7 @@ def trained(desk: Desk, gates: Gates) -> tuple[str, str]:
     return submission.output(), desk.submit("train")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S)
 def test_a_submitted_training_is_stopped_and_the_same_line_goes_on(trained):
     first, second = trained
@@ -237,6 +251,7 @@ def labelled(trained: tuple[str, str], desk: Desk, bucket: AbstractFileSystem, g
     return desk.submit("segment")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S)
 def test_a_submitted_labelling_is_stopped_and_the_same_line_goes_on(labelled):
     output = labelled
@@ -246,6 +261,7 @@ def test_a_submitted_labelling_is_stopped_and_the_same_line_goes_on(labelled):
     assert verify.verify("s3://bucket/labels") == []
 
 
+@pytest.mark.slow
 def test_training_is_spread_and_all_nodes_decode_and_label(labelled, desk):
     """Though both workers would fit on one node, and all decoders."""
     assert len(desk.nodes_of("actors", "class_name", "RayTrainWorker")) == 2
@@ -253,16 +269,15 @@ def test_training_is_spread_and_all_nodes_decode_and_label(labelled, desk):
     assert len(desk.nodes_of(*DECODERS)) == 2
 
 
+@pytest.mark.slow
 def test_only_the_code_has_travelled(trained, nodes):
     """Into the folder that Ray unpacks at each node, and in which the job runs."""
     (arrived,) = (nodes.ray_folder / "session_latest").glob("runtime_resources/working_dir_files/_ray_pkg_*/")
     files = {str(file.relative_to(arrived)) for file in arrived.rglob("*") if file.is_file()}
-    kinds = ["jobs/*.py", "unet_ray/**/*.py", "unet_ray/recipes/*.yaml", "unet_ray/class_sets/*.yaml"]
-    kinds += ["unet_ray/reports/*.html", "unet_ray/reports/*.css"]
-    code = {"cluster.yaml", *(str(file.relative_to(ROOT)) for kind in kinds for file in ROOT.glob(kind))}
-    assert {name for name in files if not name.endswith(".pyc")} == code
+    assert {name for name in files if not name.endswith(".pyc")} == code()
 
 
+@pytest.mark.slow
 def test_without_the_token_the_job_api_answers_no(nodes):
     url = f"{nodes.dashboard}/api/jobs/"
     with urllib.request.urlopen(authorized(url, nodes)) as answer:
@@ -275,6 +290,7 @@ def test_without_the_token_the_job_api_answers_no(nodes):
         caught.value.close()
 
 
+@pytest.mark.slow
 def test_neither_the_token_nor_a_key_is_in_a_log_an_output_or_the_jobs_records(labelled, desk, bucket):
     token = Path(desk.nodes.environment["RAY_AUTH_TOKEN_PATH"])
     with urllib.request.urlopen(authorized(f"{desk.nodes.dashboard}/api/jobs/", desk.nodes)) as answer:
