@@ -38,12 +38,12 @@ def test_an_output_without_a_label_has_a_page(tmp_path):
 
 
 def test_an_output_in_a_store_has_its_page_there(tmp_path):
-    out = "memory://bucket/out"
+    out = "memory://page/out"
     labelled.run(labelled.write_archive(tmp_path / "log"), out, reject=("b/2.png",))
     assert cli.main(["report", out]) == 0
     page = storage.read_bytes(f"{out}/report.html").decode()
-    assert "FROM &#39;memory://bucket/out/frames/*.parquet&#39;" in page and "13</b> listed" in page
-    storage.delete_tree("memory://bucket")
+    assert "FROM &#39;memory://page/out/frames/*.parquet&#39;" in page and "13</b> listed" in page
+    storage.delete_tree("memory://page")
 
 
 NASTY = ('<script>alert(1)</script>"', "' onerror=alert(1) x='", "a\u202eb\nc", "{{ 7 * 7 }}", "%{x}&amp;")
