@@ -92,7 +92,7 @@ def test_a_job_lives_through(
     assert outcome.same in ("bytes", "rows") and outcome.frames == sum(stage.size.drives)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_a_job_whose_own_ray_is_killed_ends_at_once_and_the_rerun_finishes(stage):
     trial = trials.Trial(stage, "ray_killed")

@@ -54,7 +54,7 @@ def norm_of_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
     return max(float(np.linalg.norm(one[name] - other[name]) / np.linalg.norm(one[name])) for name in one)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(400)
 def test_workers_that_have_lost_their_node_do_not_wait_for_ever(cluster, data, tmp_path, capsys):
     cluster, nodes = cluster

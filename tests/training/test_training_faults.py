@@ -148,7 +148,7 @@ class StuckOnce(HeldFrames):
                 threading.Event().wait()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
     with held_up(StuckOnce, tmp_path / "stuck"):
