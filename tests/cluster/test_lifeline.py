@@ -122,6 +122,20 @@ def test_a_driver_on_a_cluster_ends_when_the_head_or_its_node_is_lost() -> None:
             assert (later.returncode, errors) == (75, f"unet-ray: error: {ENDED.format('raylet')}{GOES_ON}")
 
 
+LEFT = "import ray; ray.shutdown(); print('left', flush=True); "
+
+
+@pytest.mark.slow
+def test_a_driver_that_has_left_a_cluster_lives_on_without_it() -> None:
+    with driver(IDLE, SOMEBODYS) as (cluster, address):
+        joins = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+        with driver(f"{LEFT}import time; time.sleep(12)", **joins) as (process, _):
+            assert process.stdout and process.stdout.readline() == "left\n"
+            kill(processes(cluster.pid, ["/gcs/gcs_server"]) + processes(cluster.pid, ["/raylet/raylet"]))
+            process.communicate(timeout=100)
+            assert process.returncode == 0
+
+
 def test_a_process_group_that_is_told_to_stop_is_stopped_also_where_ray_is_faster() -> None:
     with driver(IN_C) as (process, _):
         os.killpg(process.pid, signal.SIGTERM)

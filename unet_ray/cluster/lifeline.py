@@ -50,17 +50,17 @@ def end_with_ray() -> None:
     for pid, name in _parts().items():
         with contextlib.suppress(ProcessLookupError):  # then Ray does not start at all
             parts[os.pidfd_open(pid)] = name
-    threading.Thread(target=_wait, args=[parts], daemon=True).start()
+    threading.Thread(target=_wait, args=[parts, _node()], daemon=True).start()
 
 
 def end_with_cluster() -> None:
     """Ends this process, as one that may be tried again, when the cluster it has joined loses its head or this node."""
     _is_ending.clear()
     with contextlib.suppress(OSError):  # a raylet of another container cannot be watched
-        threading.Thread(target=_wait, args=[{os.pidfd_open(_raylet()): "raylet"}], daemon=True).start()
+        threading.Thread(target=_wait, args=[{os.pidfd_open(_raylet()): "raylet"}, _node()], daemon=True).start()
     address = ray.get_runtime_context().gcs_address
     ray_waits_s = float(os.environ.get(_RAY_WAITS, "60"))
-    threading.Thread(target=_knock_again, args=[address, HEAD_PATIENCE * ray_waits_s], daemon=True).start()
+    threading.Thread(target=_knock_again, args=[address, HEAD_PATIENCE * ray_waits_s, _node()], daemon=True).start()
 
 
 def expect_end() -> None:
@@ -68,9 +68,19 @@ def expect_end() -> None:
     _is_ending.set()
 
 
+def _node() -> Any:
+    """Returns what this process' connection to a Ray is: another one is another object."""
+    return ray._private.worker._global_node
+
+
+def _is_left(node: Any) -> bool:
+    """Whether this process has left that Ray, or is about to: by `expect_end`, or by `ray.shutdown` of its caller."""
+    return _is_ending.is_set() or not ray.is_initialized() or _node() is not node
+
+
 def _parts() -> dict[int, str]:
     """Returns the names of the processes that Ray cannot do without, the raylet first, by their ids."""
-    node: Any = ray._private.worker._global_node
+    node = _node()
     ids = {kind: [one.process.pid for one in started] for kind, started in node.all_processes.items()}
     parts = {pid: kind for kind in ("raylet", "gcs_server") for pid in ids.get(kind, ())}
     for pid in sorted(below for raylet in ids.get("raylet", ()) for below in descendants(raylet)):
@@ -85,29 +95,29 @@ def _parts() -> dict[int, str]:
 
 def _raylet() -> int:
     """Returns the id of the process that listens at the socket by which this driver speaks to its node; unix(7)."""
-    node: Any = ray._private.worker._global_node
+    node = _node()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(node.raylet_socket_name)
         pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(pid)
 
 
-def _wait(parts: Mapping[int, str]) -> None:
+def _wait(parts: Mapping[int, str], node: Any) -> None:
     deaths = select.poll()
     for part in parts:
         deaths.register(part, select.POLLIN)
     dead = {part for part, _ in deaths.poll()}
-    if ray.is_initialized() and not _is_ending.is_set():  # it is no longer while Ray is shut down in order
+    if not _is_left(node):
         name = next(name for part, name in parts.items() if part in dead)
         _end(f"Ray's process on this machine ({name}) was ended, perhaps for want of memory")
     for part in parts:
         os.close(part)
 
 
-def _knock_again(address: str, patience_s: float) -> None:
+def _knock_again(address: str, patience_s: float, node: Any) -> None:
     """Returns when the process leaves the cluster; ends it when nobody has answered at an address for some seconds."""
     answered_at = time.monotonic()
-    while not _is_ending.wait(patience_s / 20):
+    while not _is_ending.wait(patience_s / 20) and not _is_left(node):
         if _answers(address, patience_s / 4):
             answered_at = time.monotonic()
         elif time.monotonic() - answered_at > patience_s:
