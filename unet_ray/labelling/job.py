@@ -16,8 +16,7 @@ import ray
 from unet_ray import storage
 from unet_ray.archives import doubles
 from unet_ray.archives.listing import list_archives
-from unet_ray.archives.mistakes import require_usable_roots
-from unet_ray.archives.roots import FoundRoots, find_roots
+from unet_ray.archives.roots import FoundRoots
 from unet_ray.cluster.connection import connect, is_local
 from unet_ray.cluster.gpus import all_have_bfloat16, try_xla
 from unet_ray.cluster.resources import resolve_device, wait_for_first_node, wait_for_resources
@@ -28,28 +27,26 @@ from unet_ray.errors import JobFailed, TryAgain
 from unet_ray.frames import Listing
 from unet_ray.labelling.allocation import Allocation, allocate
 from unet_ray.labelling.decoding import DecodeOptions
+from unet_ray.labelling.inputs import read_inputs
 from unet_ray.labelling.planning import (
     _say_still_changed,
     make_plan,
     refuse_unlistable,
-    require_usable_output,
     say_changes,
     say_ignored,
     say_other_machines,
 )
 from unet_ray.labelling.result import SegmentResult, result_of, say_result, show_preview, show_report
 from unet_ray.messages import count, first_few, say, shown_path
-from unet_ray.model.bundle import Bundle, read_bundle
+from unet_ray.model.bundle import Bundle
 from unet_ray.model.devices import has_bfloat16
 from unet_ray.model.label_options import LabelOptions, default_batch_size
-from unet_ray.model.onnx_labels import require_labelling_options
-from unet_ray.model.tiling import Tiling, choose_tiling
+from unet_ray.model.tiling import Tiling
 from unet_ray.output import heartbeats, ledger, origins, plans, publish, rejected_csv, salvage
 from unet_ray.output.chunks import Chunk, frames_together
 from unet_ray.output.manifest import known_and_new, read_rows
 from unet_ray.output.plans import Plan
 from unet_ray.output.rejected import TooManyRejected
-from unet_ray.storage import overlaps
 
 if TYPE_CHECKING:
     from unet_ray.labelling.waves import WaveJob
@@ -70,28 +67,7 @@ def segment(config: SegmentConfig) -> SegmentResult:
     config.configure_storage()
     out = storage.resolve(config.out)
     published = _is_published(config)
-    if not published:  # a finished output may lie where nobody can write
-        storage.require_writable(out, "--out")
-    plans.require_folders(out, ("manifest", "frames", "_work"))
-    # Frames that the output holds already keep their ids.
-    labels = origins.labels_for(out, config.frames, add_root=config.add_root, is_new=config.overwrite)
-    roots = find_roots(config.frames, labels, include_hidden=config.include_hidden)
-    # What a glob matches may be a link to where the output is, which its pattern alone does not show.
-    overlaps.require_apart(config.out, [("--frames", uri) for _, uri in roots.places], both_ways=True)
-    bundle = read_bundle(config.model, allow_network=config.allow_network)
-    bundle.require_buildable()
-    tiling = choose_tiling(config.inference, config.window, config.stride, bundle.model_config)
-    require_labelling_options(bundle, slides=tiling is not None, tta=config.tta, precision=config.precision)
-    require_usable_roots(
-        config.frames,
-        roots,
-        config.image_column,
-        include_hidden=config.include_hidden,
-        allow_uris=config.allow_uri,
-    )
-    require_usable_output(config, bundle, tiling)
-    if config.overwrite:
-        heartbeats.refuse_living(out)
+    roots, bundle, tiling = read_inputs(config, is_published=published)
     published = published and is_local()
     say(f"listing {first_few([shown_path(uri) for uri in config.frames])}")
     listing = _list(config, roots) if published else _list_and_connect(config, roots)

@@ -166,7 +166,8 @@ def load(
 
     Of a U-Net of 32 filters at 96x128 with 23 classes, loading and the first frame take 5.5 s of processor time, 4.2 of
     them TensorFlow's start and the network; a later frame takes 0.07 s, and one of a new range of sizes 0.4 s once (2
-    cores with AVX512-BF16, bfloat16, frames of 240x320 and 480x640, beside other work, 2026-11-30).
+    cores with AVX512-BF16, bfloat16, frames of 240x320 and 480x640, beside other work, 2026-11-30). With the demo's 16
+    filters the first result was there after 4.9 s (the same machine, load 4).
 
     The options of a store come from the environment. TensorFlow gets one thread for each operation and labels several
     frames at once instead, for the whole process: another number of threads would be other last bits than `segment`'s.
