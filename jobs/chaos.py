@@ -2,7 +2,7 @@
 
     python jobs/chaos.py --out /tmp/chaos                          # all, small: 24 minutes on two busy cores
     python jobs/chaos.py --out /tmp/chaos --scenarios node_lost disk_full_working --seed 7
-    python jobs/chaos.py --out /tmp/chaos --size large             # 2,000 frames, up to 20 kills: 34 minutes beside other work
+    python jobs/chaos.py --out /tmp/chaos --size large             # 2,000 frames, 20 kills: 34 minutes, busy
 
 Expect a line a scenario, then a table; the same goes to OUT/chaos.json. Exit code 1 where one failed. It draws its own
 archive and model, and what it leaves in OUT (jobs' logs, outputs) is there to be looked at. Linux only; the two

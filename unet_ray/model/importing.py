@@ -75,9 +75,7 @@ def import_onnx(
         data,
         facts,
         size=size,
-        mean=as_trained.mean,
-        std=as_trained.std,
-        channels=as_trained.channels,
+        preprocessing=as_trained,
         images_NHWC=None if frames is None else _some_pictures(frames, size, as_trained),
     )
     config = OnnxConfig(

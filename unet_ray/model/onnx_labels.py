@@ -24,16 +24,7 @@ def load_network(bundle: Bundle, size: Size, device: str) -> OnnxNetwork:
     """
     config = bundle.model_config
     assert isinstance(config, OnnxConfig), config
-    preprocessing = config.preprocessing
-    return OnnxNetwork(
-        bundle.onnx,
-        config.facts,
-        size=size,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        channels=preprocessing.channels,
-        device=device,
-    )
+    return OnnxNetwork(bundle.onnx, config.facts, size=size, preprocessing=config.preprocessing, device=device)
 
 
 class OnnxLogits:

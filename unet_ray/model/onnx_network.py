@@ -9,7 +9,6 @@ threads would give a frame other last bits on another machine.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from unet_ray.messages import printable
 from unet_ray.model.devices import UnusableGpu
 from unet_ray.model.onnx_facts import OnnxFacts, Size
+from unet_ray.pixels.preprocessing import AS_IT_IS, Preprocessing
 
 CUDA = "CUDAExecutionProvider"
 _LEAST = np.finfo(np.float32).tiny
@@ -34,9 +34,7 @@ class OnnxNetwork:
         facts: OnnxFacts,
         *,
         size: Size,
-        mean: Sequence[float] = (0.0, 0.0, 0.0),
-        std: Sequence[float] = (1.0, 1.0, 1.0),
-        channels: str = "RGB",
+        preprocessing: Preprocessing = AS_IT_IS,
         device: str = "cpu",
         n_threads: int = 1,
     ) -> None:
@@ -46,9 +44,7 @@ class OnnxNetwork:
             data: an ONNX file that `onnx_file.find_facts` has checked.
             facts: what it takes and gives.
             size: of the frames that it will get.
-            mean: of each colour, 0 to 255, in the order of `channels`: subtracted from it.
-            std: of each colour, in the same order and unit: it is divided by it then.
-            channels: `RGB` or `BGR`, the order of the colours in the network's input.
+            preprocessing: how these become the network's input: `mean`, `std` and `channels` of it.
             device: `cpu` or `gpu`.
             n_threads: of a CPU: parts of a batch that are computed at once.
 
@@ -57,15 +53,11 @@ class OnnxNetwork:
             unet_ray.model.devices.UnusableGpu: the device is `gpu` and ONNX Runtime cannot use it.
         """
         facts.image_size(size)
-        if channels not in ("RGB", "BGR") or len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-            raise ValueError(
-                f"channels are {channels!r}, mean {list(mean)}, std {list(std)}; choose RGB or BGR, 3 numbers each, "
-                "and std above 0"
-            )
+        mean, std = preprocessing.mean, preprocessing.std
         if facts.dtype == "uint8" and (any(mean) or any(value != 1 for value in std)):
             raise ValueError("the network takes uint8, which cannot be normalised; leave out --mean and --std")
         self.facts, self.size = facts, size
-        self._channels = channels
+        self._channels = preprocessing.channels
         scale = 1 / np.asarray(std, np.float64)  # as `preprocessing.normalized` has it, to the bit
         self._mean_C11, self._scale_C11 = (np.asarray(of, np.float32).reshape(3, 1, 1) for of in (mean, scale))
         self._session = open_session(data, device)

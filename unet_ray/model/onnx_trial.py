@@ -9,7 +9,6 @@ Shapes: `N` frames, `H` height px, `W` width px, `C` colour; `h`, `w` the size o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from unet_ray.messages import count
 from unet_ray.model.onnx_facts import OnnxFacts, Size
 from unet_ray.model.onnx_network import OnnxNetwork
+from unet_ray.pixels.preprocessing import AS_IT_IS, Preprocessing
 
 N_FRAMES = 8
 SUM_TOLERANCE = 1e-3
@@ -43,9 +43,7 @@ def try_network(
     facts: OnnxFacts,
     *,
     size: Size,
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
-    channels: str = "RGB",
+    preprocessing: Preprocessing = AS_IT_IS,
     device: str = "cpu",
     images_NHWC: np.ndarray | None = None,
 ) -> OnnxTrial:
@@ -55,9 +53,7 @@ def try_network(
         data: an ONNX file that `onnx_file.find_facts` has checked.
         facts: what that found; a `kind` in it is kept, where the values do not speak against it.
         size: of the frames.
-        mean: as for `OnnxNetwork`, like `std`, `channels` and `device`.
-        std: see there.
-        channels: see there.
+        preprocessing: as for `OnnxNetwork`.
         device: see there.
         images_NHWC: frames of the user's, uint8 and of that size; None for made ones.
 
@@ -66,7 +62,7 @@ def try_network(
     """
     images_NHWC = _eight_frames(images_NHWC, size)
     facts = dataclasses.replace(facts, size=facts.image_size(size))
-    settings: dict[str, Any] = {"size": size, "mean": mean, "std": std, "channels": channels, "device": device}
+    settings: dict[str, Any] = {"size": size, "preprocessing": preprocessing, "device": device}
     network = OnnxNetwork(data, facts, **settings)
     batch, scores_Nhw, between_batches = _try_batches(network, images_NHWC)
     _check_scores(scores_Nhw, facts)

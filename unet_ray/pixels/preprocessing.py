@@ -144,6 +144,9 @@ def _check_numbers(name: str, values: Any, least: float) -> None:
 DEFAULT_PREPROCESSING = Preprocessing()
 """Nearest neighbour, stretched, divided by 255: the notebook's."""
 
+AS_IT_IS = Preprocessing(std=(1.0, 1.0, 1.0))
+"""A picture's values stay 0 to 255: for a network that normalises itself."""
+
 
 def frame_box(
     frame_size: tuple[int, int], network_size: tuple[int, int], preprocessing: Preprocessing
