@@ -112,12 +112,14 @@ def write_deltas(path: Path, table: pa.Table, column: str) -> None:
     pq.write_table(table, path, compression="zstd", use_dictionary=False, column_encoding={column: "DELTA_BYTE_ARRAY"})
 
 
+@pytest.mark.slow
 def test_a_parquet_file_whose_names_unpack_ten_thousand_times(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "names.parquet", NAMED, 1, {"image": {"bytes": b"x", "path": "a" * 300 * MB}})
     counts, (why,) = read(path)
     assert counts == {} and why.startswith("its row group unpacks from ")
 
 
+@pytest.mark.slow
 def test_a_parquet_file_that_says_one_large_name_many_times(tmp_path: Path) -> None:
     row = {"image": {"bytes": b"x", "path": "a" * MB}}
     assert read(write_dictionary(tmp_path / "names.parquet", NAMED, 1500, row)) == ({"0 MB": 1500}, [])
@@ -130,7 +132,7 @@ def test_a_parquet_file_whose_names_are_deltas_of_one_large_name(tmp_path: Path)
     assert read(path) == ({"0 MB": 300}, [])  # by their rows: no name has over 4,096 letters
 
 
-@pytest.mark.parametrize("names", [20_000, 30_000])
+@pytest.mark.parametrize("names", [pytest.param(20_000, marks=pytest.mark.slow), 30_000])
 def test_a_parquet_file_with_many_names_that_are_as_long_as_may_be(names: int, tmp_path: Path) -> None:
     path = tmp_path / "names.parquet"
     images = ({"bytes": None if number else b"x", "path": "a" * 4080 + str(number)} for number in range(names))
@@ -149,6 +151,7 @@ def test_a_parquet_file_that_says_one_large_image_many_times(tmp_path: Path) -> 
     assert read(path) == ({"30 MB": 60}, [])
 
 
+@pytest.mark.slow
 def test_a_parquet_file_whose_images_are_deltas_of_one_large_image(tmp_path: Path) -> None:
     images = [bytes(30 * MB) + bytes([number]) for number in range(24)]
     path = tmp_path / "images.parquet"
@@ -157,6 +160,7 @@ def test_a_parquet_file_whose_images_are_deltas_of_one_large_image(tmp_path: Pat
     assert read(path) == ({"30 MB": 24}, [])
 
 
+@pytest.mark.slow
 def test_a_parquet_file_with_few_large_images_among_many_small_ones(tmp_path: Path) -> None:
     table = pa.table({"image": [b"x"] * 5000 + [bytes(80 * MB)] * 3 + [b"x"]}, pa.schema([("image", pa.binary())]))
     pq.write_table(table, tmp_path / "uneven.parquet", compression="zstd", use_dictionary=False)
@@ -185,7 +189,9 @@ CATALOGUES: dict[str, tuple[pa.DataType, Callable[[], object], int]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CATALOGUES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "has a long list" else kind for kind in CATALOGUES]
+)
 def test_a_catalogue_that_fills_the_memory(kind: str, tmp_path: Path) -> None:
     column_type, make, rows = CATALOGUES[kind]
     column = pa.array([make()], column_type)
@@ -201,6 +207,7 @@ def test_a_catalogue_that_fills_the_memory(kind: str, tmp_path: Path) -> None:
     assert counts == {} and why.startswith(f"{tmp_path}/c.parquet was made to fill the memory: its row")
 
 
+@pytest.mark.slow
 def test_a_catalogue_that_is_as_large_as_may_be(tmp_path: Path) -> None:
     schema = pa.schema([("uri", pa.string()), ("weather", pa.string())])
     with pq.ParquetWriter(
@@ -280,6 +287,7 @@ def write_zip_of_names(path: Path, names: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_zip_of_more_than_a_million_names(tmp_path: Path) -> None:
     counts, (why,) = read(write_zip_of_names(tmp_path / "names.zip", 1_000_001))
     assert counts == {} and why == "holds 1,000,001 members; at most 1,000,000 are read, make several zips of it"

@@ -290,7 +290,9 @@ def expected(tiny: Arena) -> dict[str, bytes]:
     return masks
 
 
-@pytest.mark.parametrize("program", ["notebook_loop", "tfdata_loop", "torch_loop"])
+@pytest.mark.parametrize(
+    "program", [pytest.param("notebook_loop", marks=pytest.mark.slow), "tfdata_loop", "torch_loop"]
+)
 def test_peers_label_every_frame_as_plain_keras_does(program: str, tiny: Arena, expected: dict[str, bytes]):
     options: dict[str, Any] = {} if program == "notebook_loop" else {"precision": "float32"}
     if program == "torch_loop":

@@ -34,7 +34,11 @@ SHOWN_ELSEWHERE = {
     "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
     "work_damaged": "the same, for parts and records",
 }
-SHOWN_FIRST = {"processes_killed": (), "node_lost": pytest.mark.slow, "disk_full_publishing": pytest.mark.slow}
+SHOWN_FIRST = {
+    "processes_killed": pytest.mark.slow,
+    "node_lost": pytest.mark.slow,
+    "disk_full_publishing": pytest.mark.slow,
+}
 """Beside a killed driver the smallest that show what a kill, a loss and a full disk do; the others run once a week."""
 
 

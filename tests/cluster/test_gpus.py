@@ -223,7 +223,7 @@ OTHER_DEVICE = (
 )
 
 
-def test_what_is_labelled_on_gpus_is_what_cpus_label_and_they_say_that_they_go_on(
+def test_what_is_labelled_on_gpus_is_what_cpus_label(
     looks: Looks, command, frames: Path, tmp_path: Path, capfd
 ) -> None:
     looks.see(ALWAYS, together=2)
@@ -250,14 +250,24 @@ def test_what_is_labelled_on_gpus_is_what_cpus_label_and_they_say_that_they_go_o
         assert [row[name] for name in same] == [other[name] for name in same] and row["status"] == "ok"
         seen |= set(np.unique(mask))
     assert seen == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_an_output_of_gpus_that_goes_on_with_cpus_says_so(
+    looks: Looks, command, frames: Path, tmp_path: Path, capfd
+) -> None:
+    looks.see(ALWAYS, together=2)
     log = shutil.copytree(frames, tmp_path / "log", copy_function=shutil.copy2)
+    words = [str(log) if argument == str(frames) else argument for argument in command["segment"]]
+    words += ["--out", str(tmp_path / "labels"), "--precision", "float32"]
+    assert cli.main([*words, "--device", "gpu"]) == 0, capfd.readouterr().err
+    capfd.readouterr()
     shutil.copytree(log / "a", log / "c")
-    grown = [str(log) if argument == str(frames) else argument for argument in command["segment"]]
-    assert cli.main([*grown, "--out", str(tmp_path / "gpu"), "--device", "cpu"]) == 0
+    assert cli.main([*words, "--device", "cpu"]) == 0
     lines = capfd.readouterr().out.splitlines()
     (warning,) = (index for index, line in enumerate(lines) if line.startswith("warning: "))
     assert lines[warning] == OTHER_DEVICE and lines[warning + 1].startswith("16 frames in 9 chunks, 5 in 3 to do; ")
-    assert verify.verify(str(tmp_path / "gpu")) == []
+    assert verify.verify(str(tmp_path / "labels")) == []
 
 
 @pytest.mark.parametrize(

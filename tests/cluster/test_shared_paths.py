@@ -83,6 +83,7 @@ def run(
     return subprocess.run([sys.executable, *command], env=variables, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_path_that_another_machine_does_not_see_is_refused(nodes, folders):
     shared, own = folders
@@ -115,6 +116,7 @@ def test_a_path_that_another_machine_does_not_see_is_refused(nodes, folders):
     assert {folder: os.listdir(folder) for folder in folders} == before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log, model):
     _, own = folders

@@ -150,6 +150,7 @@ def test_a_data_set_is_checked(store: Store):
     assert store.proxy.methods["GET"] + store.proxy.methods["HEAD"] <= 2 * n_frames + 20
 
 
+@pytest.mark.slow
 def test_a_training_leaves_its_run_and_is_not_repeated(trained: Store):
     there = {file.path for file in storage.list_files(f"{trained.bucket}/run")}
     assert {"model/model.json", "history.csv", "metrics.json", "samples.png", "config.yaml"} <= there
@@ -159,6 +160,7 @@ def test_a_training_leaves_its_run_and_is_not_repeated(trained: Store):
     assert code == 0 and "is finished already" in output
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras 3.15 with numpy 2.4, in save
 def test_an_evaluation_and_exports_read_and_write_there(labelled):
     store, _ = labelled

@@ -329,7 +329,7 @@ def test_a_tar_gives_the_rows_of_its_folder_in_other_chunks_and_several_waves(
     [
         pytest.param({"mask_size": "model", "mask_encoding": "raw", "precision": "bfloat16"}, marks=pytest.mark.slow),
         pytest.param({"mask_size": "model", "tta": "flip"}, marks=pytest.mark.slow),
-        {"inference": "slide", "window": (16, 24), "stride": (12, 20)},
+        pytest.param({"inference": "slide", "window": (16, 24), "stride": (12, 20)}, marks=pytest.mark.slow),
     ],
 )
 def test_other_masks(cluster, model: str, archive: Path, tmp_path: Path, options) -> None:

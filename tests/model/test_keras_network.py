@@ -81,7 +81,7 @@ def refusal(model: keras.Model, out: Path, **more) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+@pytest.mark.parametrize("channels", [pytest.param("RGB", marks=pytest.mark.slow), "BGR"])
 def test_a_model_is_saved_and_labels_as_it_did(tmp_path, channels):
     model = of_operations()
     bundle = save(model, tmp_path, preprocessing=IMAGENET | {"channels": channels, "resize": "bilinear-antialias"})

@@ -90,7 +90,9 @@ def settled(out):
 
 
 @pytest.mark.parametrize("base", ["memory"], indirect=True)  # on a disk: see test_publish; each fsync costs 5 ms
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(  # a kill before a change leaves what one after the change before it leaves
+    "after", [pytest.param(True, id="after"), pytest.param(False, marks=pytest.mark.weekly, id="before")]
+)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_next_run_gives_the_same_bytes(name, after, base, monkeypatch):
     start, run, at_least = SCENARIOS[name]
@@ -143,7 +145,10 @@ def read_by_duckdb(out: str) -> list[tuple[int, int]]:
     return counts
 
 
-@pytest.mark.parametrize(("begun", "drives", "at_least"), [(None, FEW, 90), (FEW, MORE, 45)], ids=["first", "grown"])
+@pytest.mark.parametrize(
+    ("begun", "drives", "at_least"),
+    [pytest.param(None, FEW, 90, id="first"), pytest.param(FEW, MORE, 45, marks=pytest.mark.slow, id="grown")],
+)
 def test_killed_inside_any_write_the_next_run_gives_the_same_bytes(begun, drives, at_least, tmp_path, monkeypatch):
     """Where a writer holds half a file, or a whole one without its name."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # 5 ms, and a kill takes nothing from the kernel

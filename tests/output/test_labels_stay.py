@@ -63,6 +63,7 @@ def write_tar(path: Path, frames: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
+@pytest.mark.slow
 def test_frames_that_are_tried_again_cost_no_other_label(stage, archive, tmp_path, capsys):
     """A tar of good frames and a cut one, to which one is appended: all of its versions are others now."""
     frames = {path.name: path.read_bytes() for path in trials.frames_of(archive)[:5]}
@@ -177,6 +178,7 @@ def test_an_archive_that_is_moved_back_has_the_same_frames(stage, archive, tmp_p
     assert f"frames that were in {moved} are read in {a}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_moved_archive_is_read_where_it_lies_now(stage, archive, tmp_path, capsys):
     out = tmp_path / "labels"
     assert segment(stage, archive, out) == 0

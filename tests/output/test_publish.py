@@ -102,7 +102,11 @@ def killed_at(monkeypatch, number: int, moment: str, act) -> bool:
     return False
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+MOMENTS = ["after", pytest.param("before", marks=pytest.mark.weekly)]
+"""A kill before a change leaves what one after the change before it leaves."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("where", ["local", "memory"])
 def test_killed_between_any_two_steps_the_next_run_gives_the_same_bytes(where, moment, tmp_path, root, monkeypatch):
     base = str(tmp_path) if where == "local" else f"memory://{tmp_path.name}"
@@ -119,7 +123,7 @@ def test_killed_between_any_two_steps_the_next_run_gives_the_same_bytes(where, m
     assert number > 20  # 3 files of the plan, 2 a chunk, 3 shards, statistics, summary
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_publishing_a_rerun_labels_nothing(moment, tmp_path, root, monkeypatch):
     run(root, str(tmp_path / "undisturbed"))
     expected, number, killed = published(str(tmp_path / "undisturbed")), 0, True
@@ -138,7 +142,7 @@ def test_killed_while_publishing_a_rerun_labels_nothing(moment, tmp_path, root, 
     assert number > 20  # a file, a note and a mark for each of 3 shards, 6 records, 6 parts, statistics, summary, work
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_retry_killed_anywhere_ends_as_one_that_was_not(moment, tmp_path, root, monkeypatch):
     def retry(out: str) -> list[str]:
         rejected.retry_rejected(make_plan(root, out), ["truncated"])

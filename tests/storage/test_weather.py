@@ -178,6 +178,7 @@ def test_a_store_that_is_dark_for_a_while_is_waited_for(bucket, proxy, monkeypat
     filesystems.configure({}, 60)
 
 
+@pytest.mark.slow
 def test_beyond_the_budget_the_trouble_is_said_in_one_line(bucket, proxy, monkeypatch):
     write_log(bucket, 1)
     monkeypatch.setenv(filesystems.RETRY_VARIABLE, "12")  # botocore's own pauses are up to 1 and 2 s

@@ -74,6 +74,7 @@ def test_two_workers_learn_what_one_does(two, data, tmp_path):
         np.testing.assert_allclose(of_two[name], tensor, rtol=2e-3, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras 3.15 with numpy 2.4, in save
 def test_it_trains_labels_and_exports_like_any_other(two, data, tmp_path, capsys):
@@ -111,7 +112,8 @@ def test_it_trains_labels_and_exports_like_any_other(two, data, tmp_path, capsys
     }
 
 
-@pytest.mark.parametrize("ending", ["ids", pytest.param("logits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["ids", "logits"])
 def test_a_network_made_elsewhere_labels_and_is_measured(cluster, data, tmp_path, ending):
     class_set = load_class_set(str(data / "classes.yaml"))
     onnx.save(small_network(ending=ending), tmp_path / "net.onnx")
@@ -137,6 +139,7 @@ def test_a_network_made_elsewhere_labels_and_is_measured(cluster, data, tmp_path
     assert results["val/loss"] is None and 0 <= results["val/mean_iou"] <= 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_alike_on_any_number_of_workers_is_refused(cluster, data, tmp_path):
     options = {"network": f"{MODULE}:of_one_worker", "n_filters": 32, "depth": 5}
     with pytest.raises(ValueError, match="norm .*build it with synchronized=True") as caught:

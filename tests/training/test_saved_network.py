@@ -86,6 +86,7 @@ def test_other_classes_give_its_last_layer_other_outputs(data, tmp_path):
     np.testing.assert_array_equal(model.get_layer("frozen").kernel, initial.weights["frozen/kernel"])
 
 
+@pytest.mark.slow
 def test_options_of_another_network_and_a_last_layer_that_cannot_change_are_refused(data, tmp_path):
     config = make_config(data, tmp_path / "run", init_from=str(data / "model"), n_filters=32, depth=2)
     class_set = load_class_set(config.classes)

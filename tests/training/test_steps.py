@@ -181,6 +181,7 @@ open(f"{out}/{rank}.txt", "w").write(f"{hints.count('nccl')} {len(hints)} {bytes
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_gpus_sum_by_nccl_in_several_packs(tmp_path):
     """Traced here for GPUs, without one: every sum of the step asks for NCCL, and the gradients are no single one."""

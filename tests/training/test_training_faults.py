@@ -68,7 +68,7 @@ AFTER_ONE = (
     Fault(rank=0, part="validation", at_read=2, after_epoch=6, how=signal.SIGKILL),
     Fault(rank=0, part="samples", at_read=1, after_epoch=12, how=signal.SIGKILL),  # for samples.png, after the end
 )
-FEW, ALL = AFTER_ONE[:2], BEFORE_A_CHECKPOINT + AFTER_ONE
+ONE, FEW, ALL = AFTER_ONE[1:2], AFTER_ONE[:2], BEFORE_A_CHECKPOINT + AFTER_ONE
 
 
 class Struck(HeldFrames):
@@ -79,7 +79,7 @@ class Struck(HeldFrames):
     """
 
     PARTS = ("train", "validation", "samples")
-    faults = FEW
+    faults = ONE
 
     def open(self):
         self.at_start = self.n_happened()
@@ -103,12 +103,23 @@ class Struck(HeldFrames):
             os.kill(os.getpid(), fault.how)
 
 
+class StruckTwice(Struck):
+    faults = FEW
+
+
 class StruckEverywhere(Struck):
     faults = ALL
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("frames", [Struck, pytest.param(StruckEverywhere, marks=pytest.mark.weekly)])
+@pytest.mark.parametrize(
+    "frames",
+    [
+        Struck,
+        pytest.param(StruckTwice, marks=pytest.mark.slow),
+        pytest.param(StruckEverywhere, marks=pytest.mark.weekly),
+    ],
+)
 def test_workers_that_die_or_stop_anywhere_change_nothing(undisturbed, data, tmp_path, capsys, monkeypatch, frames):
     """Here the frames are streamed from their files, there they were blocks in the object store.
 

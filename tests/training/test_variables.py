@@ -43,7 +43,15 @@ def test_a_layer_within_a_frozen_one_is_frozen_by_itself():
 
 
 @pytest.mark.parametrize("loss", ["ce", "dice"])
-@pytest.mark.parametrize(("n_micro", "compiled"), [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("n_micro", "compiled"),
+    [
+        (1, False),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        (2, True),
+    ],
+)
 def test_a_step_is_counted_once_and_nothing_frozen_moves(loss, n_micro, compiled):
     model = networks.stateful()
     step = make_step(model, loss, n_micro=n_micro, compiled=compiled)

@@ -86,8 +86,8 @@ class Worker:
         micro = f", {count(self.micro, 'frame')} at once" if self.config.accumulate > 1 else ""
         return OutOfDeviceMemory(
             f"worker {self.rank}'s {self.task.device} has not enough memory for its part of a batch of "
-            f"{self.config.batch_size} frames on {self.n_workers} workers{micro}: {reason_of(error)}; give a smaller "
-            "--batch-size, or a larger --accumulate, which computes the same"
+            f"{self.config.batch_size} frames on {count(self.n_workers, 'worker')}{micro}: {reason_of(error)}; give a "
+            "smaller --batch-size, or a larger --accumulate, which computes the same"
         )
 
     def _join(self) -> None:
