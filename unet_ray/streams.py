@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TextIO
 
 from unet_ray.errors import JobFailed
@@ -70,20 +70,24 @@ _NOTICE = re.compile(
 _NOTHING = re.compile(rb"(?!)")
 
 
+def without_notices() -> AbstractContextManager[None]:
+    """Keeps back what TensorFlow's C++ writes to standard error in the block; after a bug, all of that is written."""
+    return without_lines(_NOTICE, all_after_a_bug=True)
+
+
 @contextmanager
-def without_notices() -> Iterator[None]:
-    """Keeps back what TensorFlow's C++ writes to standard error in the block; after a bug, all of that is written.
+def without_lines(dropped: re.Pattern[bytes], *, all_after_a_bug: bool = False) -> Iterator[None]:
+    """Keeps lines off standard error that begin with a pattern, also those of C++, written in the block.
 
     What others write there comes when the block has ended.
     """
     with tempfile.TemporaryFile() as held_back, _instead_of_standard_error(held_back.fileno()) as standard_error:
-        dropped = _NOTICE
         try:
             yield
         except (ValueError, OSError, JobFailed):  # which have a line of their own
             raise
         except Exception:
-            dropped = _NOTHING
+            dropped = _NOTHING if all_after_a_bug else dropped
             raise
         finally:
             sys.stderr.flush()

@@ -14,7 +14,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray_nodes import RayNodes
 from s3_server import KEY_ID, SECRET
 
-from unet_ray import cli
+from unet_ray import cli, streams
 from unet_ray.cluster import autoscaler, connection, probes, resources
 
 pytestmark = pytest.mark.timeout(300)
@@ -196,7 +196,7 @@ def test_the_doctor_says_line_by_line_what_this_machine_can_do(local, tmp_path, 
 
 
 def test_what_is_said_while_ray_starts_comes_through_but_for_its_notice(capfd):
-    with pytest.raises(OSError, match="full"), connection._without_notice():
+    with pytest.raises(OSError, match="full"), streams.without_lines(connection._NOTICE):
         os.write(2, b"logging.cc: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n")
         print("the disk is almost full", file=sys.stderr)
         raise OSError("full")

@@ -2,7 +2,7 @@
 
 What is owed to the ways of Ray 2.60, to be looked at again with each new Ray:
 
-- `connection`: variables of `connect`; the notice of `_without_notice`; what of its processes Ray leaves behind
+- `connection`: variables of `connect`; its notice of `RAY_BACKEND_LOG_LEVEL`; what of its processes Ray leaves behind
   (`end_ray`); the death of a part goes unnoticed (`lifeline`); joining has no time limit (`limited`, `_knock`).
 - `resources`: the autoscaler keeps one request of all (`ASK_EVERY_S`); Ray Train waits without end (`Room`).
 - `tasks`: warnings that nobody can help; stack traces instead of errors (`outcome`); options of Ray Data's context.

@@ -6,17 +6,18 @@ import atexit
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 
+from unet_ray import streams
 from unet_ray.cluster import lifeline
 from unet_ray.cluster.processes import KEEP_MEMORY, descendants
 from unet_ray.cluster.watchdog import Watchdog
@@ -37,6 +38,9 @@ START_TIMEOUT_S = 300.0
 
 MIN_OPEN_FILES = 128
 """Of each process. With 64 a raylet of 2 CPUs dies without a word, with 96 a job of 2,000 frames goes through."""
+
+_NOTICE = re.compile(rb".*RAY_BACKEND_LOG_LEVEL")
+"""Ray 2.60's C++ says on the terminal that it heeds this variable."""
 
 _handed: tuple[tuple[str, str], dict[str, str]] | None = None
 """The connection to a Ray that was made here, and what that Ray's workers know of storage."""
@@ -83,7 +87,7 @@ def connect() -> None:
         try:
             _knock(address)
             with (
-                _without_notice(),
+                streams.without_lines(_NOTICE),
                 limited(f"joining the Ray at {address}, which may want another token,", START_TIMEOUT_S),
             ):
                 cuda_cache = {name: os.environ[name] for name in CUDA_CACHE if name in os.environ}
@@ -140,30 +144,10 @@ def _connection() -> tuple[str, str]:
     return context.get_node_id(), context.get_job_id()
 
 
-@contextlib.contextmanager
-def _without_notice() -> Iterator[None]:
-    """Keeps one line off the terminal: Ray 2.60's C++ says on it that it heeds `RAY_BACKEND_LOG_LEVEL`.
-
-    Everything else that is said meanwhile comes out at the end.
-    """
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            captured.seek(0)
-            os.write(2, b"".join(line for line in captured if b"RAY_BACKEND_LOG_LEVEL" not in line))
-
-
 def _start_ray(arguments: Mapping[str, Any]) -> None:
     """Starts a Ray of this machine. Ray 2.60 raises a bare Exception where its processes do not come up in time."""
     try:
-        with _without_notice():
+        with streams.without_lines(_NOTICE):
             ray.init(address="local", include_dashboard=False, **arguments)
     except Exception as error:
         ray.shutdown()
