@@ -331,11 +331,10 @@ class Labels:
 
     def _ids_near(self, frame_id: str) -> list[str]:
         """The ids of the row groups whose ids are most like one."""
-
-        def likeness(group: RowGroup) -> int:
-            return max(_n_alike(frame_id, other) for other in group.ids or ("",))
-
-        groups = sorted(self._output.groups, key=lambda group: (group.may_hold(frame_id), likeness(group)))
+        groups = sorted(
+            self._output.groups,
+            key=lambda group: (group.may_hold(frame_id), max(_n_alike(frame_id, other) for other in group.ids or [""])),
+        )
         tables = self._tables(["frame_id"], groups[-_GROUPS_SEARCHED:])
         return [frame_id for _, _, table in tables for frame_id in table["frame_id"].to_pylist()]
 
@@ -399,5 +398,3 @@ def _n_alike(one: str, other: str) -> int:
 
 _ROW = "\0row"
 """Name of a column that no output has."""
-
-__all__ = ["LabelledFrame", "Labels", "open_labels"]
