@@ -156,11 +156,14 @@ class AugmentConfig:
     """Augmentation: largest relative change of the distance from the mean brightness."""
     saturation: float = 0.2
     """Augmentation: largest relative change of the distance from grey."""
+    classmix: float = 0.0
+    """Augmentation: share of the frames onto which the pixels of half of the classes of another frame are pasted."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, 0, "brightness", "contrast", "saturation")
         low, high = self.scale
         require(0 < low <= high <= 4, f"--scale is {low} {high}; give two numbers with 0 < smallest <= largest <= 4")
+        require(0 <= self.classmix <= 1, f"--classmix is {self.classmix}; it is a share, 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,10 +289,16 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network; `auto` is bfloat16 where the device has it, else float32."""
 
-    loss: Literal["ce", "dice", "ce+dice", "focal"] = "ce"
-    """Cross-entropy, soft Dice, their sum, or focal loss (gamma 2)."""
+    loss: Literal["ce", "focal", "dice", "jaccard", "ce+dice", "ce+jaccard"] = "ce"
+    """Cross-entropy, focal loss (gamma 2), soft Dice, soft Jaccard, or cross-entropy and one of these two added."""
     class_weights: str = "none"
     """Weights of the classes in the loss: none, log, median, or the path of a YAML file {class: weight}."""
+    ohem_threshold: float = 1.0
+    """Cross-entropy and focal loss of training count only the pixels whose true class has a smaller probability (online
+    hard example mining); 1 counts all."""
+    rare_class_sampling: float = 0.0
+    """Temperature with which frames that hold rare classes are drawn more often, with replacement: 0.01 much, 0.1 a
+    little. 0: each frame once an epoch."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Adam, or Adam with decoupled weight decay."""
     learning_rate: float = 1e-3
@@ -302,6 +311,9 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
     """Epochs of linear warm-up of the cosine schedule."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; above it the gradient is scaled down. 0: no clipping."""
+    ema_momentum: float = 0.0
+    """Share of itself that a moving average of the weights keeps at each step (0.999); the average is validated and
+    becomes the model. 0: the weights themselves."""
     early_stopping_epochs: int = 0
     """Stop after so many epochs without a better validation mean IoU. 0: never."""
     augment: bool = False
@@ -330,6 +342,9 @@ class TrainConfig(AugmentConfig, NetworkConfig, ClusterConfig, PairsConfig):
         _require_at_least(
             self, 0, "seed", "guard_frames", "warmup_epochs", "clip_norm", "early_stopping_epochs", "weight_decay"
         )
+        _require_at_least(self, 0, "rare_class_sampling")
+        require(0 < self.ohem_threshold <= 1, f"--ohem-threshold is {self.ohem_threshold}; it must be in (0, 1]")
+        require(0 <= self.ema_momentum < 1, f"--ema-momentum is {self.ema_momentum}; it must be in [0, 1)")
         _require_at_least(self, 0, "max_failures")
         _, most_workers = self.worker_range()
         require(

@@ -25,7 +25,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return logits_BHWK, mask_BHW
 
 
-def naive_loss(logits_BHWK, mask_BHW, loss: str, weights_K=None) -> float:
+def naive_loss(logits_BHWK, mask_BHW, loss: str, weights_K=None, ohem_threshold: float = 1.0) -> float:
     """The definition, pixel by pixel, in Python floats."""
     weights_K = weights_K or (1.0,) * K
     entropy = focal = weight = 0.0
@@ -36,41 +36,47 @@ def naive_loss(logits_BHWK, mask_BHW, loss: str, weights_K=None) -> float:
         total = sum(math.exp(value) for value in logits_K)
         probability_K = [math.exp(value) / total for value in logits_K]
         p = probability_K[label]
-        entropy -= weights_K[label] * math.log(p)
-        focal -= weights_K[label] * (1 - p) ** 2 * math.log(p)
-        weight += weights_K[label]
+        if p < ohem_threshold:
+            entropy -= weights_K[label] * math.log(p)
+            focal -= weights_K[label] * (1 - p) ** 2 * math.log(p)
+            weight += weights_K[label]
         intersection[label] += p
         true[label] += 1
         predicted = [a + b for a, b in zip(predicted, probability_K, strict=True)]
     dice = [2 * intersection[k] / (predicted[k] + true[k]) for k in range(K) if true[k]]
-    return {
+    jaccard = [intersection[k] / (predicted[k] + true[k] - intersection[k]) for k in range(K) if true[k]]
+    losses = {
         "ce": entropy / weight,
         "focal": focal / weight,
         "dice": 1 - sum(dice) / len(dice),
-        "ce+dice": entropy / weight + 1 - sum(dice) / len(dice),
-    }[loss]
+        "jaccard": 1 - sum(jaccard) / len(jaccard),
+    }
+    return sum(losses[part] for part in loss.split("+"))
 
 
-def naive_gradient(logits_BHWK, mask_BHW, loss: str, weights_K) -> np.ndarray:
+def naive_gradient(logits_BHWK, mask_BHW, loss: str, weights_K, ohem_threshold: float = 1.0) -> np.ndarray:
     logits_BHWK = logits_BHWK.astype(np.float64)
     gradient, step = np.zeros_like(logits_BHWK), 1e-5
     for index in np.ndindex(*logits_BHWK.shape):
         for sign in (1, -1):
             moved = logits_BHWK.copy()
             moved[index] += sign * step
-            gradient[index] += sign * naive_loss(moved, mask_BHW, loss, weights_K) / (2 * step)
+            gradient[index] += sign * naive_loss(moved, mask_BHW, loss, weights_K, ohem_threshold) / (2 * step)
     return gradient
 
 
-def value_and_gradient(logits_BHWK, mask_BHW, workers: list[slice], loss: str, weights_K):
+def value_and_gradient(
+    logits_BHWK, mask_BHW, workers: list[slice], loss: str, weights_K, ohem_threshold: float = 1.0
+) -> tuple[float, np.ndarray]:
     """What several workers with a slice of the batch each compute by the way that the module's docstring shows."""
-    sums = [loss_sums(tf.constant(logits_BHWK[w]), mask_BHW[w], loss=loss, class_weights_K=weights_K) for w in workers]
+    options = {"loss": loss, "class_weights_K": weights_K, "ohem_threshold": ohem_threshold}
+    sums = [loss_sums(tf.constant(logits_BHWK[worker]), mask_BHW[worker], **options) for worker in workers]
     total_S = tf.add_n(sums)
     gradients = []
     for worker in workers:
         logits = tf.Variable(logits_BHWK[worker])
         with tf.GradientTape() as tape:
-            sums_S = loss_sums(logits, mask_BHW[worker], loss=loss, class_weights_K=weights_K)
+            sums_S = loss_sums(logits, mask_BHW[worker], **options)
             share = replica_share(sums_S, total_S, loss=loss)
         gradients.append(tape.gradient(share, logits).numpy())
     return float(loss_from_sums(total_S, loss=loss)), np.concatenate(gradients)
@@ -85,6 +91,19 @@ def test_value_and_gradient_are_the_definitions_for_any_split_over_workers(batch
         value, gradient = value_and_gradient(*batch, workers, loss, weights_K)
         assert value == pytest.approx(expected_value, rel=1e-6)
         np.testing.assert_allclose(gradient, expected_gradient, atol=2e-7)
+
+
+@pytest.mark.parametrize("loss", ["ce", "focal", "ce+jaccard"])
+def test_of_hard_pixels_alone_value_and_gradient_are_the_definitions(batch, loss):
+    expected_value = naive_loss(*batch, loss, WEIGHTS_K, 0.4)
+    assert expected_value > naive_loss(*batch, loss, WEIGHTS_K)
+    for workers in ([slice(0, 4)], [slice(0, 1), slice(1, 3), slice(3, 4)]):
+        value, gradient = value_and_gradient(*batch, workers, loss, WEIGHTS_K, 0.4)
+        assert value == pytest.approx(expected_value, rel=1e-6)
+        np.testing.assert_allclose(gradient, naive_gradient(*batch, loss, WEIGHTS_K, 0.4), atol=2e-7)
+    surely = 20 * tf.one_hot(batch[1], K).numpy()
+    value, gradient = value_and_gradient(surely, batch[1], [slice(0, 4)], "ce", None, 0.4)
+    assert value == 0 and not gradient.any()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -123,7 +142,10 @@ def test_works_in_a_compiled_step_and_computes_in_float32(batch, loss):
 
 def test_perfect_and_extreme_predictions_stay_finite():
     mask_BHW = np.array([[[0, 1, 2]]], np.uint8)
-    for sign, expected in ((1.0, {"ce": 0, "dice": 0, "focal": 0}), (-1.0, {"ce": 1e4, "dice": 1, "focal": 1e4})):
+    for sign, expected in (
+        (1.0, {"ce": 0, "dice": 0, "jaccard": 0, "focal": 0}),
+        (-1.0, {"ce": 1e4, "dice": 1, "jaccard": 1, "focal": 1e4}),
+    ):
         logits_BHWK = (sign * 1e4 * np.eye(K, dtype=np.float32)[:3])[np.newaxis, np.newaxis]
         for loss, value in expected.items():
             actual, gradient = value_and_gradient(logits_BHWK, mask_BHW, [slice(0, 1)], loss, None)
@@ -132,7 +154,7 @@ def test_perfect_and_extreme_predictions_stay_finite():
 
 
 def test_unknown_names_are_refused(batch):
-    message = "loss 'mse' is not known; choose one of ce, dice, ce+dice, focal"
+    message = "loss 'mse' is not known; choose one of ce, focal, dice, jaccard, ce+dice, ce+jaccard"
     with pytest.raises(ValueError) as caught:
         loss_sums(*batch, loss="mse")
     assert str(caught.value) == message

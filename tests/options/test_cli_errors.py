@@ -97,7 +97,7 @@ def test_what_the_commands_need_is_taken_and_its_defaults_are_the_fields(name):
         ),
         (
             ["train", *WORDS["train"], "--loss", "dise"],
-            "--loss is 'dise'; perhaps you meant dice; give ce, dice, ce+dice or focal",
+            "--loss is 'dise'; perhaps you meant dice; give ce, focal, dice, jaccard, ce+dice or ce+jaccard",
         ),
         (["train", *WORDS["train"], "--images"], "--images needs a value; it is: URI of the folder of frames"),
         (

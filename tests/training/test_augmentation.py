@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from unet_ray.classes import IGNORED_ID, PRESETS
 from unet_ray.config import AugmentConfig
 from unet_ray.pixels.images import resize_nearest
 from unet_ray.pixels.preprocessing import Preprocessing, network_input, network_mask
-from unet_ray.training.augmentation import augment
+from unet_ray.training.augmentation import augment, paste_classes
 from unet_ray.training.task import Group, WorkerTask
 from unet_ray.training.worker import Worker
 
@@ -126,20 +127,48 @@ def test_bad_augmentation_is_refused():
         AugmentConfig(scale=(1.0, 0.5))
     with pytest.raises(ValueError, match="--contrast is -1; it must be at least 0"):
         AugmentConfig(contrast=-1)
+    with pytest.raises(ValueError, match="--classmix is 2; it is a share, 0 to 1"):
+        AugmentConfig(classmix=2)
     with pytest.raises(ValueError, match=r"the frame is \(33, 49\) and its mask \(32, 49\); they must be of one size"):
         augment(RGB, IDS[1:], (20, 30), STILL, np.random.default_rng(0))
 
 
-OFF = {"flip": False, "scale": (1.0, 1.0), "brightness": 0, "contrast": 0, "saturation": 0}
+def test_half_of_the_classes_of_another_view_are_pasted():
+    mask_HW, other_HW = np.zeros((4, 6), np.uint8), np.array([[3, 5, 7, 9, 11, IGNORED_ID]] * 4, np.uint8)
+    image_HWC, other_HWC = np.full((4, 6, 3), 10, np.uint8), np.full((4, 6, 3), 200, np.uint8)
+    pasted = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        image, mask = paste_classes(image_HWC, mask_HW, other_HWC, other_HW, rng)
+        assert image.dtype == mask.dtype == np.uint8
+        np.testing.assert_array_equal(image, np.where((mask == 0)[..., None], image_HWC, other_HWC))
+        classes = set(np.unique(mask)) - {0}
+        assert len(classes) == 3 and classes < {3, 5, 7, 9, 11}
+        assert all((mask[other_HW == number] == number).all() for number in classes)
+        pasted |= classes
+    assert pasted == {3, 5, 7, 9, 11}
+    nothing = paste_classes(image_HWC, mask_HW, other_HWC, np.full_like(other_HW, IGNORED_ID), np.random.default_rng(0))
+    np.testing.assert_array_equal(nothing[0], image_HWC)
+    np.testing.assert_array_equal(nothing[1], mask_HW)
+
+
+OFF = {"flip": False, "scale": (1.0, 1.0), "brightness": 0, "contrast": 0, "saturation": 0, "classmix": 0}
+
+
+OTHER_IMAGE = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
+OTHER_MASK = np.where(np.arange(HEIGHT)[:, None] < HEIGHT // 2, 201, 202).repeat(WIDTH, axis=1).astype(np.uint8)
 
 
 def views_of_a_worker(**changes) -> list[tuple[np.ndarray, np.ndarray]]:
     """A training worker's views, 24x32, of a dozen frames that tell their own places: red = row, green = column."""
     config = make_config(Path("data"), Path("run"), augment=True, **(OFF | changes))
-    nothing = dict.fromkeys(("class_weights_K", "pixels_K", "image_pixels_K", "train", "validation", "samples"))
+    nothing = dict.fromkeys(("class_weights_K", "pixels_K", "image_pixels_K", "validation", "samples"))
     about = {"config": config, "model_config": config.model_config(1), "class_set": PRESETS["camvid"]}
-    task = WorkerTask(**about, device="cpu", cpus=1, start_timeout_s=600, **nothing)
-    view = Worker(task, Group(rank=0, n_workers=1, agree=lambda value: value, tell=print))._view(epoch=3)
+    frames = SimpleNamespace(names=("a", "b"), read=lambda index: (OTHER_IMAGE, OTHER_MASK))
+    task = WorkerTask(**about, device="cpu", cpus=1, start_timeout_s=600, train=frames, **nothing)
+    worker = Worker(task, Group(rank=0, n_workers=1, agree=lambda value: value, tell=print))
+    worker.train_reader = frames
+    view = worker._view(epoch=3)
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     image = np.stack([rows, columns, rows * 0 + 77], -1).astype(np.uint8)
     return [view(image, (rows + columns).astype(np.uint8), index) for index in range(12)]
@@ -155,7 +184,9 @@ def test_a_worker_with_all_parts_off_sees_the_resize():
 
 @pytest.mark.parametrize("part", OFF)
 def test_a_worker_sees_each_part_that_is_switched_on_and_no_other(part):
-    on = {"flip": True, "scale": (0.4, 0.6), "brightness": 0.5, "contrast": 0.5, "saturation": 0.5}[part]
+    on = {"flip": True, "scale": (0.4, 0.6), "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "classmix": 0.5}[
+        part
+    ]
     stills, views = views_of_a_worker(), views_of_a_worker(**{part: on})
     changed = [(image != still).any() for (image, _), (still, _) in zip(views, stills, strict=True)]
     assert sum(changed) > 1
@@ -165,6 +196,11 @@ def test_a_worker_sees_each_part_that_is_switched_on_and_no_other(part):
         elif part == "scale":
             assert np.ptp(image[..., 0]) <= 0.6 * HEIGHT and np.ptp(image[..., 1]) <= 0.6 * WIDTH
             assert (image[..., 2] == 77).all() and (mask == image[..., 0] + image[..., 1]).all()
+        elif part == "classmix":
+            is_pasted = mask > 200
+            assert is_pasted.mean() == 0.5 or not is_pasted.any()
+            assert (image[is_pasted] == 200).all() and (image[~is_pasted] == still[~is_pasted]).all()
+            assert (mask[~is_pasted] == still_mask[~is_pasted]).all()
         else:
             assert (mask == still_mask).all()
     assert views_of_a_worker(**{part: on})[4][0].tobytes() == views[4][0].tobytes()

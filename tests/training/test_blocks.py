@@ -223,6 +223,25 @@ class Frames:
         return np.full((24, 32, 3), index, np.uint8), np.full((24, 32), index % 3, np.uint8)
 
 
+def test_frames_of_rare_classes_are_drawn_more_often():
+    """Of 200 frames each has roads, every tenth signs, and one a bus: of a thousand pixels."""
+    pixels_NK = np.zeros((200, 4), np.int64)
+    pixels_NK[:, 0], pixels_NK[::10, 1], pixels_NK[7, 2] = 1000, 10, 5
+    alike = batches.rare_class_chances(pixels_NK, 1e9)
+    of_signs, of_the_bus = (np.arange(200) % 10 == 0) / 20, np.arange(200) == 7
+    np.testing.assert_allclose(alike, (1 / 200 + of_signs + of_the_bus) / 3, rtol=1e-6)
+    chances_N = batches.rare_class_chances(pixels_NK, 0.1)
+    assert chances_N.sum() == pytest.approx(1) and chances_N[1] < alike[1] / 1000 and chances_N[7] > alike[7]
+    order = batches.epoch_order(200, 3, 5, chances_N)
+    assert len(order) == 200 and set(order) <= {7, *range(0, 200, 10)} | set(np.flatnonzero(chances_N > 1e-5))
+    assert 80 < (order == 7).sum() < 120  # half of the draws are of the bus
+    np.testing.assert_array_equal(order, batches.epoch_order(200, 3, 5, chances_N))
+    assert not np.array_equal(order, batches.epoch_order(200, 3, 6, chances_N))
+    assert batches.rare_class_chances(np.array([[0, 5], [0, 0]]), 0.1).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="--rare-class-sampling needs classes: no pixel of any was found"):
+        batches.rare_class_chances(np.zeros((3, 2), np.int64), 0.1)
+
+
 def test_a_short_batch_is_padded_with_frames_that_count_nothing():
     image, mask = batches.gather(Frames(), [5, 1], 4, (24, 32))  # type: ignore[arg-type]
     assert image.shape == (4, 24, 32, 3) and image.dtype == np.uint8

@@ -147,6 +147,18 @@ def test_where_the_best_is_damaged_another_stands_for_it(run):
     assert line.endswith("; epoch 5 stands for the best, 3") and "epoch-000003" in line
 
 
+def test_where_averages_are_kept_they_are_the_networks_weights():
+    names = ["model/a/kernel", "model/a_kernel_average/bias", "model/norm/moving_mean"]
+    names += ["optimizer/adamw/a_kernel_average", "optimizer/adamw/a_kernel_momentum", "confusion/own_size"]
+    tensors = {name: np.array(number) for number, name in enumerate(names)}
+    checkpoint = Checkpoint(epoch=1, step=1, tensors=tensors, history=(), best_epoch=1)
+    assert {name: int(value) for name, value in checkpoints.network_weights(checkpoint).items()} == {
+        "a/kernel": 3,
+        "a_kernel_average/bias": 1,
+        "norm/moving_mean": 2,
+    }
+
+
 def test_a_stranger_among_them_is_left_alone(run):
     checkpoints.write_checkpoint(run, make(1))
     stranger = storage.join(run, "checkpoints", "notes", "mine.txt")

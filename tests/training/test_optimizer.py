@@ -11,7 +11,7 @@ from keras import layers
 
 from unet_ray.model.architecture import UnetConfig
 from unet_ray.model.unet import build_unet
-from unet_ray.training.optimizer import make_optimizer, make_schedule
+from unet_ray.training.optimizer import averaged, make_optimizer, make_schedule, take_averages
 
 CONFIG = UnetConfig(image_height_px=24, image_width_px=32, n_classes=3, n_filters=4, depth=2, dropout=0.0)
 
@@ -42,6 +42,38 @@ def test_the_unet_takes_keras_own_steps_to_the_bit(kind):
     for path, value in one.items():
         np.testing.assert_array_equal(value, other[path], err_msg=path)
     assert [v.path for v in ours.variables] == [v.path for v in plain.variables]
+
+
+def test_averages_of_the_weights_serve_for_a_while_or_for_good():
+    """The average starts at the weights after the first step, as Keras has it."""
+    model = build_unet(CONFIG, seed=1)
+    optimizer = make_optimizer("adamw", 0.01, 0.3, ema_momentum=0.75)
+    variables = model.trainable_variables
+    expected = None
+    optimizer.build(variables)
+    for step in range(4):
+        optimizer.apply(gradients_of(model, step))
+        now = [variable.numpy() for variable in variables]
+        expected = now if expected is None else [0.75 * a + 0.25 * b for a, b in zip(expected, now, strict=True)]
+    with averaged(optimizer, variables):
+        for variable, average in zip(variables, expected, strict=True):
+            np.testing.assert_allclose(variable.numpy(), average, rtol=1e-5, atol=1e-7, err_msg=variable.path)
+    for variable, value in zip(variables, now, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    take_averages(optimizer, variables)
+    for variable, average in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(variable.numpy(), average, rtol=1e-5, atol=1e-7, err_msg=variable.path)
+
+
+def test_without_averages_the_weights_serve_themselves():
+    model = build_unet(CONFIG, seed=1)
+    optimizer = make_optimizer("adam", 0.01, 0.0)
+    before = apply_steps(model, optimizer, 1)
+    with averaged(optimizer, model.trainable_variables):
+        take_averages(optimizer, model.trainable_variables)
+        for variable in model.trainable_variables:
+            np.testing.assert_array_equal(variable.numpy(), before[variable.path])
+    assert not [variable.path for variable in optimizer.variables if "average" in variable.path]
 
 
 def test_what_has_one_dimension_does_not_decay():

@@ -503,7 +503,7 @@ def test_more_workers_than_the_cluster_has(data, cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(300)
 def test_workers_that_other_jobs_leave_no_room_are_given_up(data, cluster, tmp_path, monkeypatch):
     """The cluster has 2 CPUs, so that the job begins; Ray Train would wait for the one that is held without a word."""
@@ -699,8 +699,12 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
         optimizer="adamw",
         schedule="cosine",
         warmup_epochs=1,
-        loss="ce+dice",
+        loss="ce+jaccard",
         class_weights="log",
+        ohem_threshold=0.95,
+        rare_class_sampling=1.0,
+        classmix=0.5,
+        ema_momentum=0.8,
         clip_norm=1.0,
         early_stopping_epochs=3,
         checkpoint_every_epochs=2,
@@ -717,6 +721,12 @@ def test_everything_switched_on(data, cluster, tmp_path, monkeypatch, capsys):
     assert "leak rate: 100.0% of the validation frames have a neighbour in time or a near-dup" in output
     assert "\nwarning: " in output
     assert result.history[0]["learning_rate"] == pytest.approx(1e-2)  # the warm-up is over
+    assert "\nan epoch draws a frame of rare classes up to " in output
+    tensors = last_state(result.run, best)
+    for name, tensor in final_weights(result.run).items():  # the averages, which were validated
+        average = tensors[f"optimizer/adamw/{name.replace('/', '_')}_average"]
+        np.testing.assert_array_equal(tensor, average)
+        assert (tensor != tensors[f"model/{name}"]).any()
     recorded = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
     points = MlflowClient().get_metric_history(recorded, "loss")
     assert [point.step for point in points] == [row["epoch"] for row in result.history]

@@ -19,6 +19,7 @@ A sample whose mask is all `IGNORED_ID` (the padding of a short batch) adds zero
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ import tensorflow as tf
 
 from unet_ray.classes import IGNORED_ID
 
-LOSSES = ("ce", "dice", "ce+dice", "focal")
+LOSSES = ("ce", "focal", "dice", "jaccard", "ce+dice", "ce+jaccard")
 CLASS_WEIGHTS = ("none", "log", "median")
 
 # Lin et al. 2017, Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002, section 5.1.
@@ -36,7 +37,12 @@ ENET_C = 1.02
 
 
 def loss_sums(
-    logits_BHWK: tf.Tensor, mask_BHW: tf.Tensor, *, loss: str, class_weights_K: Sequence[float] | None = None
+    logits_BHWK: tf.Tensor,
+    mask_BHW: tf.Tensor,
+    *,
+    loss: str,
+    class_weights_K: Sequence[float] | None = None,
+    ohem_threshold: float = 1.0,
 ) -> tf.Tensor:
     """Sum what the loss needs over this worker's valid pixels.
 
@@ -44,27 +50,44 @@ def loss_sums(
         logits_BHWK: any float dtype; computed in float32.
         mask_BHW: integer ids 0 to K-1, or `IGNORED_ID`. Other ids are an error on the CPU and NaN on a GPU.
         loss: one of `LOSSES`.
-        class_weights_K: factor of a pixel by its true class in cross-entropy and focal loss; Dice, which counts every
-            class alike, does not use it. None is 1 for all.
+        class_weights_K: factor of a pixel by its true class in cross-entropy and focal loss; Dice and Jaccard, which
+            count every class alike, do not use it. None is 1 for all.
+        ohem_threshold: cross-entropy and focal loss count only pixels whose true class has a smaller probability;
+            1 counts all. Online hard example mining (Shrivastava et al. 2016, https://arxiv.org/abs/1604.03540) by a
+            threshold, so that what a worker counts waits for no other worker.
 
     Returns:
-        float32 `[S]`: ce and focal `[weighted sum, sum of weights]`; dice `[intersection_K, predicted_K, true_K]`;
-        ce+dice both, in this order.
+        float32 `[S]`: ce and focal `[weighted sum, sum of weights]`; dice and jaccard `[intersection_K, predicted_K,
+        true_K]`; of two losses both, in their order.
     """
     logits_BHWK = tf.cast(logits_BHWK, tf.float32)
-    if loss in ("ce", "focal"):
-        return _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, gamma=FOCAL_GAMMA if loss == "focal" else 0.0)
-    if loss == "dice":
-        return _dice_sums(logits_BHWK, mask_BHW)
-    if loss == "ce+dice":
-        pixel_sums = _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, gamma=0.0)
-        return tf.concat([pixel_sums, _dice_sums(logits_BHWK, mask_BHW)], axis=0)
-    raise _unknown_loss(loss)
+    sums = []
+    for part in _parts(loss):
+        if part in _OF_PIXELS:
+            gamma = FOCAL_GAMMA if part == "focal" else 0.0
+            sums.append(_pixel_sums(logits_BHWK, mask_BHW, class_weights_K, gamma=gamma, ohem_threshold=ohem_threshold))
+        else:
+            sums.append(_overlap_sums(logits_BHWK, mask_BHW))
+    return tf.concat(sums, axis=0)
 
 
 def n_sums(loss: str, n_classes: int) -> int:
     """Returns S, the number of sums that a loss needs."""
-    return {"ce": 2, "focal": 2, "dice": 3 * n_classes, "ce+dice": 2 + 3 * n_classes}[loss]
+    return sum(2 if part in _OF_PIXELS else 3 * n_classes for part in _parts(loss))
+
+
+def is_of_pixels(loss: str) -> bool:
+    """Whether the slope of a loss by its sums is known before all pixels are: it is a mean over pixels."""
+    return loss in _OF_PIXELS
+
+
+_OF_PIXELS = ("ce", "focal")
+
+
+def _parts(loss: str) -> list[str]:
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is not known; choose one of {', '.join(LOSSES)}")
+    return loss.split("+")
 
 
 def loss_from_sums(total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
@@ -72,15 +95,17 @@ def loss_from_sums(total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
 
     ce: weighted mean of -log p(true class). focal: of -(1-p)^2 log p. dice: 1 - mean of 2 intersection /
     (predicted + true) over the classes that the batch truly has, with probabilities as soft predictions (Milletari et
-    al. 2016, https://arxiv.org/abs/1606.04797, without its squares). ce+dice: the sum of the two.
+    al. 2016, https://arxiv.org/abs/1606.04797, without its squares). jaccard: the same of intersection / union (Rahman
+    and Wang 2016, https://doi.org/10.1007/978-3-319-50835-1_22), which mean IoU measures. Of two losses the sum.
     """
-    if loss in ("ce", "focal"):
-        return tf.math.divide_no_nan(total_S[0], total_S[1])
-    if loss == "dice":
-        return _dice_loss(total_S)
-    if loss == "ce+dice":
-        return tf.math.divide_no_nan(total_S[0], total_S[1]) + _dice_loss(total_S[2:])
-    raise _unknown_loss(loss)
+    value, start = tf.constant(0.0), 0
+    for part in _parts(loss):
+        if part in _OF_PIXELS:
+            value += tf.math.divide_no_nan(total_S[start], total_S[start + 1])
+            start += 2
+        else:  # the last part
+            value += _overlap_loss(total_S[start:], part)
+    return value
 
 
 def replica_share(sums_S: tf.Tensor, total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
@@ -105,7 +130,7 @@ def loss_slope(total_S: tf.Tensor, *, loss: str) -> tf.Tensor:
     return tf.stop_gradient(tape.gradient(value, total_S))
 
 
-def _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, *, gamma: float) -> tf.Tensor:
+def _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, *, gamma: float, ohem_threshold: float) -> tf.Tensor:
     valid_BHW = tf.not_equal(mask_BHW, tf.cast(IGNORED_ID, mask_BHW.dtype))
     label_BHW = tf.where(valid_BHW, tf.cast(mask_BHW, tf.int32), 0)
     if class_weights_K is None:
@@ -113,12 +138,15 @@ def _pixel_sums(logits_BHWK, mask_BHW, class_weights_K, *, gamma: float) -> tf.T
     else:
         weight_BHW = tf.where(valid_BHW, tf.gather(tf.constant(class_weights_K, tf.float32), label_BHW), 0.0)
     entropy_BHW = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=label_BHW, logits=logits_BHWK)
+    if ohem_threshold < 1:
+        is_hard_BHW = entropy_BHW > -math.log(ohem_threshold)
+        weight_BHW = tf.where(is_hard_BHW, weight_BHW, 0.0)
     if gamma:
         entropy_BHW *= (-tf.math.expm1(-entropy_BHW)) ** gamma
     return tf.stack([tf.reduce_sum(weight_BHW * entropy_BHW), tf.reduce_sum(weight_BHW)])
 
 
-def _dice_sums(logits_BHWK, mask_BHW) -> tf.Tensor:
+def _overlap_sums(logits_BHWK, mask_BHW) -> tf.Tensor:
     # one_hot gives a row of zeros for IGNORED_ID, which is never a class.
     true_BHWK = tf.one_hot(tf.cast(mask_BHW, tf.int32), logits_BHWK.shape[-1])
     valid_BHW1 = tf.cast(tf.not_equal(mask_BHW, tf.cast(IGNORED_ID, mask_BHW.dtype)), tf.float32)[..., tf.newaxis]
@@ -134,16 +162,15 @@ def _dice_sums(logits_BHWK, mask_BHW) -> tf.Tensor:
     )
 
 
-def _dice_loss(total_S) -> tf.Tensor:
+def _overlap_loss(total_S, part: str) -> tf.Tensor:
     intersection_K, predicted_K, true_K = tf.split(total_S, 3)
     present_K = tf.cast(true_K > 0, tf.float32)
-    dice_K = present_K * tf.math.divide_no_nan(2.0 * intersection_K, predicted_K + true_K)
+    if part == "dice":
+        overlap_K = tf.math.divide_no_nan(2.0 * intersection_K, predicted_K + true_K)
+    else:
+        overlap_K = tf.math.divide_no_nan(intersection_K, predicted_K + true_K - intersection_K)
     n_present = tf.reduce_sum(present_K)
-    return tf.math.divide_no_nan(n_present - tf.reduce_sum(dice_K), n_present)
-
-
-def _unknown_loss(loss: str) -> ValueError:
-    return ValueError(f"loss {loss!r} is not known; choose one of {', '.join(LOSSES)}")
+    return tf.math.divide_no_nan(n_present - tf.reduce_sum(present_K * overlap_K), n_present)
 
 
 def class_weights(

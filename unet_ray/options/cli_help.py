@@ -31,11 +31,12 @@ GROUPS = {
         *("mean", "std", "channels", "layout", "output", "kind", "inference", "window", "stride", "tta", "precision"),
     ),
     "training": (
-        *("epochs", "batch_size", "learning_rate", "loss", "class_weights", "optimizer", "schedule"),
-        *("warmup_epochs", "weight_decay", "clip_norm", "early_stopping_epochs", "accumulate"),
+        *("epochs", "batch_size", "learning_rate", "loss", "class_weights", "ohem_threshold"),
+        *("rare_class_sampling", "optimizer", "schedule"),
+        *("warmup_epochs", "weight_decay", "clip_norm", "ema_momentum", "early_stopping_epochs", "accumulate"),
         *("encoder_learning_rate", "seed"),
     ),
-    "augmentation": ("augment", "flip", "scale", "brightness", "contrast", "saturation"),
+    "augmentation": ("augment", "flip", "scale", "brightness", "contrast", "saturation", "classmix"),
     "output": (
         *("out", "format", "with_frames", "mask_size", "mask_encoding", "overwrite", "retry_rejected"),
         *("max_rejected", "add_root", "gallery"),

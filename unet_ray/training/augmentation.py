@@ -61,6 +61,25 @@ def augment(
     return padded(image, out_hw, padding_color(preprocessing)), padded(mask, out_hw, IGNORED_ID)
 
 
+def paste_classes(
+    image_HWC: np.ndarray,
+    mask_HW: np.ndarray,
+    other_image_HWC: np.ndarray,
+    other_mask_HW: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A view with the pixels of half of another view's classes, drawn by `rng`, pasted where they are in that one.
+
+    ClassMix (Olsson et al. 2021, https://arxiv.org/abs/2007.07936), with true masks. All uint8, of one size. Of an odd
+    number of classes the larger half is pasted; pixels that are ignored never are.
+    """
+    present = np.setdiff1d(other_mask_HW, [IGNORED_ID])
+    chosen = rng.permutation(present)[: (len(present) + 1) // 2]
+    is_pasted_HW = np.isin(other_mask_HW, chosen)
+    image_HWC = np.where(is_pasted_HW[..., None], other_image_HWC, image_HWC)
+    return image_HWC, np.where(is_pasted_HW, other_mask_HW, mask_HW)
+
+
 Window = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Image, mask, and whether each pixel lies in the frame."""
 

@@ -189,9 +189,35 @@ View = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """Makes the network's view of a frame and its mask, given the frame's index: augmentation."""
 
 
-def epoch_order(n_frames: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of an epoch's frames, int64: a permutation that is a function of its arguments alone."""
-    return np.random.default_rng([seed, epoch]).permutation(n_frames)
+def epoch_order(n_frames: int, seed: int, epoch: int, chances_N: np.ndarray | None = None) -> np.ndarray:
+    """Returns the order of an epoch's frames, int64, a function of its arguments alone.
+
+    A permutation; with the frames' chances, as many drawn with replacement.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n_frames) if chances_N is None else rng.choice(n_frames, n_frames, p=chances_N)
+
+
+def rare_class_chances(pixels_NK: np.ndarray, temperature: float) -> np.ndarray:
+    """Returns each frame's chance to be drawn, float64 [N], where a class is drawn and then a frame that holds it.
+
+    Class c has the chance exp((1 - f_c) / temperature), scaled, with f_c its share of all pixels (Hoyer et al. 2022,
+    https://arxiv.org/abs/2111.14887, equation 7). A frame without a pixel that counts is never drawn.
+
+    Args:
+        pixels_NK: pixels of each class by frame.
+        temperature: above 0; large ones draw all classes alike.
+
+    Raises:
+        ValueError: no frame has a pixel of any class.
+    """
+    frames_K = (pixels_NK > 0).sum(axis=0)
+    share_K = pixels_NK.sum(axis=0)[frames_K > 0] / max(1, pixels_NK.sum())
+    if not len(share_K):
+        raise ValueError("--rare-class-sampling needs classes: no pixel of any was found in the training masks")
+    weight_K = np.exp((share_K.min() - share_K) / temperature)
+    chances_N = (pixels_NK[:, frames_K > 0] > 0) @ (weight_K / weight_K.sum() / frames_K[frames_K > 0])
+    return chances_N / chances_N.sum()
 
 
 def batch_slice(order: np.ndarray, batch: int, batch_size: int, rank: int, n_workers: int) -> np.ndarray:

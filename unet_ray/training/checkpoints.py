@@ -32,6 +32,8 @@ OWN_SIZE, MODEL_SIZE = "confusion/own_size", "confusion/model_size"
 """Names of the validation's confusion matrices among a checkpoint's tensors."""
 MODEL_PREFIX = "model/"
 """What the names of the network's weights begin with among them."""
+AVERAGE_SUFFIX = "_average"
+"""What the names of averaged weights end with among the optimizer's."""
 _EPOCH_FOLDER = re.compile(r"epoch-(\d{6,})")
 
 
@@ -165,12 +167,19 @@ def best_or_this(run: str, this: Checkpoint, *, on_damaged: Callable[[str], None
 
 
 def network_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Returns the network's weights among a checkpoint's tensors, by the names that a model folder has."""
-    return {
-        name.removeprefix(MODEL_PREFIX): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(MODEL_PREFIX)
-    }
+    """Returns the network's weights among a checkpoint's tensors, by the names that a model folder has.
+
+    Of a weight whose average the optimizer keeps it is the average, which is what was validated.
+    """
+    tensors = checkpoint.tensors
+    # Keras names an optimizer's variable after the weight with _ for /: `variables.require_own_paths` keeps them apart.
+    averages = {name.rpartition("/")[2]: tensor for name, tensor in tensors.items() if _is_average(name)}
+    names = [name.removeprefix(MODEL_PREFIX) for name in tensors if name.startswith(MODEL_PREFIX)]
+    return {name: averages.get(name.replace("/", "_") + AVERAGE_SUFFIX, tensors[MODEL_PREFIX + name]) for name in names}
+
+
+def _is_average(name: str) -> bool:
+    return name.startswith("optimizer/") and name.endswith(AVERAGE_SUFFIX)
 
 
 def delete_older(run: str, epoch: int, keep: Iterable[int]) -> None:

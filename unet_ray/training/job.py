@@ -13,6 +13,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from unet_ray import storage
 from unet_ray.cluster.connection import connect
 from unet_ray.cluster.gpus import require_usable_gpu, try_xla
@@ -31,7 +33,7 @@ from unet_ray.model.network_check import check_network
 from unet_ray.pairs.splits import leak_rate, leak_warning
 from unet_ray.storage.templates import split_template
 from unet_ray.training import checkpoints, run_folder
-from unet_ray.training.batches import FileFrames, IngestPlan
+from unet_ray.training.batches import FileFrames, IngestPlan, rare_class_chances
 from unet_ray.training.blocks import ingest
 from unet_ray.training.data import TrainingData, find_data, size_of_frames
 from unet_ray.training.initial import InitialWeights, read_network
@@ -183,6 +185,7 @@ def _prepare(
         class_weights_K=data.class_weights_K,
         pixels_K=trained.pixels_NK.sum(axis=0),
         image_pixels_K=(present_NK * trained.pixels_NK.sum(axis=1, keepdims=True)).sum(axis=0),
+        chances_N=_chances(config, trained.pixels_NK),
         train=trained.frames,
         validation=validation.frames,
         samples=FileFrames(
@@ -193,6 +196,17 @@ def _prepare(
         start_timeout_s=max(START_TIMEOUT_S, config.collective_timeout_s),
     )
     return task, trained.hashes | validation.hashes
+
+
+def _chances(config: TrainConfig, pixels_NK: np.ndarray) -> np.ndarray | None:
+    """Returns each frame's chance to be drawn, and says how far they differ; None where each comes once an epoch."""
+    if not config.rare_class_sampling:
+        return None
+    chances_N = rare_class_chances(pixels_NK, config.rare_class_sampling)
+    times_N = chances_N * len(chances_N)
+    most, fewest = times_N.max(), times_N.min()
+    say(f"an epoch draws a frame of rare classes up to {most:.1f} times, one without {fewest:.2f} times")
+    return chances_N
 
 
 def _say_plan(config: TrainConfig, data: TrainingData, cpus: int, device: str, hashes: dict[str, int]) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import keras
 from keras import ops
@@ -25,9 +26,10 @@ class PartwiseAdam(keras.optimizers.Adam):
         *,
         decay: float = 0.0,
         rate_factors: Mapping[str, float] | None = None,
+        ema_momentum: float = 0.0,
         name: str,
     ):
-        super().__init__(learning_rate, name=name)
+        super().__init__(learning_rate, use_ema=ema_momentum > 0, ema_momentum=ema_momentum, name=name)
         self._decay, self._rate_factors = decay, dict(rate_factors or {})
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -58,6 +60,32 @@ class PartwiseAdam(keras.optimizers.Adam):
             self.assign_sub(variable, variable * ops.cast(self._decay, variable.dtype) * rate)
         super().update_step(gradient, variable, rate)
 
+    def averages(self) -> list[keras.Variable]:
+        """Returns the averages of the trained variables, in their order; none where they are not kept."""
+        return list(self._model_variables_moving_average) if self.use_ema else []
+
+
+@contextlib.contextmanager
+def averaged(optimizer: PartwiseAdam, variables: list[keras.Variable]) -> Iterator[None]:
+    """Gives the trained variables their averages, where the optimizer keeps them, and takes them back after the block.
+
+    Statistics of normalisations stay as they are: they are averages already.
+    """
+    averages = optimizer.averages()
+    values = [variable.numpy() for variable in variables] if averages else []
+    take_averages(optimizer, variables)
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, values, strict=False):
+            variable.assign(value)
+
+
+def take_averages(optimizer: PartwiseAdam, variables: list[keras.Variable]) -> None:
+    """Gives the trained variables their averages for good, where the optimizer keeps them."""
+    for variable, average in zip(variables, optimizer.averages(), strict=False):
+        variable.assign(average)
+
 
 def _decays(variable: keras.Variable) -> bool:
     return len(variable.shape) > 1 and "bias" not in variable.name
@@ -68,7 +96,8 @@ def make_optimizer(
     learning_rate: float | keras.optimizers.schedules.LearningRateSchedule,
     weight_decay: float,
     rate_factors: Mapping[str, float] | None = None,
-) -> keras.Optimizer:
+    ema_momentum: float = 0.0,
+) -> PartwiseAdam:
     """Returns Adam, or AdamW.
 
     Args:
@@ -77,10 +106,11 @@ def make_optimizer(
         weight_decay: see `PartwiseAdam`.
         rate_factors: what the learning rate is multiplied by for variables whose path begins so; of several, the
             longest counts. `{"encoder/": 0.1}`.
+        ema_momentum: share of itself that an average of a weight keeps at each step; 0 keeps no averages.
     """
     # A name of our own: Keras numbers its own by what the process made before, and a checkpoint's names must not vary.
     decay = weight_decay if kind == "adamw" else 0.0
-    return PartwiseAdam(learning_rate, decay=decay, rate_factors=rate_factors, name=kind)
+    return PartwiseAdam(learning_rate, decay=decay, rate_factors=rate_factors, ema_momentum=ema_momentum, name=kind)
 
 
 def make_schedule(

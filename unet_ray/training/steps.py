@@ -74,9 +74,9 @@ class TrainStep:
 
     With `n_micro` above 1, a worker's part goes through the network in so many micro-batches, whose sums and gradients
     are added as those of workers are: one worker with 2 micro-batches computes what two workers compute. The slopes of
-    cross-entropy's and focal loss' sums wait for no pixel, but Dice's need the sums of the whole batch: there each
-    micro-batch goes forward twice. Two micro-batches cost 1.02 and, with Dice, 1.33 of one batch (CPU time of 16 frames
-    of 96x128 in bfloat16, 2 cores, 2026-11-30).
+    cross-entropy's and focal loss' sums wait for no pixel, but Dice's and Jaccard's need the sums of the whole batch:
+    there each micro-batch goes forward twice. Two micro-batches cost 1.02 and, with Dice, 1.33 of one batch (CPU time
+    of 16 frames of 96x128 in bfloat16, 2 cores, 2026-11-30).
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class TrainStep:
         *,
         loss: str,
         class_weights_K: Sequence[float] | None = None,
+        ohem_threshold: float = 1.0,
         clip_norm: float = 0.0,
         n_micro: int = 1,
         compiled: bool = False,
@@ -99,13 +100,15 @@ class TrainStep:
             strategy: what sums over the workers.
             loss: one of `losses.LOSSES`.
             class_weights_K: see `losses.loss_sums`.
+            ohem_threshold: see `losses.loss_sums`.
             clip_norm: largest norm of the gradient; 0 does not clip.
             n_micro: micro-batches of a worker's part.
             compiled: whether XLA compiles what a worker computes alone, forward and backward. Faster on GPUs, a third
                 of the speed on CPUs. Not where several workers normalise by the batch: they sum in between.
         """
         self._model, self._optimizer, self._strategy = model, optimizer, strategy
-        self._loss, self._class_weights_K, self._clip_norm = loss, class_weights_K, clip_norm
+        self._loss, self._class_weights_K, self._ohem_threshold = loss, class_weights_K, ohem_threshold
+        self._clip_norm = clip_norm
         self._n_micro = n_micro
         self._variables = NetworkVariables.of(model)
         self._batch_norms = batch_norm.trained_layers(model)
@@ -165,7 +168,7 @@ class TrainStep:
         zeros = [tf.zeros_like(value) for value in values]
         n_sums = losses.n_sums(self._loss, self._model.output_shape[-1])
         none = tf.zeros([n_sums]), tf.zeros([2]), [tf.convert_to_tensor(v.value) for v in self._variables.state]
-        if self._loss in ("ce", "focal"):  # their slope is 1 / the weights' sum, by which the end divides
+        if losses.is_of_pixels(self._loss):  # their slope is 1 / the weights' sum, by which the end divides
             (sums_S, counts_2, state), gradients = self._add_micro(values, parts, tf.constant([1.0, 0.0]), none, zeros)
             total_S, result = self._total(sums_S, counts_2)
             scale = losses.loss_slope(total_S, loss=self._loss)[0]
@@ -209,7 +212,13 @@ class TrainStep:
         untrained = self._variables.untrained_values(seeds_L2)
         with batch_norm.over_workers(self._batch_norms, batch_norm.counted_frames(mask_BHW), _of_all_workers):
             logits_BHWK, untrained = self._model.stateless_call(values, untrained, image_BHWC, training=True)
-        sums_S = losses.loss_sums(logits_BHWK, mask_BHW, loss=self._loss, class_weights_K=self._class_weights_K)
+        sums_S = losses.loss_sums(
+            logits_BHWK,
+            mask_BHW,
+            loss=self._loss,
+            class_weights_K=self._class_weights_K,
+            ohem_threshold=self._ohem_threshold,
+        )
         return sums_S, _pixel_counts(logits_BHWK, mask_BHW), self._variables.state_of(untrained)
 
     def _total(self, sums_S, counts_2) -> tuple[tf.Tensor, StepResult]:

@@ -30,6 +30,8 @@ class WorkerTask:
     """Pixels of each class in the training masks."""
     image_pixels_K: np.ndarray
     """Valid pixels of the training masks in which the class occurs."""
+    chances_N: np.ndarray | None = None
+    """Each training frame's chance to be drawn, see `batches.epoch_order`; None: each comes once an epoch."""
     initial_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Weights of a trained model or encoder to start from, by name; none: all are drawn from the seed."""
     drawn: Drawn = "none"

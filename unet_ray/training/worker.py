@@ -8,6 +8,7 @@ equal on all workers. Only rank 0 writes, and tells the driver what happens; nob
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -15,7 +16,6 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -28,7 +28,7 @@ from unet_ray.model.calibration import Calibration
 from unet_ray.model.devices import OutOfDeviceMemory, choose_policy, configure_tensorflow
 from unet_ray.model.networks import build_network
 from unet_ray.training import batches, checkpoints, evaluator, steps
-from unet_ray.training.augmentation import augment
+from unet_ray.training.augmentation import augment, paste_classes
 from unet_ray.training.calibrator import calibrate
 from unet_ray.training.checkpoints import MODEL_SIZE, OWN_SIZE, Checkpoint
 from unet_ray.training.events import (
@@ -45,7 +45,7 @@ from unet_ray.training.events import (
     Warned,
 )
 from unet_ray.training.initial import set_initial_weights
-from unet_ray.training.optimizer import make_optimizer, make_schedule
+from unet_ray.training.optimizer import PartwiseAdam, averaged, make_optimizer, make_schedule, take_averages
 from unet_ray.training.sample_log import is_shown
 from unet_ray.training.task import Group, WorkerTask, frame_threads
 
@@ -117,6 +117,7 @@ class Worker:
             strategy,
             loss=config.loss,
             class_weights_K=weights_K,
+            ohem_threshold=config.ohem_threshold,
             clip_norm=config.clip_norm,
             n_micro=config.accumulate,
             compiled=task.compiled,
@@ -134,13 +135,15 @@ class Worker:
         self.sample_evaluator = evaluator.Evaluator(self.predict, task.samples.open(), self.micro, self.model_config)
         self._tell(Started(policy=policy, n_workers=self.n_workers))
 
-    def _make_optimizer(self) -> keras.Optimizer:
+    def _make_optimizer(self) -> PartwiseAdam:
         config = self.config
         total = config.epochs * self.n_batches
         schedule = make_schedule(
             config.schedule, config.learning_rate, total, round(config.warmup_epochs * self.n_batches)
         )
-        return make_optimizer(config.optimizer, schedule, config.weight_decay, config.rate_factors())
+        return make_optimizer(
+            config.optimizer, schedule, config.weight_decay, config.rate_factors(), config.ema_momentum
+        )
 
     def _train(self, state: Checkpoint) -> None:
         while not self._is_done(state):
@@ -148,13 +151,16 @@ class Worker:
             if row is None:
                 return  # the driver knows why
             row |= self._learning_rate()
-            metrics, tensors = self._validate()
+            with self._averaged():
+                metrics, tensors = self._validate()
             state = self._advance(state, row | metrics, tensors)
             self._tell(EpochDone(row=state.history[-1]))
             if self.rank == 0 and (is_shown(state.epoch, self.config.epochs) or self._is_done(state)):
-                self._tell(Sampled(epoch=state.epoch, masks=self._predict_samples()))
+                with self._averaged():
+                    self._tell(Sampled(epoch=state.epoch, masks=self._predict_samples()))
                 self.watchdog.beat()
         best = self._restore_best(state)
+        take_averages(self.optimizer, self.model.trainable_variables)
         calibration = None
         if self.task.validation.names:
             frames = count(len(self.task.validation.names), "validation frame")
@@ -162,6 +168,9 @@ class Worker:
             calibration = calibrate(self.evaluator, self._own_validation(), self.add_up)
         if self.rank == 0:
             self._finish(best, calibration)
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return averaged(self.optimizer, self.model.trainable_variables)
 
     def _restore(self) -> Checkpoint:
         """Every worker starts from the checkpoint that rank 0 finds: the newest that verifies."""
@@ -229,7 +238,7 @@ class Worker:
 
     def _train_epoch(self, epoch: int, first_step: int) -> dict[str, Any] | None:
         started = time.time()
-        order = batches.epoch_order(len(self.task.train.names), self.config.seed, epoch)
+        order = batches.epoch_order(len(self.task.train.names), self.config.seed, epoch, self.task.chances_N)
         results, reported_at = [], 0.0
         for batch, (image_BHWC, mask_BHW) in enumerate(self._batches(order, epoch)):
             step = first_step + batch
@@ -277,7 +286,11 @@ class Worker:
 
         def view(image_HWC: np.ndarray, mask_HW: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng([config.seed, epoch, index])
-            return augment(image_HWC, mask_HW, config.network_size(), config, rng, preprocessing)
+            varied = augment(image_HWC, mask_HW, config.network_size(), config, rng, preprocessing)
+            if config.classmix == 0 or rng.random() >= config.classmix:
+                return varied
+            other = self.train_reader.read(int(rng.integers(len(self.task.train.names))))
+            return paste_classes(*varied, *augment(*other, config.network_size(), config, rng, preprocessing), rng)
 
         return view
 
