@@ -414,7 +414,7 @@ def test_memory_is_that_of_the_process_itself(tiny: Arena):
 # --- the job ---
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_the_job_measures_writes_and_shows(tmp_path: Path):
     def run(*options: str) -> subprocess.CompletedProcess[str]:

@@ -34,12 +34,8 @@ SHOWN_ELSEWHERE = {
     "output_damaged": "test_kills and test_publish: every file, flipped, cut and deleted",
     "work_damaged": "the same, for parts and records",
 }
-SHOWN_FIRST = {
-    "processes_killed": pytest.mark.slow,
-    "node_lost": pytest.mark.slow,
-    "disk_full_publishing": pytest.mark.slow,
-}
-"""Beside a killed driver the smallest that show what a kill, a loss and a full disk do; the others run once a week."""
+SHOWN_FIRST = {"processes_killed": pytest.mark.slow, "node_lost": pytest.mark.slow}
+"""Beside a killed driver the smallest that show what a kill and a loss do; the others run once a week."""
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +136,7 @@ def keepalive() -> dict[str, str]:
     return head
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(900)
 def test_a_job_goes_on_without_a_node_whose_link_is_cut(stage, monkeypatch, record_property):
     expected = stage.undisturbed

@@ -270,9 +270,8 @@ def test_an_output_of_gpus_that_goes_on_with_cpus_says_so(
     assert verify.verify(str(tmp_path / "labels")) == []
 
 
-@pytest.mark.parametrize(
-    "workers", [pytest.param("2", marks=pytest.mark.slow), pytest.param("1:2", marks=pytest.mark.weekly)]
-)
+@pytest.mark.weekly
+@pytest.mark.parametrize("workers", ["2", "1:2"])
 def test_a_training_and_an_evaluation_reserve_gpus(
     looks: Looks, command, loss_on_cpu: float, workers: str, tmp_path: Path, capfd
 ) -> None:
@@ -439,7 +438,7 @@ def test_actors_share_gpus_and_leave_none_idle(looks: Looks, command, capfd) -> 
     assert looks.of_actors() == ["0", "0", "1", "1"]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_where_xla_aborts_the_job_goes_on_without_it_and_says_so(looks: Looks, command, tmp_path, capfd) -> None:
     looks.see(ALWAYS)
     with looks.aborting_xla():

@@ -135,7 +135,7 @@ def test_both_jobs_end_with_that_line_before_the_work_starts(nodes, folders, log
     assert os.listdir(own) == before
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(1800)
 def test_the_machines_share_nothing_but_the_paths_that_are_given(nodes, folders, log):
     """All work is the other machine's, and what the driver's puts into temporary files it does not see."""

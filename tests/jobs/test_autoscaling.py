@@ -86,7 +86,7 @@ def job(nodes: RayNodes, log_file: Path, name: str, *options: str) -> Iterator[s
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(1200)
 def test_labelling_told_nothing_but_paths_asks_for_gpus_uses_them_and_lets_them_go(nodes, gates, log, tmp_path):
     model, out, log_file = trials._write_model(tmp_path / "model", 0), tmp_path / "labels", tmp_path / "said"

@@ -218,7 +218,7 @@ def test_a_store_that_stays_away_ends_the_job_and_the_rerun_finishes(labelled):
     assert read_tree(f"{store.bucket}/cut") == read_tree(f"{store.bucket}/labels")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_training_goes_on_after_its_store_was_gone_and_ends_with_the_same_weights(trained: Store):
     """The store is gone for good from the second checkpoint on; then the same command goes on in bad weather."""
     gone = Weather(dark_on="PUT .*epoch-000002/manifest", dark_at=1, dark_s=10_000)

@@ -245,7 +245,7 @@ def test_a_finished_output_is_left_alone_and_no_ray_is_asked_for(
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_that_starts_while_the_last_night_is_at_work_leaves_what_one_after_the_other_would(
     cluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -103,7 +103,7 @@ def test_the_encoder_learns_slowly_and_layer_scale_does_not_decay():
     assert moved["decoder/bias"] > 5 * moved[f"{ENCODER_PREFIX}stage_0_block_0_layer_scale/gamma"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_an_exported_network_gives_the_same_logits(model, tmp_path):
     """TensorFlow's GELU and Keras' normalisation have no form in ONNX of themselves."""

@@ -14,8 +14,6 @@ from exported import CLASS_SET, FRAMES, bare, frame_name, mask_of
 
 from unet_ray import cli
 
-pytestmark = pytest.mark.slow
-
 NO_INDEX = ("No matching distribution", "ConnectionError", "NewConnectionError", "Temporary failure in name resolution")
 
 
@@ -54,6 +52,7 @@ print(json.dumps([
 """
 
 
+@pytest.mark.slow
 def test_datumaro_reads_what_cvat_is_given(tmp_path):
     python = environment(tmp_path / "environment", "datumaro==1.13.12")
     export(tmp_path, tmp_path / "cvat", "--format", "cvat")
@@ -84,6 +83,7 @@ print(json.dumps([info["default_mask_targets"], colors.default_mask_targets_colo
 """
 
 
+@pytest.mark.weekly
 def test_fiftyones_importer_reads_its_format(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # where it would keep its database
     monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "true")

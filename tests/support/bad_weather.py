@@ -82,6 +82,7 @@ class Proxy:
         self.weather, self._random, self._number = weather, random.Random(weather.seed), 0
         self._dark_until, self._fitting = 0.0, 0
         self.seen, self.methods, self.most_in_flight = Counter[str](), Counter[str](), 0
+        self.targets: set[str] = set()
         self.signers = Counter[str]()
         self._enough = asyncio.Event()
 
@@ -149,6 +150,7 @@ class Proxy:
         outcome = self._outcome(request)
         self.seen[outcome] += 1
         self.methods[request.method] += 1
+        self.targets.add(f"{request.method} {request.target}")
         signed = re.search(r"Credential=([^/]+)/", request.headers.get("authorization", ""))
         self.signers[signed[1] if signed else "nobody"] += 1
         if self.weather.hold_until:

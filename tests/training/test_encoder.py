@@ -41,7 +41,7 @@ def test_only_the_encoders_weights_are_set():
         set_initial_weights(model, {"another": np.zeros(1)}, drawn="decoder")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 def test_a_run_starts_from_the_encoder_of_a_file(cluster, tmp_path, capsys):

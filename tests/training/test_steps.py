@@ -148,7 +148,7 @@ Path(out, f"{rank}.txt").write_text(str((own_kb[1] - own_kb[0]) / 1000))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_the_memory_of_two_workers_grows_by_two_kilobytes_a_step(tmp_path):
     """Which TensorFlow keeps; with timeouts of its own it would be 36 KB until the first is over."""

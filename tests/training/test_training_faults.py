@@ -44,10 +44,13 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def undisturbed(data, cluster, tmp_path_factory):
-    """A run of two workers, with dropout and augmentation, that nothing happened to."""
-    config = make_config(data, tmp_path_factory.mktemp("runs") / "undisturbed", augment=True)
+    """A run of two workers, with dropout and all that is drawn or kept beside the weights, that nothing happened to."""
+    config = make_config(data, tmp_path_factory.mktemp("runs") / "undisturbed", **ALL_THAT_DRAWS)
     train(config)
     return config
+
+
+ALL_THAT_DRAWS = {"augment": True, "classmix": 0.5, "rare_class_sampling": 1.0, "ema_momentum": 0.9}
 
 
 class Fault(NamedTuple):
@@ -68,7 +71,7 @@ AFTER_ONE = (
     Fault(rank=0, part="validation", at_read=2, after_epoch=6, how=signal.SIGKILL),
     Fault(rank=0, part="samples", at_read=1, after_epoch=12, how=signal.SIGKILL),  # for samples.png, after the end
 )
-ONE, FEW, ALL = AFTER_ONE[1:2], AFTER_ONE[:2], BEFORE_A_CHECKPOINT + AFTER_ONE
+STOPPED, KILLED, ALL = AFTER_ONE[:1], AFTER_ONE[1:2], BEFORE_A_CHECKPOINT + AFTER_ONE
 
 
 class Struck(HeldFrames):
@@ -79,7 +82,7 @@ class Struck(HeldFrames):
     """
 
     PARTS = ("train", "validation", "samples")
-    faults = ONE
+    faults = KILLED
 
     def open(self):
         self.at_start = self.n_happened()
@@ -103,8 +106,8 @@ class Struck(HeldFrames):
             os.kill(os.getpid(), fault.how)
 
 
-class StruckTwice(Struck):
-    faults = FEW
+class Stopped(Struck):
+    faults = STOPPED
 
 
 class StruckEverywhere(Struck):
@@ -116,7 +119,7 @@ class StruckEverywhere(Struck):
     "frames",
     [
         Struck,
-        pytest.param(StruckTwice, marks=pytest.mark.slow),
+        pytest.param(Stopped, marks=pytest.mark.slow),
         pytest.param(StruckEverywhere, marks=pytest.mark.weekly),
     ],
 )
@@ -132,7 +135,7 @@ def test_workers_that_die_or_stop_anywhere_change_nothing(undisturbed, data, tmp
     struck.mkdir()
     n_faults = len(frames.faults)
     with held_up(frames, struck):
-        train(make_config(data, tmp_path / "run", augment=True, checkpoint_every_epochs=3, max_failures=n_faults))
+        train(make_config(data, tmp_path / "run", **ALL_THAT_DRAWS, checkpoint_every_epochs=3, max_failures=n_faults))
     output = capsys.readouterr().out
     assert "are read and decoded again in every epoch" in output
     assert output.count("a worker was lost; the group has started again") == n_faults
@@ -163,7 +166,7 @@ class StuckOnce(HeldFrames):
 @pytest.mark.timeout(600)
 def test_a_worker_that_lives_but_is_stuck_is_given_up(undisturbed, data, tmp_path, capsys):
     with held_up(StuckOnce, tmp_path / "stuck"):
-        train(make_config(data, tmp_path / "run", augment=True, collective_timeout_s=30))
+        train(make_config(data, tmp_path / "run", **ALL_THAT_DRAWS, collective_timeout_s=30))
     output = capsys.readouterr().out
     assert " has got nowhere for 30 s (--collective-timeout-s) and ends itself; it was in " in output
     assert "a worker was lost; the group has started again" in output
@@ -229,7 +232,7 @@ class StuckAtStart(HeldFrames):
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.timeout(600)
 def test_a_worker_that_is_stuck_before_its_first_epoch_ends_itself(data, cluster, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "START_TIMEOUT_S", 60.0)
@@ -272,7 +275,7 @@ def start_driver(folder: Path, config: TrainConfig) -> tuple[list[str], subproce
 @pytest.mark.timeout(8 * STUCK_S)
 def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(undisturbed, data, tmp_path):
     run = tmp_path / "run"
-    command, driver, _ = start_driver(tmp_path, make_config(data, run, augment=True, collective_timeout_s=STUCK_S))
+    command, driver, _ = start_driver(tmp_path, make_config(data, run, **ALL_THAT_DRAWS, collective_timeout_s=STUCK_S))
     wait_for_epoch(run, 4)
     # With all that it started: Ray would end them too, some seconds later, when so small a run has finished.
     faults.kill([driver.pid, *faults.descendants(driver.pid)])
@@ -293,7 +296,9 @@ def test_a_driver_killed_goes_on_with_the_same_command_past_a_torn_checkpoint(un
 def test_a_driver_killed_alone_goes_on_while_its_workers_still_write(undisturbed, data, tmp_path):
     """They live until Ray misses the driver, 3 s on 2 busy cores (2026-11-24), and finished an epoch meanwhile."""
     run = tmp_path / "run"
-    command, driver, gates = start_driver(tmp_path, make_config(data, run, augment=True, collective_timeout_s=STUCK_S))
+    command, driver, gates = start_driver(
+        tmp_path, make_config(data, run, **ALL_THAT_DRAWS, collective_timeout_s=STUCK_S)
+    )
     wait_for_epoch(run, 4)
     left = faults.titled_below(driver.pid, "ray::")
     faults.kill([driver.pid])
